@@ -1,0 +1,282 @@
+"""Visiting a graph: every operator's rule says what it does to the axes of its tensors.
+
+A rule is a function `(step) -> Dims` registered for operator names with `@rule("aten.view", ...)`. It may
+unify, cut, join or regroup labels; it freezes what the operator ties to positions (softmax, sort, index); it
+says which integer arguments follow the widths (`step.rewrite`), where the result is zero when a unit's
+parameters are zero (`step.zeros`), and what is contracted (`step.contract`). An operator without a rule freezes
+every axis it touches and is named.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from secateur.core.axes.atoms import Axes, Label, Reason
+from secateur.core.axes.layout import Extent
+
+__all__ = ["RULES", "Dims", "Record", "Step", "Trace", "arguments", "operator", "rule"]
+
+Dims = tuple[Label, ...]  # one label per dimension of a tensor
+Rule = Callable[["Step"], Any]  # returns Dims, or a list of Dims for an operator with several results
+
+RULES: dict[str, Rule] = {}
+
+
+def rule(*names: str) -> Callable[[Rule], Rule]:
+    """Register the decorated function as the rule of these operators."""
+
+    def register(function: Rule) -> Rule:
+        for name in names:
+            RULES[name] = function
+        return function
+
+    return register
+
+
+def operator(node: fx.Node) -> str:
+    """The name of a node's operator without its overload, such as `aten.linear`."""
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        namespace, _, name = target._schema.name.partition("::")
+        return f"{namespace}.{name}"
+    return str(getattr(target, "__name__", target))
+
+
+def arguments(node: fx.Node) -> dict[str, Any]:
+    """A node's arguments by their names in the operator's schema, defaults filled in."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload):
+        return {str(i): value for i, value in enumerate(node.args)} | dict(node.kwargs)
+    out: dict[str, Any] = {}
+    for i, argument in enumerate(target._schema.arguments):
+        if i < len(node.args):
+            out[argument.name] = node.args[i]
+        elif argument.name in node.kwargs:
+            out[argument.name] = node.kwargs[argument.name]
+        elif argument.has_default_value():
+            out[argument.name] = argument.default_value
+    return out
+
+
+@dataclass
+class Record:
+    """What a rule said about a node beyond its labels; read by the passes that follow."""
+
+    zeros: str = "none"  # where the result is zero: "any", "all" or "pieces" of `zeros_of`, or "none"
+    zeros_of: tuple[Any, ...] = ()
+    contracted: list[tuple[Label, tuple[Any, ...]]] = field(default_factory=list)
+    survivors: list[tuple[Label, str]] = field(default_factory=list)  # statistics over an axis: mean, norm
+    rewritten: dict[str, Any] = field(default_factory=dict)  # argument -> value holding Extents
+    target: Any = None  # another operator for the pruned program
+    gathered: bool = False  # a constant made in the forward: the program selects the kept positions
+    alias: fx.Node | None = None  # the result shares memory with this node
+    over: int = -1  # number of trailing dimensions a norm works over
+
+
+class Trace:
+    """The labels and records of every node of a graph."""
+
+    def __init__(self) -> None:
+        self.axes = Axes()
+        self.dims: dict[fx.Node, Any] = {}
+        self.records: dict[fx.Node, Record] = {}
+        self.unruled: dict[str, str] = {}  # operator without a rule -> module where it was met first
+
+    def visit(self, node: fx.Node) -> None:
+        """Label one call_function node."""
+        step = Step(self, node)
+        self.records[node] = step.record
+        name = operator(node)
+        found = RULES.get(name)
+        if found is None and isinstance(node.target, torch._ops.OpOverload):
+            found = RULES["pointwise"] if torch.Tag.pointwise in node.target.tags else None
+        if found is None or (name != "getitem" and step.is_empty()):
+            if found is None:
+                self.unruled.setdefault(name, step.module)
+            self.dims[node] = unknown(step)
+            return
+        result = found(step)
+        if isinstance(result, Unruled) or not _fits(step, result):
+            self.unruled.setdefault(getattr(result, "name", name), step.module)
+            step.record = self.records[node] = Record()
+            result = unknown(step)
+        self.dims[node] = result
+
+
+def _fits(step: Step, result: Any) -> bool:
+    """Whether the labels have the traced sizes; a rule met in a way it does not foresee must not go on."""
+    values = step.value()
+    pairs = zip(result, values, strict=False) if isinstance(result, list) else [(result, values)]
+    for dims, value in pairs:
+        if isinstance(value, torch.Tensor) and (
+            dims is None or [label_size(label) for label in dims] != [int(size) for size in value.shape]
+        ):
+            return False
+    return True
+
+
+def label_size(label: Label) -> int:
+    """Number of positions of a label."""
+    total = 1
+    for atom in label:
+        total *= atom.size
+    return total
+
+
+class Unruled:
+    """Returned by a rule for an operator variant it does not cover."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+
+def unknown(step: Step) -> Any:
+    """Freeze everything the node touches; its results are frozen too."""
+    why = step.reason("no rule for this operator")
+    for node in step.node.all_input_nodes:
+        for dims in step.each(step.trace.dims.get(node)):
+            step.freeze(dims, why)
+    step.zeros("none")
+    value = step.value()
+    if isinstance(value, (tuple, list)):
+        return [step.fresh_frozen(v.shape, why) if isinstance(v, torch.Tensor) else None for v in value]
+    return step.fresh_frozen(value.shape, why) if isinstance(value, torch.Tensor) else None
+
+
+class Step:
+    """One node as its rule sees it."""
+
+    def __init__(self, trace: Trace, node: fx.Node) -> None:
+        self.trace, self.node, self.axes = trace, node, trace.axes
+        self.args = arguments(node)
+        self.record = Record()
+
+    def __getitem__(self, name: str) -> Any:
+        return self.args.get(name)
+
+    @property
+    def module(self) -> str:
+        """Path of the module whose forward made this node."""
+        stack = self.node.meta.get("nn_module_stack") or {}
+        return str(list(stack.values())[-1][0]) if stack else ""
+
+    def reason(self, text: str) -> Reason:
+        """A reason that names this operator and module."""
+        return Reason(text, operator(self.node), self.module)
+
+    def value(self) -> Any:
+        """The traced result (fake tensors)."""
+        return self.node.meta.get("val")
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the single result."""
+        return tuple(int(size) for size in self.value().shape)
+
+    def shape_of(self, name: str) -> tuple[int, ...]:
+        """Shape of an argument."""
+        return tuple(int(size) for size in self.args[name].meta["val"].shape)
+
+    def dims(self, name: str | fx.Node) -> Dims:
+        """Labels of an argument."""
+        node = self.args[name] if isinstance(name, str) else name
+        return self.trace.dims[node]
+
+    def tensors(self) -> list[fx.Node]:
+        """Input nodes that are single tensors."""
+        return [n for n in self.node.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor)]
+
+    def is_empty(self) -> bool:
+        """Whether a tensor without elements is involved."""
+        value = self.value()
+        outs = list(value) if isinstance(value, (tuple, list)) else [value]
+        ins = [n.meta.get("val") for n in self.node.all_input_nodes]
+        return any(isinstance(v, torch.Tensor) and v.numel() == 0 for v in outs + ins)
+
+    @staticmethod
+    def each(dims: Any) -> Iterable[Dims]:
+        """The tensors' labels of a node with one or several results."""
+        if dims is None:
+            return []
+        return [d for d in dims if d is not None] if isinstance(dims, list) else [dims]
+
+    def axis(self, dim: int, ndim: int) -> int:
+        """A dimension counted from the front."""
+        return dim % ndim if ndim else 0
+
+    def freeze(self, labels: Iterable[Label], why: str | Reason) -> None:
+        """Freeze every free leaf of these labels."""
+        reason = why if isinstance(why, Reason) else self.reason(why)
+        for label in labels:
+            self.axes.freeze(label, reason)
+
+    def fresh_frozen(self, shape: Sequence[int], why: str | Reason) -> Dims:
+        """Labels of a tensor none of whose dimensions can be pruned."""
+        reason = why if isinstance(why, Reason) else self.reason(why)
+        return tuple(self.axes.label(int(size), reason) for size in shape)
+
+    def fresh(self, shape: Sequence[int]) -> Dims:
+        """New free labels."""
+        return tuple(self.axes.label(int(size)) for size in shape)
+
+    def unify(self, left: Label, right: Label) -> Label:
+        """Declare two labels the same axis, and give it back."""
+        self.axes.unify(left, right, self.reason("axes that meet here cannot be aligned"))
+        return left
+
+    def regroup(self, label: Label, sizes: Sequence[int]) -> list[Label]:
+        """Labels of a view."""
+        return self.axes.regroup(label, sizes, self.reason("the view does not keep units apart"))
+
+    def cut(self, label: Label, bounds: Sequence[int]) -> list[Label]:
+        """Labels between the bounds; frozen where the label cannot be cut there."""
+        pieces = self.axes.cut(label, bounds)
+        if pieces is None:
+            why = self.reason("cut inside a unit")
+            self.axes.freeze(label, why)
+            edges = [0, *bounds, label_size(label)]
+            pieces = [self.axes.label(b - a, why) for a, b in zip(edges, edges[1:], strict=False)]
+        return pieces
+
+    def broadcast(self, tensors: Sequence[Dims]) -> Dims:
+        """Labels of a pointwise result; dimensions that meet are one axis."""
+        ndim = max((len(dims) for dims in tensors), default=0)
+        out: list[Label] = [()] * ndim
+        for dims in tensors:
+            for i, label in enumerate(dims, ndim - len(dims)):
+                out[i] = self.unify(out[i], label) if out[i] and label else out[i] or label
+        return tuple(out)
+
+    def rewrite(self, **changed: Any) -> None:
+        """In the pruned program these arguments take these values, Extents evaluated."""
+        self.record.rewritten.update(changed)
+
+    def retarget(self, target: Any, *args: Any) -> None:
+        """In the pruned program another operator with these positional arguments runs instead."""
+        self.record.target = target
+        self.record.rewritten = {str(i): value for i, value in enumerate(args)}
+
+    def sizes(self, dims: Dims) -> list[Extent]:
+        """The shape of a tensor, following the widths."""
+        return [Extent((label,)) for label in dims]
+
+    def zeros(self, mode: str, *of: Any) -> None:
+        """Where the result is zero once a unit's parameters are: see Record."""
+        self.record.zeros, self.record.zeros_of = mode, of
+
+    def same(self, source: str | fx.Node = "self") -> None:
+        """The result is zero where `source` is."""
+        self.zeros("any", self.args[source] if isinstance(source, str) else source)
+
+    def contract(self, label: Label, *operands: Any) -> None:
+        """The label is summed over: at a removed unit one of the operands has to be zero."""
+        self.record.contracted.append((label, operands))
+
+    def survivors(self, labels: Iterable[Label], what: str) -> None:
+        """A statistic is taken over these labels; the pruned one is that of the survivors."""
+        self.record.survivors.extend((label, what) for label in labels)

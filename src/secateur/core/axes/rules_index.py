@@ -1,0 +1,113 @@
+"""Rules of operators that address positions by value."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from secateur.core.axes.atoms import Label
+from secateur.core.axes.rules import Dims, Step, Unruled, rule
+
+WHY = "positions are chosen by index"
+
+
+@rule("aten.index", "aten._unsafe_index")
+def index(step: Step) -> Any:
+    """x[i, :, j]: indexed dimensions keep their positions, the others pass through."""
+    source, indices = step.dims("self"), list(step["indices"])
+    if any(i is not None and i.meta["val"].dtype in (torch.bool, torch.uint8) for i in indices):
+        return Unruled("aten.index with a mask")
+    used = [i for i, node in enumerate(indices) if node is not None]
+    step.freeze([source[i] for i in used], WHY)
+    taken = step.broadcast([step.dims(indices[i]) for i in used])
+    rest = [label for i, label in enumerate(source) if i not in used]
+    together = used == list(range(used[0], used[-1] + 1))
+    at = used[0] if together else 0
+    step.same()
+    return (*rest[:at], *taken, *rest[at:])
+
+
+@rule("aten.index_put", "aten.index_put_", "aten._unsafe_index_put")
+def index_put(step: Step) -> Any:
+    """x[i, :, j] = values."""
+    source, indices = step.dims("self"), list(step["indices"])
+    used = [i for i, node in enumerate(indices) if node is not None]
+    step.freeze([source[i] for i in used], WHY)
+    for i in used:
+        step.freeze(step.dims(indices[i]), WHY)
+    values = step.dims("values")
+    if any(indices[i].meta["val"].dtype == torch.bool for i in used):
+        step.freeze([*source, *values], WHY)
+        return source
+    taken = step.broadcast([step.dims(indices[i]) for i in used])
+    rest = [label for i, label in enumerate(source) if i not in used]
+    together = used == list(range(used[0], used[-1] + 1))
+    at = used[0] if together else 0
+    step.broadcast([(*rest[:at], *taken, *rest[at:]), values])
+    step.zeros("all", step["self"], step["values"])
+    return source
+
+
+@rule("aten.index_select")
+def index_select(step: Step) -> Dims:
+    """Chosen positions of one dimension."""
+    dims = step.dims("self")
+    at = step.axis(step["dim"], len(dims))
+    step.freeze([dims[at]], WHY)
+    step.same()
+    return (*dims[:at], step.dims("index")[0], *dims[at + 1 :])
+
+
+def _aligned(step: Step, source: Dims, index: Dims, at: int, sizes: tuple[tuple[int, ...], tuple[int, ...]]) -> None:
+    """Dimensions of gather and scatter other than `at` run in parallel where their sizes agree."""
+    step.freeze([source[at], index[at]], WHY)
+    for i, (a, b) in enumerate(zip(source, index, strict=True)):
+        if i == at:
+            continue
+        if sizes[0][i] == sizes[1][i]:
+            if a and b:
+                step.unify(a, b)
+        else:
+            step.freeze([a, b], WHY)
+
+
+@rule("aten.gather", "aten.take_along_dim")
+def gather(step: Step) -> Any:
+    """out[i][j] = x[i][index[i][j]]."""
+    picker = "index" if step["index"] is not None else "indices"
+    if step["dim"] is None:
+        return Unruled("aten.take_along_dim")
+    dims, chosen = step.dims("self"), step.dims(picker)
+    at = step.axis(step["dim"], len(dims))
+    _aligned(step, dims, chosen, at, (step.shape_of("self"), step.shape_of(picker)))
+    step.same()
+    return chosen
+
+
+@rule("aten.scatter", "aten.scatter_", "aten.scatter_add", "aten.scatter_add_", "aten.scatter_reduce")
+def scatter(step: Step) -> Any:
+    """x[i][index[i][j]] = source[i][j]."""
+    dims, chosen = step.dims("self"), step.dims("index")
+    at = step.axis(step["dim"], len(dims))
+    _aligned(step, dims, chosen, at, (step.shape_of("self"), step.shape_of("index")))
+    value = step["src"]
+    if isinstance(value, fx.Node):
+        _aligned(step, dims, step.dims(value), at, (step.shape_of("self"), step.shape_of("src")))
+    else:
+        value = step["value"]
+    step.zeros("all", step["self"], value)
+    return dims
+
+
+@rule("aten.index_add", "aten.index_add_", "aten.index_copy", "aten.index_copy_")
+def index_add(step: Step) -> Dims:
+    """Rows of one dimension receive rows of another tensor."""
+    dims = step.dims("self")
+    at = step.axis(step["dim"], len(dims))
+    source: tuple[Label, ...] = step.dims("source")
+    step.freeze([dims[at], *step.dims("index"), source[at]], WHY)
+    step.broadcast([(*dims[:at], (), *dims[at + 1 :]), (*source[:at], (), *source[at + 1 :])])
+    step.zeros("all", step["self"], step["source"])
+    return dims

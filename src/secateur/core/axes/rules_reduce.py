@@ -1,0 +1,212 @@
+"""Rules of norms, reductions, pooling and of operators that order or compare positions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from secateur.core.axes.atoms import Label
+from secateur.core.axes.layout import Extent
+from secateur.core.axes.rules import Dims, Step, Unruled, rule
+
+
+def _chosen(step: Step, ndim: int) -> list[int]:
+    dim = step["dim"]
+    if dim is None or dim == []:
+        return list(range(ndim))
+    return [step.axis(d, ndim) for d in ([dim] if isinstance(dim, int) else dim)]
+
+
+@rule(
+    "aten.mean", "aten.sum", "aten.var", "aten.std", "aten.amax", "aten.amin", "aten.prod", "aten.norm", "aten.any",
+    "aten.linalg_vector_norm", "aten.logsumexp", "aten.all", "aten.argmax", "aten.argmin", "aten.var_mean", "aten.median",
+    "aten.std_mean", "aten.nansum", "aten.count_nonzero",
+)  # fmt: skip
+def reduction(step: Step) -> Any:
+    """Dimensions vanish: sums need zeros there, means and variances are over survivors, the rest freezes."""
+    name = str(step.node.target).split(".")[1]
+    source = step.dims("self")
+    gone = _chosen(step, len(source))
+    over = [source[i] for i in gone]
+    order = step.args.get("ord", step.args.get("p", 2))
+    if name in ("sum", "nansum", "count_nonzero") or (name in ("linalg_vector_norm", "norm") and order in (None, 1, 2)):
+        for label in over:
+            step.contract(label, step["self"])
+    elif name in ("mean", "var", "std", "var_mean", "std_mean"):
+        step.survivors(over, "mean over it" if name == "mean" else "variance over it")
+    else:
+        step.freeze(over, f"{name} over it")
+    if name not in ("logsumexp", "argmax", "argmin", "all", "any"):
+        step.same()
+    keep = bool(step.args.get("keepdim"))
+    dims: Dims = tuple(
+        () if i in gone else label for i, label in enumerate(source) if i not in gone or keep
+    )
+    value = step.value()
+    return [dims] * len(value) if isinstance(value, (tuple, list)) else dims
+
+
+@rule("aten.softmax", "aten._softmax", "aten.log_softmax", "aten._log_softmax", "aten._safe_softmax", "aten.cumprod",
+      "aten.cumsum", "aten.logcumsumexp", "aten.cummax", "aten.softmin")  # fmt: skip
+def along(step: Step) -> Any:
+    """Every result depends on all positions along the dimension."""
+    dims = step.dims("self")
+    name = str(step.node.target).split(".")[1]
+    step.freeze([dims[step.axis(step["dim"], len(dims))]] if dims else [], f"{name} over it")
+    if "cum" in name:
+        step.same()
+    return [dims] * 2 if isinstance(step.value(), (tuple, list)) else dims
+
+
+@rule("aten.glu")
+def glu(step: Step) -> Dims:
+    """The first half times the sigmoid of the second."""
+    dims = list(step.dims("self"))
+    at = step.axis(-1 if step["dim"] is None else step["dim"], len(dims))
+    half = step.shape[at]
+    first, second = step.cut(dims[at], [half])
+    dims[at] = step.unify(first, second)
+    step.same()
+    return tuple(dims)
+
+
+@rule("aten.sort", "aten.topk", "aten.argsort", "aten.diff", "aten.kthvalue")
+def ordered(step: Step) -> Any:
+    """Positions are compared with each other."""
+    dims = list(step.dims("self"))
+    given = step.args.get("dim")
+    at = step.axis(-1 if given is None else given, len(dims))
+    name = str(step.node.target).split(".")[1]
+    step.freeze([dims[at]], f"{name} over it")
+    value = step.value()
+    first = value[0] if isinstance(value, (tuple, list)) else value
+    if len(first.shape) == len(dims):
+        dims[at] = step.fresh_frozen([first.shape[at]], f"{name} over it")[0]
+    else:
+        del dims[at]
+    if name == "diff":
+        step.same()
+    return [tuple(dims)] * len(value) if isinstance(value, (tuple, list)) else tuple(dims)
+
+
+def _affine(step: Step, labels: tuple[Label, ...]) -> bool:
+    """Unify a norm's weight and bias with the labels; whether the result is zero with them."""
+    given = [step[name] for name in ("weight", "bias") if step[name] is not None]
+    for node in given:
+        for label, mine in zip(labels, step.dims(node), strict=True):
+            step.unify(label, mine)
+    return step["weight"] is not None
+
+
+@rule("aten.layer_norm", "aten.rms_norm")
+def layer_norm(step: Step) -> Dims:
+    """Centre and scale over the last dimensions."""
+    dims = step.dims("input")
+    over = dims[len(dims) - len(step["normalized_shape"]) :]
+    _affine(step, over)
+    root = "rms" in str(step.node.target)
+    step.survivors(over, "root mean square over it" if root else "mean and variance over it")
+    step.record.over = len(over)
+    step.rewrite(normalized_shape=step.sizes(over))
+    # zero where weight and bias are; where only the input is, the bias comes through
+    step.zeros("affine", step["input"], step["weight"], step["bias"])
+    return dims
+
+
+@rule("aten.native_layer_norm")
+def native(step: Step) -> Any:
+    """Only met after decomposition, which is not asked for."""
+    return Unruled("aten.native_layer_norm")
+
+
+@rule("aten.batch_norm", "aten.instance_norm")
+def batch_norm(step: Step) -> Dims:
+    """Per channel: exact."""
+    dims = step.dims("input")
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        if step[name] is not None:
+            step.unify(dims[1], step.dims(name)[0])
+    if step["weight"] is not None:
+        step.zeros("affine", None, step["weight"], step["bias"])
+    return dims
+
+
+@rule("aten.group_norm")
+def group_norm(step: Step) -> Dims:
+    """Statistics over each group's channels: whole groups are exact, channels within are not."""
+    dims = step.dims("input")
+    groups = int(step["num_groups"])
+    channels = step.shape[1]
+    outer, inner = step.regroup(dims[1], (groups, channels // groups))
+    for name in ("weight", "bias"):
+        if step[name] is not None:
+            step.unify(dims[1], step.dims(name)[0])
+    step.survivors([inner], "mean and variance over it")
+    step.rewrite(num_groups=Extent((outer,)))
+    step.zeros("affine", None, step["weight"], step["bias"])
+    return dims
+
+
+@rule("aten._weight_norm", "aten._weight_norm_interface")
+def weight_norm(step: Step) -> Any:
+    """v·g/‖v‖ over all dimensions but one: exact, and zero where g is."""
+    if isinstance(step.value(), (tuple, list)):
+        return Unruled("aten._weight_norm_interface")
+    v, g = step.dims("v"), step.dims("g")
+    for a, b in zip(v, g, strict=True):
+        if a and b:
+            step.unify(a, b)
+    for a, b in zip(v, g, strict=True):
+        if not b:
+            step.contract(a, step["v"])
+    step.zeros("any", step["v"], step["g"])
+    return v
+
+
+def _spatial(step: Step, count: int) -> Any:
+    source = step.tensors()[0]
+    dims = step.dims(source)
+    lead = len(dims) - count
+    step.freeze(dims[lead:], "positions of a map")
+    step.zeros("any", source)
+    value = step.value()
+    if isinstance(value, (tuple, list)):
+        return [dims[:lead] + step.fresh_frozen(v.shape[lead:], "positions of a map") for v in value]
+    return dims[:lead] + step.fresh_frozen(value.shape[lead:], "positions of a map")
+
+
+POOLS = ("max_pool", "avg_pool", "adaptive_avg_pool", "adaptive_max_pool", "upsample_nearest", "upsample_bilinear",
+         "upsample_bicubic", "upsample_linear", "upsample_trilinear", "_upsample_nearest_exact", "lp_pool",
+         "_adaptive_avg_pool", "_upsample_bilinear_aa", "_upsample_bicubic_aa", "upsample_nearest_exact")  # fmt: skip
+
+
+@rule(*(f"aten.{name}{n}d{tail}" for name in POOLS for n in (1, 2, 3)
+        for tail in ("", "_with_indices") if not tail or name == "max_pool"),
+      *(f"aten._upsample_{n}d_aa" for n in ("bilinear2", "bicubic2")))  # fmt: skip
+def pool(step: Step) -> Any:
+    """Windows over maps: channels are untouched."""
+    name = str(step.node.target).split(".")[1]
+    return _spatial(step, int(next(c for c in name if c.isdigit())))
+
+
+@rule("aten.grid_sampler", "aten.grid_sampler_2d")
+def grid_sample(step: Step) -> Any:
+    """Positions computed from a grid."""
+    step.freeze(step.dims("grid"), "sampled positions")
+    dims = step.dims("input")
+    step.freeze(dims[2:], "sampled positions")
+    step.same("input")
+    return dims[:2] + step.fresh_frozen(step.shape[2:], "sampled positions")
+
+
+@rule("aten.bincount", "aten.histc", "aten.nonzero", "aten.masked_select", "aten.unique", "aten.one_hot", "aten.searchsorted",
+      "aten.bucketize")  # fmt: skip
+def counted(step: Step) -> Any:
+    """Values decide about positions: everything stays whole."""
+    for node in step.tensors():
+        step.freeze(step.dims(node), f"{str(step.node.target).split('.')[1]} over it")
+    value = step.value()
+    if not isinstance(value, torch.Tensor):
+        return Unruled(str(step.node.target))
+    return step.fresh_frozen(value.shape, "counted")

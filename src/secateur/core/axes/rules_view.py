@@ -1,0 +1,267 @@
+"""Rules of operators that look at the same numbers in another shape, cut them or put them together."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from secateur.core.axes.atoms import Label
+from secateur.core.axes.layout import Extent
+from secateur.core.axes.rules import Dims, Step, Unruled, label_size, rule
+
+aten = torch.ops.aten
+
+
+@rule(
+    "aten.view", "aten.reshape", "aten._unsafe_view", "aten.flatten", "aten.unflatten", "aten.view_as",
+    "aten.reshape_as", "aten._reshape_alias", "aten.ravel",
+)  # fmt: skip
+def view(step: Step) -> Any:
+    """Row-major in other sizes: products open and close."""
+    if "view.dtype" in str(step.node.target):
+        return Unruled("aten.view.dtype")
+    flat: Label = tuple(atom for label in step.dims("self") for atom in label)
+    dims = tuple(step.regroup(flat, step.shape))
+    step.same()
+    step.record.alias = step["self"]
+    step.retarget(aten.reshape.default, step["self"], step.sizes(dims))
+    return dims
+
+
+@rule(
+    "aten.transpose", "aten.permute", "aten.t", "aten.numpy_T", "aten.mT", "aten.movedim", "aten.swapaxes",
+    "aten.swapdims", "aten.adjoint", "aten.transpose_", "aten.t_", "aten.moveaxis",
+)  # fmt: skip
+def permute(step: Step) -> Any:
+    """Dimensions in another order; the order is read off a small tensor, so every spelling is covered."""
+    source = step.dims("self")
+    ndim = len(source)
+    probe = torch.empty(tuple(range(2, ndim + 2)), device="meta")
+    rest = [v for k, v in step.args.items() if k != "self"]
+    moved = step.node.target(probe, *rest)  # type: ignore[operator]
+    step.same()
+    step.record.alias = step["self"]
+    return tuple(source[size - 2] for size in moved.shape)
+
+
+@rule("aten.unsqueeze", "aten.unsqueeze_")
+def unsqueeze(step: Step) -> Dims:
+    """One more dimension of size 1."""
+    dims = list(step.dims("self"))
+    dims.insert(step.axis(step["dim"], len(dims) + 1), ())
+    step.same()
+    step.record.alias = step["self"]
+    return tuple(dims)
+
+
+@rule("aten.squeeze", "aten.squeeze_")
+def squeeze(step: Step) -> Dims:
+    """Without dimensions of size 1; a pruned dimension that became 1 stays."""
+    source = step.dims("self")
+    dim = step["dim"]
+    chosen = range(len(source)) if dim is None else [dim] if isinstance(dim, int) else dim
+    gone = {step.axis(d, len(source)) for d in chosen}
+    dims = tuple(label for i, label in enumerate(source) if i not in gone or label)
+    step.same()
+    step.record.alias = step["self"]
+    step.retarget(aten.reshape.default, step["self"], step.sizes(dims))
+    return dims
+
+
+def _replace(dims: Dims, at: int, label: Label) -> Dims:
+    return (*dims[:at], label, *dims[at + 1 :])
+
+
+@rule("aten.slice", "aten.narrow")
+def slicing(step: Step) -> Dims:
+    """A run of a dimension cuts its axis in up to three segments; a stride is an inner axis."""
+    dims = step.dims("self")
+    at = step.axis(step["dim"] or 0, len(dims))
+    size = step.shape_of("self")[at]
+    start = step["start"] or 0
+    if "narrow" in str(step.node.target):
+        stop, stride = (start % size) + step["length"], 1
+        start %= size
+    else:
+        stop = size if step["end"] is None else step["end"]
+        stride = step["step"] or 1
+        start, stop, stride = slice(start, stop, stride).indices(size)
+    step.same()
+    step.record.alias = step["self"]
+    if start == 0 and stop >= size and stride == 1:
+        step.rewrite(end=2**62) if "narrow" not in str(step.node.target) else step.rewrite(
+            length=Extent((dims[at],))
+        )
+        return dims
+    if stride != 1:
+        return _strided(step, dims, at, start, stop, stride)
+    bounds = sorted({start, stop} - {0, size})
+    pieces = step.cut(dims[at], bounds)
+    before = pieces[0] if start else ()
+    inside = pieces[1] if start else pieces[0]
+    low = Extent((before,)) if start else 0
+    if "narrow" in str(step.node.target):
+        step.rewrite(start=low, length=Extent((inside,)))
+    else:
+        step.rewrite(start=low, end=Extent((before, inside) if start else (inside,)))
+    return _replace(dims, at, inside)
+
+
+def _strided(step: Step, dims: Dims, at: int, start: int, stop: int, stride: int) -> Dims:
+    """Every `stride`-th position: for a free axis the outer one of a product whose inner one is whole."""
+    label, size = dims[at], label_size(dims[at])
+    count = step.shape[at]
+    if not step.axes.frozen(label) and size % stride == 0 and count == size // stride:
+        outer, inner = step.regroup(label, (count, stride))
+        step.freeze([inner], "strided slice")
+        step.rewrite(end=2**62)
+        return _replace(dims, at, outer)
+    step.freeze([label], "strided slice")
+    return _replace(dims, at, step.fresh_frozen([count], "strided slice")[0])
+
+
+@rule("aten.select")
+def select(step: Step) -> Dims:
+    """One position: the axis has to keep its positions."""
+    dims = step.dims("self")
+    at = step.axis(step["dim"], len(dims))
+    step.freeze([dims[at]], "a single position is selected")
+    step.same()
+    step.record.alias = step["self"]
+    return dims[:at] + dims[at + 1 :]
+
+
+@rule("aten.unbind")
+def unbind(step: Step) -> list[Dims]:
+    """All positions, one tensor each."""
+    dims = step.dims("self")
+    at = step.axis(step["dim"] or 0, len(dims))
+    step.freeze([dims[at]], "single positions are taken apart")
+    step.same()
+    step.record.alias = step["self"]
+    return [dims[:at] + dims[at + 1 :]] * len(step.value())
+
+
+@rule(
+    "aten.split", "aten.split_with_sizes", "aten.chunk", "aten.tensor_split", "aten.unsafe_split", "aten.unsafe_chunk",
+    "aten.unsafe_split_with_sizes",
+)  # fmt: skip
+def split(step: Step) -> list[Dims]:
+    """Segments of a sum; the program splits by the segments' own widths."""
+    dims = step.dims("self")
+    at = step.axis(step["dim"] or 0, len(dims))
+    sizes = [int(value.shape[at]) for value in step.value()]
+    bounds = [sum(sizes[:i]) for i in range(1, len(sizes))]
+    pieces = step.cut(dims[at], bounds)
+    step.same()
+    step.record.alias = step["self"]
+    widths = [Extent((piece,)) for piece in pieces]
+    step.retarget(aten.split_with_sizes.default, step["self"], widths, at)
+    return [_replace(dims, at, piece) for piece in pieces]
+
+
+@rule("aten.cat", "aten.concat", "aten.concatenate")
+def cat(step: Step) -> Dims:
+    """One after the other: a sum."""
+    nodes = list(step["tensors"])
+    at = step.axis(step["dim"] or 0, len(step.shape))
+    many = [step.dims(node) for node in nodes]
+    dims = step.broadcast([_replace(dims, at, ()) for dims in many])
+    step.zeros("pieces", *nodes)
+    return _replace(dims, at, step.axes.join([dims[at] for dims in many]))
+
+
+@rule("aten.stack")
+def stack(step: Step) -> Dims:
+    """A new dimension of positions."""
+    nodes = list(step["tensors"])
+    dims = step.broadcast([step.dims(node) for node in nodes])
+    at = step.axis(step["dim"] or 0, len(dims) + 1)
+    new = step.fresh_frozen([len(nodes)], "tensors are stacked")[0]
+    step.zeros("all", *nodes)
+    return (*dims[:at], new, *dims[at:])
+
+
+@rule("aten.flip", "aten.roll", "aten.rot90")
+def moved(step: Step) -> Any:
+    """Positions change places."""
+    dims = step.dims("self")
+    chosen = step["dims"]
+    if "rot90" in str(step.node.target):
+        return Unruled("aten.rot90")
+    touched = [dims[step.axis(d, len(dims))] for d in chosen] if chosen else list(dims)
+    step.freeze(touched, "positions change places")
+    step.same()
+    return dims
+
+
+@rule("aten.pad", "aten.constant_pad_nd", "aten.reflection_pad1d", "aten.reflection_pad2d", "aten.replication_pad1d",
+      "aten.replication_pad2d")  # fmt: skip
+def pad(step: Step) -> Dims:
+    """A dimension grows by constants on either side."""
+    dims = list(step.dims("self"))
+    shape, widths = step.shape, list(step["pad"] if step["pad"] is not None else step["padding"])
+    constant = (step.args.get("mode") or "constant") == "constant" and "_pad1" not in str(step.node.target)
+    constant = constant and "_pad2" not in str(step.node.target)
+    value = step.args.get("value") or 0
+    for i in range(len(widths) // 2):
+        low, high = widths[2 * i], widths[2 * i + 1]
+        at = len(dims) - 1 - i
+        if not (low or high):
+            continue
+        if low < 0 or high < 0 or not constant:
+            step.freeze([dims[at]], "padded")
+            dims[at] = step.fresh_frozen([shape[at]], "padded")[0]
+            continue
+        around = [step.axes.label(width, step.reason("padding")) for width in (low, high)]
+        pieces = ([around[0]] if low else []) + [dims[at]] + ([around[1]] if high else [])
+        dims[at] = step.axes.join(pieces)
+    if value == 0:
+        step.same()
+    return tuple(dims)
+
+
+@rule("aten.pixel_shuffle")
+def pixel_shuffle(step: Step) -> Dims:
+    """C·r·r channels become C channels and r times larger maps."""
+    dims, r = step.dims("self"), step["upscale_factor"]
+    channels = step.shape[-3]
+    outer, *inner = step.regroup(dims[-3], (channels, r, r))
+    step.freeze([*inner, *dims[-2:]], "channels become pixels")
+    step.same()
+    return (*dims[:-3], outer, *step.fresh_frozen(step.shape[-2:], "pixels"))
+
+
+@rule("aten.pixel_unshuffle")
+def pixel_unshuffle(step: Step) -> Dims:
+    """Pixels become channels."""
+    dims, r = step.dims("self"), step["downscale_factor"]
+    step.freeze(dims[-2:], "pixels become channels")
+    inner = step.fresh_frozen([r, r], "pixels become channels")
+    step.same()
+    return (*dims[:-3], dims[-3] + inner[0] + inner[1], *step.fresh_frozen(step.shape[-2:], "pixels"))
+
+
+@rule("aten.channel_shuffle", "aten.native_channel_shuffle")
+def channel_shuffle(step: Step) -> Dims:
+    """(groups, c) becomes (c, groups)."""
+    dims, groups = step.dims("self"), step["groups"]
+    a, b = step.regroup(dims[1], (groups, step.shape[1] // groups))
+    step.same()
+    step.rewrite(groups=Extent((a,)))
+    return (dims[0], b + a, *dims[2:])
+
+
+@rule("aten.diagonal", "aten.unfold", "aten.as_strided")
+def positions(step: Step) -> Any:
+    """Windows and diagonals are about positions of the dimensions they name."""
+    name = str(step.node.target)
+    if "unfold" not in name:
+        return Unruled(name)
+    dims = step.dims("self")
+    at = step.axis(step["dimension"], len(dims))
+    step.freeze([dims[at]], "windows of positions")
+    new = step.fresh_frozen([step.shape[at], step["size"]], "windows of positions")
+    step.same()
+    return (*_replace(dims, at, new[0]), new[1])

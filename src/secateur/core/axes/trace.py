@@ -1,0 +1,144 @@
+"""From a model and an example to a labelled graph: torch.export, non-strict, before decomposition."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.utils import _pytree as pytree
+
+from secateur.core.axes import rules_contract, rules_index, rules_pointwise, rules_reduce, rules_view
+from secateur.core.axes.atoms import Reason
+from secateur.core.axes.rules import Trace
+from secateur.errors import UsageError
+
+__all__ = ["attribute", "export", "label_graph", "select_output", "tied"]
+
+_ = (rules_contract, rules_index, rules_pointwise, rules_reduce, rules_view)  # importing registers the rules
+
+
+@contextmanager
+def evaluating(model: nn.Module):  # noqa: ANN201
+    """Every submodule in eval mode, and back to its own mode afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def export(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> fx.GraphModule:
+    """The model's computation on the example as a graph over ATen operators; no number is computed.
+
+    Raises:
+        UsageError: the model cannot be exported, with the tracer's own words.
+    """
+    try:
+        with torch.no_grad(), evaluating(model), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            program = torch.export.export(model, tuple(args), dict(kwargs), strict=False)
+            return program.module(check_guards=False)  # type: ignore[return-value]
+    except Exception as error:
+        words = str(error).strip().split("\n")[0][:300] or type(error).__name__
+        raise UsageError(
+            f"{type(model).__name__}: torch.export cannot trace the forward with this example: {words}. "
+            "Expected a forward without control flow that depends on tensor values, and outputs that are tensors. "
+            "For a transformer pass use_cache=False; otherwise analyse the submodules one by one."
+        ) from error
+
+
+def select_output(module: fx.GraphModule, output: str | Callable[[Any], Any] | None) -> None:
+    """Let the graph return only a part of the model's output: a key of it, or what a function picks.
+
+    Raises:
+        UsageError: the output has no such key.
+    """
+    if output is None:
+        return
+    node = module.graph.output_node()
+    info = module.graph._codegen.pytree_info  # type: ignore[attr-defined]
+    whole = pytree.tree_unflatten(list(node.args[0]), info.out_spec)
+    if isinstance(output, str):
+        try:
+            picked = whole[output] if isinstance(whole, Mapping) else getattr(whole, output)
+        except (KeyError, AttributeError):
+            known = ", ".join(map(str, whole)) if isinstance(whole, Mapping) else type(whole).__name__
+            raise UsageError(f"output {output!r} is not in the model's output; it has: {known}.") from None
+    else:
+        picked = output(whole)
+    flat, spec = pytree.tree_flatten(picked)
+    if not flat or not all(isinstance(leaf, fx.Node) for leaf in flat):
+        raise UsageError(f"output={output!r} picks no tensor of the model's output.")
+    node.args = (tuple(flat),)
+    module.graph._codegen.pytree_info = info._replace(out_spec=spec)  # type: ignore[attr-defined]
+    module.recompile()
+
+
+def attribute(module: nn.Module, target: str) -> Any:
+    """The attribute a get_attr node names."""
+    value: Any = module
+    for part in target.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def tied(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    """Every parameter's and buffer's name -> all names of the same tensor, the first one first."""
+    groups: dict[Any, list[str]] = {}
+    pairs = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    for name, tensor in pairs:
+        groups.setdefault(_identity(tensor), []).append(name)
+    return {name: tuple(names) for names in groups.values() for name in names}
+
+
+def _identity(tensor: torch.Tensor) -> Any:
+    try:
+        storage = tensor.untyped_storage()._cdata
+    except NotImplementedError:
+        return id(tensor)
+    return storage, tensor.storage_offset(), tuple(tensor.shape), tuple(tensor.stride())
+
+
+def label_graph(module: fx.GraphModule, model: nn.Module) -> tuple[Trace, dict[str, fx.Node]]:
+    """Visit every node; the trace, and for each parameter or buffer name the node that holds its labels."""
+    trace = Trace()
+    ties, shared = tied(model), {}
+    holders: dict[str, fx.Node] = {}
+    for node in module.graph.nodes:
+        if node.op == "get_attr":
+            value = attribute(module, str(node.target))
+            if isinstance(value, torch.Tensor):
+                names = ties.get(str(node.target), (str(node.target),))
+                node.meta["val"] = value
+                trace.dims[node] = shared.setdefault(names[0], _attribute_dims(trace, node, value, ties))
+                if str(node.target) in ties and (node.users or names[0] not in holders):
+                    holders[names[0]] = node
+        elif node.op == "placeholder":
+            value = node.meta.get("val")
+            if isinstance(value, torch.Tensor):
+                why = Reason("an input of the model", "input", str(node.target))
+                trace.dims[node] = tuple(trace.axes.label(int(size), why) for size in value.shape)
+        elif node.op == "call_function":
+            trace.visit(node)
+        elif node.op == "output":
+            for result in pytree.tree_leaves(node.args):
+                if isinstance(result, fx.Node):
+                    why = Reason("an output of the model", "output", result.name)
+                    for label in trace.dims.get(result) or ():
+                        trace.axes.freeze(label, why)
+    return trace, {name: node for name, node in holders.items() if node.users}
+
+
+def _attribute_dims(trace: Trace, node: fx.Node, value: torch.Tensor, ties: dict[str, tuple[str, ...]]) -> Any:
+    why = None
+    if not value.is_floating_point():
+        why = Reason("a table of positions", "constant", str(node.target))
+    elif str(node.target) not in ties:
+        why = Reason("a constant made in the forward", "constant", str(node.target))
+    return tuple(trace.axes.label(int(size), why) for size in value.shape)

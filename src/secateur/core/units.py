@@ -1,0 +1,300 @@
+"""Units: which slices of which tensors live and die together, found in the model's own computation.
+
+`analyse` exports the model on one example, follows every dimension through every operator and returns the
+axes that can be pruned, at the granularity the computation itself asks for: heads also inside fused
+projections, rotary pairs, key/value groups, feed-forward units, channels, the residual width. Nothing is
+declared per architecture. Axes that cannot be pruned come with the operator that says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, fx, nn
+
+from secateur.core.axes.atoms import Atom, Label, Reason
+from secateur.core.axes.layout import index_map, positions
+from secateur.core.axes.program import masked_module, narrow_module
+from secateur.core.axes.rules import Trace
+from secateur.core.axes.trace import export, label_graph, select_output, tied
+from secateur.core.axes.words import kind_of, words_for
+from secateur.core.axes.zeros import check_zeros
+from secateur.errors import UsageError, nearest
+
+__all__ = ["Analysis", "Frozen", "Member", "Units", "analyse", "masked_program", "pruned_program"]
+
+
+@dataclass(frozen=True, eq=False)
+class Member:
+    """A dimension of a parameter or buffer that carries the units.
+
+    Attributes:
+        name: The tensor's first name in the model.
+        dim: Its dimension.
+        aliases: Other names of the same tensor (tied weights).
+        is_parameter: False for a buffer.
+    """
+
+    name: str
+    dim: int
+    aliases: tuple[str, ...]
+    is_parameter: bool
+    label: Label = field(repr=False)
+    leaf: Atom = field(repr=False)
+    trace: Trace = field(repr=False)
+
+    @cached_property
+    def indices(self) -> Int[Tensor, "units width"]:
+        """Row u: the indices along `dim` that go when unit u goes."""
+        return index_map(self.trace.axes, self.label, self.leaf)
+
+
+@dataclass(frozen=True, eq=False)
+class Units:
+    """One prunable axis: `size` units, each a set of slices that are removed together.
+
+    Attributes:
+        name: In words, unique within an analysis.
+        kind: head, query head, KV group, qk dimension, rotary pair, v dimension, feed-forward unit,
+            expert feed-forward, hidden, channel or other.
+        size: Number of units.
+        members: The tensors' dimensions that carry them.
+        exact: Whether removing equals masking; False where a norm or mean is taken over the axis.
+        reason: Why it is not exact.
+        constants: Operators that make constants along the axis in the forward; the pruned program selects the
+            kept positions of those, a module has to do the same.
+    """
+
+    name: str
+    kind: str
+    size: int
+    members: tuple[Member, ...]
+    exact: bool
+    reason: str
+    constants: tuple[str, ...]
+    leaf: Atom = field(repr=False)
+
+    @property
+    def width(self) -> int:
+        """Largest number of indices one unit has along one tensor."""
+        return max(member.indices.shape[1] for member in self.members)
+
+
+@dataclass(frozen=True, eq=False)
+class Frozen:
+    """Dimensions that keep their size, and why.
+
+    Attributes:
+        reason: What was found, with the operator and module.
+        members: (tensor name, dimension) pairs.
+    """
+
+    reason: Reason
+    members: tuple[tuple[str, int], ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Analysis:
+    """What `analyse` found.
+
+    Attributes:
+        units: The prunable axes.
+        frozen: The others that parameters carry, by reason.
+        unruled: Operators without a rule -> the module where each was met first.
+        unused: Parameters the example never touches.
+        program: The exported graph, callable like the model.
+        trace: Labels and records of the graph's nodes.
+    """
+
+    units: tuple[Units, ...]
+    frozen: tuple[Frozen, ...]
+    unruled: Mapping[str, str]
+    unused: tuple[str, ...]
+    program: fx.GraphModule
+    trace: Trace = field(repr=False)
+
+    def __getitem__(self, name: str) -> Units:
+        """The axis of that name."""
+        for units in self.units:
+            if units.name == name:
+                return units
+        known = [units.name for units in self.units]
+        raise UsageError(f"{name!r} is none of the {len(known)} prunable axes; {nearest(name, known)}.")
+
+    def kept_indices(self, keep: Mapping[str, Iterable[int]]) -> dict[str, tuple[Tensor | None, ...]]:
+        """For every tensor that loses something: the kept indices of each dimension, None where all stay."""
+        leaves = _leaves(self, keep)
+        out: dict[str, tuple[Tensor | None, ...]] = {}
+        for node, names in self._tensors.items():
+            index = tuple(positions(self.trace.axes, label, leaves) for label in self.trace.dims[node])
+            if any(i is not None for i in index):
+                out.update(dict.fromkeys(names, index))
+        return out
+
+    _tensors: Mapping[fx.Node, tuple[str, ...]] = field(default_factory=dict, repr=False)
+
+
+def analyse(
+    model: nn.Module,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    output: str | Callable[[Any], Any] | None = None,
+) -> Analysis:
+    """The prunable axes of a model, from one example of its inputs.
+
+    Args:
+        model: Any module torch.export can trace; on the meta device it costs no memory.
+        args: Positional inputs, as for `model(*args, **kwargs)`. Batch and sequence lengths different from the
+            model's widths are not needed, but widths of 1 hide broadcasts: use a batch of at least 2.
+        kwargs: Keyword inputs.
+        output: Which part of the output has to stay: a key such as "logits", or a function of the output. By
+            default all of it, so a model that also returns hidden states cannot lose hidden width.
+
+    Returns:
+        Units, frozen axes, and the exported graph.
+
+    Raises:
+        UsageError: the model cannot be exported, or `output` picks nothing.
+
+    Cost:
+        The export (seconds), and milliseconds for each of the graph's nodes; no tensor is computed.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> mlp = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> [(units.name, units.size) for units in analyse(mlp, (torch.zeros(4, 3),)).units]
+        [('feed-forward units of 0, 2', 8)]
+    """
+    module = export(model, tuple(args), kwargs or {})
+    select_output(module, output)
+    trace, holders = label_graph(module, model)
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    check_zeros(trace, {node for name, node in _holding(module, trace) if name in parameters})
+    ties = tied(model)
+    units, frozen = _collect(trace, holders, ties, parameters, module)
+    unused = tuple(name for name in dict.fromkeys(ties[n][0] for n in parameters if n in ties) if name not in holders)
+    tensors = {node: ties[name] for name, node in holders.items()}
+    return Analysis(units, frozen, trace.unruled, unused, module, trace, tensors)
+
+
+def _holding(module: fx.GraphModule, trace: Trace) -> list[tuple[str, fx.Node]]:
+    return [(str(n.target), n) for n in module.graph.nodes if n.op == "get_attr" and n in trace.dims]
+
+
+def _collect(
+    trace: Trace, holders: Mapping[str, fx.Node], ties: Mapping[str, tuple[str, ...]], parameters: set[str],
+    module: fx.GraphModule,
+) -> tuple[tuple[Units, ...], tuple[Frozen, ...]]:  # fmt: skip
+    members: dict[Atom, list[Member]] = {}
+    reasons: dict[Reason, list[tuple[str, int]]] = {}
+    for name, node in holders.items():
+        for dim, label in enumerate(trace.dims[node]):
+            for leaf in dict.fromkeys(trace.axes.leaves(label)):
+                if leaf.reason is None:
+                    member = Member(name, dim, ties[name][1:], name in parameters, label, leaf, trace)
+                    members.setdefault(leaf, []).append(member)
+                elif (name, dim) not in reasons.setdefault(leaf.reason, []):
+                    reasons[leaf.reason].append((name, dim))
+    live, approximate, constants = _facts(trace, module)
+    units: list[Units] = []
+    taken: dict[str, int] = {}
+    for leaf, mine in members.items():
+        if leaf not in live or leaf.size < 2 or not any(member.is_parameter for member in mine):
+            text = "the example never touches these positions" if leaf not in live else "no parameter carries it"
+            reasons.setdefault(Reason(text), []).extend((member.name, member.dim) for member in mine)
+            continue
+        kind = kind_of(trace, leaf, mine, module)
+        name = words_for(kind, [member.name for member in mine])
+        taken[name] = taken.get(name, 0) + 1
+        name += f" ({taken[name]})" if taken[name] > 1 else ""
+        why = "; ".join(approximate.get(leaf, ()))
+        made = tuple(constants.get(leaf, ()))
+        units.append(Units(name, kind, leaf.size, tuple(mine), not why, why, made, leaf))
+    frozen = tuple(Frozen(reason, tuple(where)) for reason, where in reasons.items())
+    return tuple(units), frozen
+
+
+def _facts(
+    trace: Trace, module: fx.GraphModule
+) -> tuple[set[Atom], dict[Atom, dict[str, None]], dict[Atom, dict[str, None]]]:
+    """Leaves that reach a computed tensor; those a statistic is over; those constants are made along."""
+    from secateur.core.axes.rules import Step, operator
+
+    live: set[Atom] = set()
+    approximate: dict[Atom, dict[str, None]] = {}
+    constants: dict[Atom, dict[str, None]] = {}
+    for node, record in trace.records.items():
+        where = None
+        for label, what in record.survivors:
+            for leaf in trace.axes.leaves(label):
+                where = where or Step(trace, node).module
+                approximate.setdefault(leaf, {})[what] = None
+        for dims in Step.each(trace.dims[node]):
+            for label in dims:
+                for leaf in trace.axes.leaves(label):
+                    live.add(leaf)
+                    if record.gathered:
+                        constants.setdefault(leaf, {})[f"{operator(node)} at {Step(trace, node).module}"] = None
+    return live, approximate, constants
+
+
+def _leaves(analysis: Analysis, keep: Mapping[str, Iterable[int]]) -> dict[Atom, Tensor]:
+    out: dict[Atom, Tensor] = {}
+    for name, kept in keep.items():
+        units = analysis[name]
+        index = torch.as_tensor(list(kept) if not isinstance(kept, Tensor) else kept, dtype=torch.long).flatten()
+        index = index.cpu().sort().values
+        if index.numel() == 0:
+            raise UsageError(f"{name}: no unit is left of {units.size}; keep at least one.")
+        if index[0] < 0 or index[-1] >= units.size:
+            raise UsageError(f"{name}: kept units run from {index[0]} to {index[-1]}, expected 0 to {units.size - 1}.")
+        if (index[1:] == index[:-1]).any():
+            raise UsageError(f"{name}: a unit is kept twice; give every index once.")
+        if index.numel() < units.size:
+            out[units.leaf] = index
+    return out
+
+
+def pruned_program(analysis: Analysis, keep: Mapping[str, Iterable[int]]) -> fx.GraphModule:
+    """The model's computation with only the kept units: smaller tensors, the same operators.
+
+    Args:
+        analysis: From `analyse`.
+        keep: Axis name -> units that stay; axes left out stay whole.
+
+    Returns:
+        A module called like the model, in eval mode, with the model's own parameter names. Shapes of batch and
+        sequence are those of the example.
+
+    Raises:
+        UsageError: an unknown axis, an index out of range or given twice, or nothing left.
+
+    Cost:
+        Memory for the narrower tensors; the others are shared with the model.
+    """
+    return narrow_module(analysis.program, analysis.trace, _leaves(analysis, keep))
+
+
+def masked_program(analysis: Analysis, keep: Mapping[str, Iterable[int]]) -> fx.GraphModule:
+    """The whole model with zeros in the parameters of removed units, and norms over the survivors.
+
+    What `pruned_program` has to equal. On axes that are exact it is the eager model with zeroed parameters.
+
+    Args:
+        analysis: From `analyse`.
+        keep: As for `pruned_program`.
+
+    Returns:
+        A module called like the model, in eval mode.
+
+    Raises:
+        UsageError: as for `pruned_program`.
+    """
+    return masked_module(analysis.program, analysis.trace, _leaves(analysis, keep))
