@@ -1,3 +1,74 @@
-"""Prune a neural network and keep the gain."""
+"""Prune a neural network and keep the gain.
+
+The names below are loaded when they are first used, so that `secateur --help` need not wait for torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+# public name -> the module that defines it
+_HOME = {
+    "Blocks": "secateur.pattern",
+    "Columns": "secateur.pattern",
+    "Masks": "secateur.core.masks",
+    "Measurement": "secateur.evaluate",
+    "NM": "secateur.pattern",
+    "Percentile": "secateur.allocate",
+    "Plan": "secateur.prune",
+    "Recipe": "secateur.recipes",
+    "Rows": "secateur.pattern",
+    "Threshold": "secateur.allocate",
+    "Weights": "secateur.pattern",
+    "activation": "secateur.recipes",
+    "global_magnitude": "secateur.recipes",
+    "globally": "secateur.allocate",
+    "magnitude": "secateur.recipes",
+    "per_layer": "secateur.allocate",
+    "per_row": "secateur.allocate",
+    "percentile": "secateur.recipes",
+    "plan": "secateur.prune",
+    "prune_": "secateur.prune",
+    "random": "secateur.recipes",
+    "ria": "secateur.recipes",
+    "sparsity": "secateur.core.counts",
+    "threshold": "secateur.recipes",
+    "undo_": "secateur.core.masks",
+    "wanda": "secateur.recipes",
+    "wanda_l1": "secateur.recipes",
+}
+
+__all__ = sorted([*_HOME, "__version__"])
+
+if TYPE_CHECKING:
+    from secateur.allocate import Percentile, Threshold, globally, per_layer, per_row
+    from secateur.core.counts import sparsity
+    from secateur.core.masks import Masks, undo_
+    from secateur.evaluate import Measurement
+    from secateur.pattern import NM, Blocks, Columns, Rows, Weights
+    from secateur.prune import Plan, plan, prune_
+    from secateur.recipes import (
+        Recipe,
+        activation,
+        global_magnitude,
+        magnitude,
+        percentile,
+        random,
+        ria,
+        threshold,
+        wanda,
+        wanda_l1,
+    )
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'secateur' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -9,7 +9,15 @@ from __future__ import annotations
 from collections.abc import Iterable
 from difflib import get_close_matches
 
-__all__ = ["FolderInUseError", "InputError", "NumericError", "ResourceError", "SecateurError", "UsageError", "nearest"]
+__all__ = [
+    "FolderInUseError",
+    "InputError",
+    "NumericError",
+    "ResourceError",
+    "SecateurError",
+    "UsageError",
+    "nearest",
+]
 
 
 class SecateurError(Exception):

@@ -1,0 +1,263 @@
+"""What calibration data says about the inputs of each layer: running sums, gathered by name in one pass.
+
+The parameter names of a score say which statistics it needs. Every statistic is a sum over real tokens
+(padding left out) in float64, so it does not depend on how the data are batched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from secateur.core.matrix import Layout
+from secateur.errors import NumericError, UsageError
+
+__all__ = ["STATISTICS", "LayerLike", "evaluating", "forward", "gather"]
+
+
+@runtime_checkable
+class LayerLike(Protocol):
+    """What `gather` needs to know of a layer."""
+
+    @property
+    def name(self) -> str: ...  # noqa: D102
+    @property
+    def module(self) -> nn.Module: ...  # noqa: D102
+    @property
+    def layout(self) -> Layout: ...  # noqa: D102
+
+
+def _squares(rows: Tensor) -> Tensor:
+    return rows.square().sum(0, dtype=torch.float64)
+
+
+def _magnitudes(rows: Tensor) -> Tensor:
+    return rows.abs().sum(0, dtype=torch.float64)
+
+
+# name -> (what a batch of rows (token, in) adds to the sum, how the sum and the number of tokens become the value)
+STATISTICS: Mapping[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, int], Tensor]]] = {
+    # l2 norm of each input column over all tokens: Wanda's ||X_j||_2
+    "input_norm": (_squares, lambda total, tokens: total.sqrt()),
+    # l1 norm of each input column over all tokens
+    "input_norm_l1": (_magnitudes, lambda total, tokens: total),
+    # mean |x_j|: how strongly the neuron that feeds this column is active
+    "input_activation": (_magnitudes, lambda total, tokens: total / tokens),
+}
+
+
+class _Sums:
+    """The running sums of one layer, one row of sums a part."""
+
+    def __init__(self, names: Sequence[str], layout: Layout):
+        self.names = names
+        self.totals = {
+            name: torch.zeros(layout.shape[0], layout.shape[2], dtype=torch.float64) for name in names
+        }
+        self.tokens = [0] * layout.shape[0]
+
+    def add(self, layer: str, rows_of_parts: list[Tensor]) -> None:
+        for part, rows in enumerate(rows_of_parts):
+            self.tokens[part] += rows.shape[0]
+            for name in self.names:
+                added = STATISTICS[name][0](rows.float())
+                if not bool(added.isfinite().all()):
+                    raise NumericError(
+                        f"{layer}: NaN or Inf among its input activations; look at the data and at the layers before it"
+                    )
+                self.totals[name][part] += added.cpu()
+
+    def values(self) -> dict[str, Float[Tensor, "part in"]]:
+        finish = {name: STATISTICS[name][1] for name in self.names}
+        return {
+            name: torch.stack(
+                [finish[name](row, max(1, n)) for row, n in zip(total, self.tokens, strict=True)]
+            ).float()
+            for name, total in self.totals.items()
+        }
+
+
+def gather(
+    model: nn.Module, layers: Sequence[LayerLike], names: Sequence[str], data: Iterable[Any]
+) -> dict[str, dict[str, Float[Tensor, "part in"]]]:
+    """Run `data` through the model once and return the named statistics of every layer's input.
+
+    Args:
+        layers: layers to watch.
+        names: keys of `STATISTICS`.
+        data: batches: a tensor of inputs, a mapping of keyword arguments (labels are left out), or a
+            sequence whose first element is the input. `attention_mask` and `decoder_attention_mask`
+            say which tokens are padding; padding is not counted.
+
+    Returns:
+        Layer name -> statistic name -> `(part, in)`, float32.
+
+    Raises:
+        UsageError: no data; a layer that the data never reach; padding that cannot be told apart.
+        NumericError: NaN or Inf in a layer's input.
+
+    Cost: one forward pass of the whole model; memory for one row of sums a layer. The model's mode,
+        gradients and random state stay as they are.
+    """
+    sums = {layer.name: _Sums(names, layer.layout) for layer in layers}
+    with ExitStack() as stack:
+        stack.enter_context(evaluating(model))
+        padding = _Padding(model, stack)
+        for layer in layers:
+            _watch(layer, padding, sums[layer.name], stack)
+        batches = 0
+        for batch in data:
+            batches += 1
+            padding.look_at(batch)
+            forward(model, batch)
+    if batches == 0:
+        raise UsageError("data holds no batch; calibration needs at least one")
+    for layer in layers:
+        if not any(sums[layer.name].tokens):
+            raise UsageError(
+                f"{layer.name}: no calibration token reached this layer. Skip it with "
+                f'skip="{layer.name}", or give data that use it'
+            )
+    return {name: total.values() for name, total in sums.items()}
+
+
+def _watch(layer: LayerLike, padding: _Padding, sums: _Sums, stack: ExitStack) -> None:
+    """Call `sums.add` whenever the layer's module runs, until the stack closes."""
+    rows = layer.layout.rows
+    if rows is None:
+        raise UsageError(
+            f"{layer.name}: an embedding has no input activations; use a score without data or skip it"
+        )
+
+    def see(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        inputs = args[0] if args else next(iter(kwargs.values()))
+        sums.add(layer.name, rows(args, kwargs, padding.real(layer, inputs)))
+
+    if type(layer.module) is nn.modules.linear.NonDynamicallyQuantizableLinear:
+        stack.enter_context(_seen_as_function(layer, padding, sums))
+        return
+    handle = layer.module.register_forward_pre_hook(see, with_kwargs=True)
+    stack.callback(handle.remove)
+
+
+@contextmanager
+def _seen_as_function(layer: LayerLike, padding: _Padding, sums: _Sums) -> Iterator[None]:
+    """Watch `out_proj` of `nn.MultiheadAttention`: never called, its weight is handed to `F.linear`.
+
+    Its input there is `(time * batch, feature)`, time-major whatever `batch_first` says.
+    """
+    plain = F.linear
+
+    def linear(inputs: Tensor, weight: Tensor, *rest: Any, **named: Any) -> Tensor:
+        if weight is layer.module.weight:
+            real = padding.real(layer, inputs)
+            sums.add(layer.name, [inputs if real is None else inputs[real.t().reshape(-1)]])
+        return plain(inputs, weight, *rest, **named)
+
+    F.linear = linear
+    try:
+        yield
+    finally:
+        F.linear = plain
+
+
+class _Padding:
+    """Which tokens of the current batch are real, for inputs of any leading shape.
+
+    In an encoder-decoder two masks exist. A layer inside the encoder reads the source; a layer of the
+    decoder reads the target unless its input is the encoder's very output (keys and values of
+    cross-attention).
+    """
+
+    def __init__(self, model: nn.Module, stack: ExitStack):
+        self.source: Tensor | None = None
+        self.target: Tensor | None = None
+        self.encoder: set[int] = set()
+        self.encoded = -1  # address of the encoder's output in this batch
+        # nn.Transformer's default order is (time, batch, feature)
+        self.time_first = any(
+            isinstance(m, nn.MultiheadAttention) and not m.batch_first for m in model.modules()
+        )
+        if getattr(getattr(model, "config", None), "is_encoder_decoder", False) and hasattr(
+            model, "get_encoder"
+        ):
+            encoder: nn.Module = model.get_encoder()  # type: ignore[operator]
+            self.encoder = {id(module) for module in encoder.modules()}
+            stack.callback(encoder.register_forward_hook(self._remember).remove)
+
+    def _remember(self, module: nn.Module, args: tuple, output: Any) -> None:
+        self.encoded = (output if isinstance(output, Tensor) else output[0]).data_ptr()
+
+    def look_at(self, batch: Any) -> None:
+        """Take the masks out of a new batch; a mask without padding needs no care."""
+        given = batch if isinstance(batch, Mapping) else {}
+        hidden = given.get("src_key_padding_mask")  # nn.Transformer marks padding, not tokens
+        self.source = _padded(~hidden.bool() if hidden is not None else given.get("attention_mask"))
+        self.target = _padded(given.get("decoder_attention_mask")) if self.encoder else self.source
+
+    def real(self, layer: LayerLike, inputs: Tensor) -> Tensor | None:
+        """The boolean mask over the leading positions of `inputs`; None when all of them are real."""
+        reads_source = id(layer.module) in self.encoder or inputs.data_ptr() == self.encoded
+        mask = self.source if reads_source else self.target
+        if mask is None:
+            return None
+        if isinstance(layer.module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+            inputs = inputs.movedim(1, -1)
+        lead = inputs.shape[:-1]
+        if self.time_first and lead == mask.shape[::-1]:
+            return mask.t().to(inputs.device)
+        if lead == mask.shape or (len(lead) == 1 and lead[0] == mask.numel()):
+            return mask.to(inputs.device)
+        if len(lead) == 1 and lead[0] == mask.shape[0]:  # one pooled vector a sequence
+            return None
+        raise UsageError(
+            f"{layer.name}: its input has shape {tuple(inputs.shape)}, the attention mask {tuple(mask.shape)}; which "
+            "positions are padding cannot be told. Give calibration batches without padding, or skip this layer"
+        )
+
+
+def _padded(mask: Tensor | None) -> Tensor | None:
+    """The mask as booleans, or None where nothing is padding."""
+    if mask is None or mask.dim() != 2 or bool(mask.bool().all()):
+        return None
+    return mask.bool()
+
+
+def forward(model: nn.Module, batch: Any) -> Any:
+    """Call the model on one batch: a tensor, a mapping of keywords, or `(inputs, ...)`; on the model's device."""
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    if isinstance(batch, Mapping):
+        inputs = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items() if k != "labels"}
+        return model(**inputs)
+    first = batch[0] if isinstance(batch, tuple | list) else batch
+    if not isinstance(first, Tensor):
+        raise UsageError(
+            f"a batch is a tensor, a mapping of keyword arguments or (inputs, ...); got {type(batch).__name__}"
+        )
+    return model(first.to(device))
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[nn.Module]:
+    """Evaluation mode without gradients; every module's own mode is put back afterwards.
+
+    The fused attention path of `nn.TransformerEncoderLayer` is switched off, because it hides the inputs of
+    its layers.
+    """
+    modes = {module: module.training for module in model.modules()}
+    fused = torch.backends.mha.get_fastpath_enabled()
+    model.eval()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch.no_grad():
+            yield model
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
+        for module, mode in modes.items():
+            module.training = mode

@@ -1,0 +1,303 @@
+"""prune_: the one loop that joins score, pattern and allocator; plan: what it would do."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from secateur.core.masks import Masks, check_fits
+from secateur.core.select import Candidates, smallest
+from secateur.core.statistics import STATISTICS, gather
+from secateur.core.where import Layer, Only, select
+from secateur.errors import NumericError, UsageError, nearest
+from secateur.recipes import Recipe, magnitude
+
+__all__ = ["Plan", "plan", "prune_"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a call of `prune_` would do, found without looking at a score.
+
+    Attributes:
+        layers: the layers that would be pruned.
+        left_out: layers that would not, each with the reason.
+        keep: weights kept in all layers together; None when the allocator decides (a threshold).
+        statistics: what the calibration data must say about each layer's input.
+    """
+
+    recipe: Recipe
+    layers: tuple[Layer, ...]
+    left_out: tuple[tuple[Layer, str], ...]
+    keep: int | None
+    statistics: tuple[str, ...]
+
+    @property
+    def size(self) -> int:
+        """Weights in all layers that would be pruned."""
+        return sum(layer.size for layer in self.layers)
+
+    @property
+    def sparsity(self) -> float | None:
+        """The zeros asked for, as a fraction of `size`; None when the allocator decides."""
+        return None if self.keep is None else 1 - self.keep / self.size
+
+    def __str__(self) -> str:
+        target = (
+            "as much as the threshold says" if self.sparsity is None else f"to sparsity {self.sparsity:.4f}"
+        )
+        return f"{self.recipe}: {len(self.layers)} layers with {self.size:,} weights {target}"
+
+
+def plan(
+    model: nn.Module,
+    sparsity: float | None = None,
+    recipe: Recipe = magnitude,
+    *,
+    nonzero: int | None = None,
+    only: Only = None,
+    skip: Only = None,
+) -> Plan:
+    """Resolve what `prune_` with the same arguments would prune, and check everything that needs no data.
+
+    Raises:
+        UsageError: a sparsity out of range, a pattern that does not fit a layer, nothing to prune, a tied
+            tensor, an unknown statistic.
+    """
+    selection = select(model, only, skip)
+    for layer in selection.chosen:
+        _shape_of(recipe, layer)
+    keep = _keep(model, selection.chosen, recipe, sparsity, nonzero)
+    return Plan(recipe, selection.chosen, selection.left_out, keep, _statistics_of(recipe.score))
+
+
+def prune_(
+    model: nn.Module,
+    sparsity: float | None = None,
+    recipe: Recipe = magnitude,
+    *,
+    nonzero: int | None = None,
+    data: Iterable[Any] | None = None,
+    only: Only = None,
+    skip: Only = None,
+    masks: Masks | None = None,
+    keep_originals: bool = False,
+    seed: int = 0,
+) -> Masks:
+    """Prune a model in place: its weights get the zeros, the masks that are returned say where.
+
+    Args:
+        model: any `nn.Module`.
+        sparsity: zeros to reach, as a fraction of the chosen layers' weights, in [0, 1]. Omit it with a recipe
+            that decides for itself (threshold, percentile, N:M).
+        recipe: score, pattern and allocator.
+        nonzero: instead of a sparsity, the exact number of non-zero parameters that the whole model is to have.
+        data: calibration batches, for scores that need activations; see `core.statistics.gather`.
+        only, skip: which layers; a role (`all`, `attention`, `ffn`, `encoder`, `decoder`, `head`), a glob over
+            module paths, a module type, a predicate `(path, module) -> bool`, or a list of these. The
+            default is every layer but embeddings, routers and the vocabulary head of language models.
+        masks: masks of an earlier call: what they prune stays pruned and counts towards the sparsity.
+        keep_originals: keep a copy of the weights in the masks, so that `undo_` can put them back.
+        seed: for random scores.
+
+    Returns:
+        One mask for each pruned parameter, True = kept.
+
+    Raises:
+        UsageError: see `plan`; also missing data, or a target that cannot be reached exactly.
+        NumericError: NaN or Inf in weights, activations or scores, naming the layer.
+
+    Cost: one forward pass of the data if the score needs them; scores are computed a layer at a time, up to
+        four times for `globally`; extra memory one layer's scores and one byte a weight for the masks.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
+        >>> prune_(model, 0.5)
+        Masks(2 parameters, 48 of 96 pruned, sparsity 0.5000)
+    """
+    todo = plan(model, sparsity, recipe, nonzero=nonzero, only=only, skip=skip)
+    layers = {layer.name: layer for layer in todo.layers}
+    _check_masks(masks, layers)
+    statistics = _gather(model, todo, data)
+    candidates = {
+        name: _candidates(recipe, layer, statistics.get(name, {}), masks, seed, zeros_last=nonzero is not None)
+        for name, layer in layers.items()
+    }
+    counts = recipe.allocation(candidates, todo.keep or 0)
+    _check_total(todo, candidates, counts)
+    kept = {name: _mask(recipe, layers[name], candidates[name], counts[name]) for name in layers}
+    if nonzero is not None:
+        _check_nonzero(model, layers, kept, nonzero)
+    originals = {name: layers[name].weight.detach().clone() for name in layers} if keep_originals else None
+    result = Masks(kept, originals)
+    result.apply_(model)
+    return result
+
+
+def _statistics_of(score: Callable[..., Any]) -> tuple[str, ...]:
+    """The parameter names of a score, after the weight, say what it needs to know."""
+    names = tuple(inspect.signature(score).parameters)[1:]
+    known = (*STATISTICS, "generator")
+    for name in names:
+        if name not in known:
+            raise UsageError(
+                f"score {getattr(score, '__name__', score)!r} asks for {name!r}, which is no known statistic; "
+                f"{nearest(name, known)}"
+            )
+    return names
+
+
+def _keep(
+    model: nn.Module, layers: tuple[Layer, ...], recipe: Recipe, sparsity: float | None, nonzero: int | None
+) -> int | None:
+    """The target as an integer: weights kept in all chosen layers; None when the recipe decides."""
+    size = sum(layer.size for layer in layers)
+    decides = recipe.fixed_by_pattern or getattr(recipe.allocate, "decides", False)
+    if nonzero is not None:
+        if sparsity is not None or decides:
+            raise UsageError(
+                "nonzero fixes the count; give it without a sparsity and with a recipe that can follow it"
+            )
+        return _keep_of_nonzero(model, layers, recipe, nonzero)
+    if recipe.fixed_by_pattern:
+        own = recipe.pattern.sparsity
+        if sparsity is not None and abs(sparsity - own) > 1e-9:
+            raise UsageError(
+                f"{recipe.pattern} fixes the sparsity at {own:g}, got {sparsity:g}; leave the sparsity out"
+            )
+        return size - round(size * own)
+    if decides:
+        if sparsity is not None:
+            raise UsageError(
+                f"{recipe.allocate!r} decides how much is cut, got sparsity {sparsity:g} as well; leave it out"
+            )
+        return None
+    if sparsity is None:
+        raise UsageError("no sparsity given; say how many of the weights are to become zero, e.g. 0.5")
+    if not 0 <= sparsity <= 1:
+        hint = f" Did you mean {sparsity / 100:g}?" if 1 < sparsity <= 100 else ""
+        raise UsageError(f"sparsity {sparsity:g} is not in [0, 1].{hint}")
+    return size - round(size * sparsity)
+
+
+def _keep_of_nonzero(model: nn.Module, layers: tuple[Layer, ...], recipe: Recipe, nonzero: int) -> int:
+    if any(layer.size != _shape_of(recipe, layer)[0] * _shape_of(recipe, layer)[1] for layer in layers):
+        raise UsageError(f"an exact number of non-zeros needs single weights as units, got {recipe.pattern}")
+    chosen = {id(layer.weight) for layer in layers}
+    others = sum(int(torch.count_nonzero(p)) for p in model.parameters() if id(p) not in chosen)
+    own = sum(int(torch.count_nonzero(layer.weight)) for layer in layers)
+    if not others <= nonzero <= others + own:
+        raise UsageError(
+            f"{nonzero:,} non-zero parameters cannot be reached: the chosen layers hold {own:,} of the model's "
+            f"{others + own:,}, so {others:,} to {others + own:,} are possible. Choose other layers or another number"
+        )
+    return nonzero - others
+
+
+def _shape_of(recipe: Recipe, layer: Layer) -> tuple[int, int]:
+    """`(competition, unit)` of a layer; patterns are tried on a tensor without storage."""
+    part, out, columns = layer.layout.shape
+    try:
+        pooled = recipe.pattern.pool(torch.empty(part * out, columns, device="meta"))
+    except UsageError as error:
+        raise UsageError(
+            f'{layer.path}: {error}. Skip it with skip="{layer.path}" or choose another pattern'
+        ) from None
+    return pooled.shape[0], pooled.shape[1]
+
+
+def _gather(model: nn.Module, todo: Plan, data: Iterable[Any] | None) -> dict[str, dict[str, Tensor]]:
+    names = [name for name in todo.statistics if name in STATISTICS]
+    if not names:
+        return {}
+    if data is None:
+        raise UsageError(
+            f"{todo.recipe.describe()['score']} needs calibration data for {', '.join(names)}; pass data="
+        )
+    return gather(model, todo.layers, names, data)
+
+
+def _candidates(
+    recipe: Recipe, layer: Layer, known: Mapping[str, Tensor], masks: Masks | None, seed: int, zeros_last: bool
+) -> Candidates:
+    """The units of one layer, their scores computed when asked for."""
+    part, out, columns = layer.layout.shape
+    shape = _shape_of(recipe, layer)
+    wanted = _statistics_of(recipe.score)
+
+    def scores() -> Tensor:
+        matrices = layer.layout.to_matrices(layer.weight.detach()).float()
+        generator = torch.Generator().manual_seed(_seed_of(seed, layer.name))
+        given = [{n: generator if n == "generator" else known[n][p] for n in wanted} for p in range(part)]
+        scored = [recipe.score(matrices[p], **given[p]) for p in range(part)]
+        whole = scored[0] if part == 1 else torch.cat(list(scored))
+        if not bool(whole.isfinite().all()):
+            raise NumericError(
+                f"{layer.name}: NaN or Inf among its scores; look at its weights and at the data"
+            )
+        units = recipe.pattern.pool(whole)
+        if zeros_last:
+            units = units.masked_fill(matrices.reshape(whole.shape) == 0, -float("inf"))
+        if masks is not None and layer.name in masks:
+            pruned = ~layer.layout.to_matrices(masks[layer.name]).reshape(part * out, columns)
+            units = units.masked_fill(recipe.pattern.pool(pruned.float()).to(units.device) == 1, -float("inf"))
+        return units
+
+    return Candidates(shape, layer.size // (shape[0] * shape[1]), scores)
+
+
+def _seed_of(seed: int, name: str) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:7], "big")
+
+
+def _check_masks(masks: Masks | None, layers: Mapping[str, Layer]) -> None:
+    for name, mask in (masks or {}).items():
+        if name not in layers:
+            raise UsageError(
+                f"the earlier masks prune {name}, which is not chosen now; choose it too, or leave masks out"
+            )
+        check_fits(name, mask, {name: layers[name].weight})
+
+
+def _check_total(todo: Plan, candidates: Mapping[str, Candidates], counts: Mapping[str, Tensor]) -> None:
+    """Exactly what was asked, or an error before anything is changed."""
+    kept = sum(int(counts[name].sum()) * layer.cells for name, layer in candidates.items())
+    if todo.keep is None:
+        if kept == todo.size:
+            raise UsageError(f"{todo.recipe}: no weight is pruned by it; every score lies above. Raise tau")
+        return
+    unit = max(layer.cells for layer in candidates.values())
+    if abs(kept - todo.keep) >= max(unit, 1):
+        raise UsageError(
+            f"{todo.recipe}: sparsity {todo.sparsity:.4f} cannot be reached in whole units; nearest {1 - kept / todo.size:.4f}"
+        )
+
+
+def _mask(recipe: Recipe, layer: Layer, candidates: Candidates, counts: Tensor) -> Tensor:
+    """The mask of one parameter from how many units each of its competitions keeps."""
+    part, out, columns = layer.layout.shape
+    scores = candidates.scores()
+    if len(counts) == 1:  # the whole layer is one competition
+        scores = scores.reshape(1, -1)
+    kept = smallest(scores, scores.shape[1] - counts).logical_not_().reshape(candidates.shape)
+    whole = recipe.pattern.spread(kept, (part * out, columns))
+    return layer.layout.from_matrices(whole.reshape(part, out, columns)).contiguous()
+
+
+def _check_nonzero(
+    model: nn.Module, layers: Mapping[str, Layer], kept: Mapping[str, Tensor], nonzero: int
+) -> None:
+    """Kept weights that happen to be zero would fall short of the promised number."""
+    for name, mask in kept.items():
+        idle = int(torch.count_nonzero(mask & (layers[name].weight == 0)))
+        if idle:
+            raise UsageError(
+                f"{name}: {idle:,} of the weights it would keep are already zero, so {nonzero:,} non-zeros cannot be "
+                "reached with equal shares; use a global allocation"
+            )

@@ -1,0 +1,107 @@
+"""Recipes: named points in the space of scores, patterns and allocators.
+
+>>> from dataclasses import replace
+>>> from secateur.pattern import NM
+>>> print(replace(wanda, pattern=NM(2, 4)))
+wanda on NM(n=2, m=4), per_row
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from secateur import score as scores
+from secateur.allocate import Percentile, Threshold, globally, per_layer, per_row
+from secateur.errors import UsageError
+from secateur.pattern import Weights
+
+__all__ = [
+    "METHODS",
+    "Recipe",
+    "activation",
+    "global_magnitude",
+    "magnitude",
+    "percentile",
+    "random",
+    "ria",
+    "threshold",
+    "wanda",
+    "wanda_l1",
+]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a weight is worth, what shape is cut, and who pays how much.
+
+    Attributes:
+        score: `(weight "out in", <statistics by parameter name>) -> "out in"`, higher = keep.
+        pattern: `pool(scores)` into units and `spread(kept, shape)` back.
+        allocate: `(units by layer, weights to keep) -> units kept in each competition`.
+    """
+
+    score: Callable[..., Any]
+    pattern: Any = Weights()
+    allocate: Callable[..., Any] = per_layer
+
+    def __post_init__(self):
+        if self.fixed_by_pattern and self.allocate not in (per_row, per_layer):
+            raise UsageError(
+                f"{self.pattern} fixes the sparsity of every group; {_name(self.allocate)} has nothing to decide. "
+                "Leave allocate at per_row"
+            )
+
+    @property
+    def fixed_by_pattern(self) -> bool:
+        """Whether the pattern itself says how many units are kept (N:M)."""
+        return hasattr(self.pattern, "allocate")
+
+    @property
+    def allocation(self) -> Callable[..., Any]:
+        """The allocator in force: the pattern's own where it has one."""
+        return self.pattern.allocate if self.fixed_by_pattern else self.allocate
+
+    def describe(self) -> dict[str, str]:
+        """Names of the parts, for a checkpoint's metadata."""
+        return {"score": _name(self.score), "pattern": repr(self.pattern), "allocate": _name(self.allocate)}
+
+    def __str__(self) -> str:
+        parts = self.describe()
+        return f"{parts['score']} on {parts['pattern']}, {'per_row' if self.fixed_by_pattern else parts['allocate']}"
+
+
+def _name(part: Any) -> str:
+    return getattr(part, "__name__", None) or repr(part)
+
+
+magnitude = Recipe(scores.magnitude)
+global_magnitude = Recipe(scores.magnitude, allocate=globally)
+wanda = Recipe(scores.wanda, allocate=per_row)
+wanda_l1 = Recipe(scores.wanda_l1, allocate=per_row)
+ria = Recipe(scores.RIA())
+activation = Recipe(scores.activation)
+random = Recipe(scores.random)
+
+
+def threshold(tau: float, *, relative: bool = False) -> Recipe:
+    """Cut every weight of magnitude at most tau; with `relative`, tau counts in standard deviations of the layer."""
+    return Recipe(scores.magnitude, allocate=Threshold(tau, relative))
+
+
+def percentile(q: float) -> Recipe:
+    """Cut the q percent of weights that are smallest in magnitude, in every layer."""
+    return Recipe(scores.magnitude, allocate=Percentile(q))
+
+
+# What a method is called on the command line and in recipe files; a name never becomes code by any other way.
+METHODS: dict[str, Recipe] = {
+    "magnitude": magnitude,
+    "global-magnitude": global_magnitude,
+    "wanda": wanda,
+    "wanda-l1": wanda_l1,
+    "ria": ria,
+    "activation": activation,
+    "random": random,
+}
