@@ -319,3 +319,10 @@ def build(name: str, seed: int = 0) -> Case:
 
         model, args, kwargs, output = HF[name]()
     return perturb_(model.eval()), args, kwargs, output
+
+
+def names() -> list[str]:
+    """Every architecture that `build` knows."""
+    from zoo_hf import HF
+
+    return [*PLAIN, *HF]

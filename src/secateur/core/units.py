@@ -8,8 +8,9 @@ declared per architecture. Axes that cannot be pruned come with the operator tha
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -17,12 +18,12 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, fx, nn
 
-from secateur.core.axes.atoms import Atom, Label, Reason
+from secateur.core.axes.atoms import NARROW, Atom, Label, Reason
 from secateur.core.axes.layout import index_map, positions
 from secateur.core.axes.program import masked_module, narrow_module
-from secateur.core.axes.rules import Trace
+from secateur.core.axes.rules import Step, Trace, operator
 from secateur.core.axes.trace import export, label_graph, select_output, tied
-from secateur.core.axes.words import kind_of, words_for
+from secateur.core.axes.words import kind_of, name_of, roles
 from secateur.core.axes.zeros import check_zeros
 from secateur.errors import UsageError, nearest
 
@@ -170,7 +171,7 @@ def analyse(
         >>> from torch import nn
         >>> mlp = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2))
         >>> [(units.name, units.size) for units in analyse(mlp, (torch.zeros(4, 3),)).units]
-        [('feed-forward units of 0, 2', 8)]
+        [('feed-forward units of 0,2', 8)]
     """
     module = export(model, tuple(args), kwargs or {})
     select_output(module, output)
@@ -179,7 +180,9 @@ def analyse(
     check_zeros(trace, {node for name, node in _holding(module, trace) if name in parameters})
     ties = tied(model)
     units, frozen = _collect(trace, holders, ties, parameters, module)
-    unused = tuple(name for name in dict.fromkeys(ties[n][0] for n in parameters if n in ties) if name not in holders)
+    unused = tuple(
+        name for name in dict.fromkeys(ties[n][0] for n in parameters if n in ties) if name not in holders
+    )
     tensors = {node: ties[name] for name, node in holders.items()}
     return Analysis(units, frozen, trace.unruled, unused, module, trace, tensors)
 
@@ -200,33 +203,47 @@ def _collect(
                 if leaf.reason is None:
                     member = Member(name, dim, ties[name][1:], name in parameters, label, leaf, trace)
                     members.setdefault(leaf, []).append(member)
-                elif (name, dim) not in reasons.setdefault(leaf.reason, []):
+                elif leaf.reason is not NARROW and (name, dim) not in reasons.setdefault(leaf.reason, []):
                     reasons[leaf.reason].append((name, dim))
-    live, approximate, constants = _facts(trace, module)
+    live, approximate, constants = _facts(trace)
+    met = roles(trace, module.graph)
     units: list[Units] = []
-    taken: dict[str, int] = {}
     for leaf, mine in members.items():
         if leaf not in live or leaf.size < 2 or not any(member.is_parameter for member in mine):
-            text = "the example never touches these positions" if leaf not in live else "no parameter carries it"
+            text = (
+                "the example never touches these positions" if leaf not in live else "no parameter carries it"
+            )
             reasons.setdefault(Reason(text), []).extend((member.name, member.dim) for member in mine)
             continue
-        kind = kind_of(trace, leaf, mine, module)
-        name = words_for(kind, [member.name for member in mine])
-        taken[name] = taken.get(name, 0) + 1
-        name += f" ({taken[name]})" if taken[name] > 1 else ""
+        kind = kind_of(met.get(leaf, Counter()))
         why = "; ".join(approximate.get(leaf, ()))
         made = tuple(constants.get(leaf, ()))
-        units.append(Units(name, kind, leaf.size, tuple(mine), not why, why, made, leaf))
+        units.append(Units("", kind, leaf.size, tuple(mine), not why, why, made, leaf))
     frozen = tuple(Frozen(reason, tuple(where)) for reason, where in reasons.items())
-    return tuple(units), frozen
+    return _named(units), frozen
+
+
+def _named(units: list[Units]) -> tuple[Units, ...]:
+    """Unique names: by shared path, else by the first modules, else numbered."""
+    tensors = [[member.name for member in axis.members if member.is_parameter] for axis in units]
+    names = [name_of(axis.kind, mine) for axis, mine in zip(units, tensors, strict=True)]
+    often = Counter(names)
+    names = [
+        name if often[name] == 1 else name_of(axis.kind, mine, listed=True)
+        for name, axis, mine in zip(names, units, tensors, strict=True)
+    ]
+    seen: Counter[str] = Counter()
+    out: list[Units] = []
+    for name, axis in zip(names, units, strict=True):
+        seen[name] += 1
+        out.append(replace(axis, name=f"{name} ({seen[name]})" if seen[name] > 1 else name))
+    return tuple(out)
 
 
 def _facts(
-    trace: Trace, module: fx.GraphModule
+    trace: Trace,
 ) -> tuple[set[Atom], dict[Atom, dict[str, None]], dict[Atom, dict[str, None]]]:
     """Leaves that reach a computed tensor; those a statistic is over; those constants are made along."""
-    from secateur.core.axes.rules import Step, operator
-
     live: set[Atom] = set()
     approximate: dict[Atom, dict[str, None]] = {}
     constants: dict[Atom, dict[str, None]] = {}
@@ -249,12 +266,16 @@ def _leaves(analysis: Analysis, keep: Mapping[str, Iterable[int]]) -> dict[Atom,
     out: dict[Atom, Tensor] = {}
     for name, kept in keep.items():
         units = analysis[name]
-        index = torch.as_tensor(list(kept) if not isinstance(kept, Tensor) else kept, dtype=torch.long).flatten()
+        index = torch.as_tensor(
+            list(kept) if not isinstance(kept, Tensor) else kept, dtype=torch.long
+        ).flatten()
         index = index.cpu().sort().values
         if index.numel() == 0:
             raise UsageError(f"{name}: no unit is left of {units.size}; keep at least one.")
         if index[0] < 0 or index[-1] >= units.size:
-            raise UsageError(f"{name}: kept units run from {index[0]} to {index[-1]}, expected 0 to {units.size - 1}.")
+            raise UsageError(
+                f"{name}: kept units run from {index[0]} to {index[-1]}, expected 0 to {units.size - 1}."
+            )
         if (index[1:] == index[:-1]).any():
             raise UsageError(f"{name}: a unit is kept twice; give every index once.")
         if index.numel() < units.size:

@@ -37,7 +37,9 @@ def _masked_tensor(value: Tensor, kept: list[Tensor | None]) -> Tensor:
             alive = torch.zeros(value.shape[dim], dtype=torch.bool, device=value.device)
             alive[index.to(value.device)] = True
             shape = [-1 if i == dim else 1 for i in range(value.dim())]
-            value = torch.where(alive.view(shape), value, torch.zeros((), dtype=value.dtype, device=value.device))
+            value = torch.where(
+                alive.view(shape), value, torch.zeros((), dtype=value.dtype, device=value.device)
+            )
     return value
 
 
@@ -141,7 +143,9 @@ def _narrow_node(
     for dim, label in enumerate(trace.dims[node]):
         index = positions(trace.axes, label, kept)
         if index is not None:
-            constant = graph.call_function(torch.ops.aten.index_select.default, (new, dim, _constant(graph, index)))
+            constant = graph.call_function(
+                torch.ops.aten.index_select.default, (new, dim, _constant(graph, index))
+            )
             new = constant
     return new
 
@@ -174,7 +178,11 @@ def _masked_node(
 
 
 def over_survivors(
-    target: Any, touched: dict[int, list[int]], groups: int | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+    target: Any,
+    touched: dict[int, list[int]],
+    groups: int | None,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
 ) -> Any:
     """A norm or mean of the kept positions only; the others of a result of the same shape are zero."""
     source = args[0]

@@ -27,6 +27,12 @@ Rule = Callable[["Step"], Any]  # returns Dims, or a list of Dims for an operato
 RULES: dict[str, Rule] = {}
 
 
+EMPTY_ALLOWED = {  # operators whose rules hold for tensors without elements
+    "getitem", "aten.slice", "aten.cat", "aten.neg", "aten.mul", "aten.add", "aten.to", "aten.transpose", "aten.unsqueeze",
+    "aten.contiguous", "aten.clone", "aten.split", "aten.split_with_sizes", "aten.alias", "aten.zeros", "aten.new_zeros",
+}  # fmt: skip
+
+
 def rule(*names: str) -> Callable[[Rule], Rule]:
     """Register the decorated function as the rule of these operators."""
 
@@ -95,7 +101,7 @@ class Trace:
         found = RULES.get(name)
         if found is None and isinstance(node.target, torch._ops.OpOverload):
             found = RULES["pointwise"] if torch.Tag.pointwise in node.target.tags else None
-        if found is None or (name != "getitem" and step.is_empty()):
+        if found is None or (name not in EMPTY_ALLOWED and step.is_empty()):
             if found is None:
                 self.unruled.setdefault(name, step.module)
             self.dims[node] = unknown(step)

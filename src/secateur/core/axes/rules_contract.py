@@ -32,7 +32,9 @@ def _product(step: Step, a: fx.Node, b: fx.Node, bias: Any = None) -> Dims:
     if x[-1] and inner:
         step.unify(x[-1], inner)
     step.contract(x[-1] or inner, a, b)
-    batch = step.broadcast([x[:-2], y[:-2]]) if len(x) > 1 and len(y) > 1 else (x[:-2] if len(x) > 2 else y[:-2])
+    batch = (
+        step.broadcast([x[:-2], y[:-2]]) if len(x) > 1 and len(y) > 1 else (x[:-2] if len(x) > 2 else y[:-2])
+    )
     rows = (x[-2],) if len(x) > 1 else ()
     columns = (y[-1],) if len(y) > 1 else ()
     step.zeros("product", bias, (a, (*x[:-2], *rows)), (b, (*y[:-2], *columns)))

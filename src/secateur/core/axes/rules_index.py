@@ -8,7 +8,8 @@ import torch
 from torch import fx
 
 from secateur.core.axes.atoms import Label
-from secateur.core.axes.rules import Dims, Step, Unruled, rule
+from secateur.core.axes.layout import Extent
+from secateur.core.axes.rules import Dims, Step, Unruled, operator, rule
 
 WHY = "positions are chosen by index"
 
@@ -20,6 +21,8 @@ def index(step: Step) -> Any:
     if any(i is not None and i.meta["val"].dtype in (torch.bool, torch.uint8) for i in indices):
         return Unruled("aten.index with a mask")
     used = [i for i, node in enumerate(indices) if node is not None]
+    if len(used) == 1 and _constant(step, indices[used[0]]) is not None:
+        return _segment(step, source, used[0], _constant(step, indices[used[0]]))
     step.freeze([source[i] for i in used], WHY)
     taken = step.broadcast([step.dims(indices[i]) for i in used])
     rest = [label for i, label in enumerate(source) if i not in used]
@@ -27,6 +30,33 @@ def index(step: Step) -> Any:
     at = used[0] if together else 0
     step.same()
     return (*rest[:at], *taken, *rest[at:])
+
+
+def _constant(step: Step, node: fx.Node) -> int | None:
+    """The value of an index written as a list of one number, [-2]."""
+    while node.op == "call_function" and operator(node) in (
+        "aten.lift_fresh_copy",
+        "aten.detach_",
+        "aten.detach",
+    ):
+        node = node.all_input_nodes[0]
+    value = node.meta.get("val")
+    real = node.op == "get_attr" and type(value) is torch.Tensor and value.device.type != "meta"
+    return int(value) if real and tuple(value.shape) == (1,) else None
+
+
+def _segment(step: Step, source: Dims, at: int, value: int | None) -> Dims:
+    """x[:, [-2]] is a slice of width 1."""
+    size = step.shape_of("self")[at]
+    start = (value or 0) % size
+    bounds = sorted({start, start + 1} - {0, size})
+    pieces = step.cut(source[at], bounds)
+    before = pieces[:1] if start else []
+    step.same()
+    step.retarget(
+        torch.ops.aten.slice.Tensor, step["self"], at, Extent(tuple(before)), Extent(tuple([*before, ()]))
+    )
+    return (*source[:at], (), *source[at + 1 :])
 
 
 @rule("aten.index_put", "aten.index_put_", "aten._unsafe_index_put")
@@ -60,7 +90,9 @@ def index_select(step: Step) -> Dims:
     return (*dims[:at], step.dims("index")[0], *dims[at + 1 :])
 
 
-def _aligned(step: Step, source: Dims, index: Dims, at: int, sizes: tuple[tuple[int, ...], tuple[int, ...]]) -> None:
+def _aligned(
+    step: Step, source: Dims, index: Dims, at: int, sizes: tuple[tuple[int, ...], tuple[int, ...]]
+) -> None:
     """Dimensions of gather and scatter other than `at` run in parallel where their sizes agree."""
     step.freeze([source[at], index[at]], WHY)
     for i, (a, b) in enumerate(zip(source, index, strict=True)):

@@ -30,7 +30,9 @@ def reduction(step: Step) -> Any:
     gone = _chosen(step, len(source))
     over = [source[i] for i in gone]
     order = step.args.get("ord", step.args.get("p", 2))
-    if name in ("sum", "nansum", "count_nonzero") or (name in ("linalg_vector_norm", "norm") and order in (None, 1, 2)):
+    if name in ("sum", "nansum", "count_nonzero") or (
+        name in ("linalg_vector_norm", "norm") and order in (None, 1, 2)
+    ):
         for label in over:
             step.contract(label, step["self"])
     elif name in ("mean", "var", "std", "var_mean", "std_mean"):
@@ -40,9 +42,7 @@ def reduction(step: Step) -> Any:
     if name not in ("logsumexp", "argmax", "argmin", "all", "any"):
         step.same()
     keep = bool(step.args.get("keepdim"))
-    dims: Dims = tuple(
-        () if i in gone else label for i, label in enumerate(source) if i not in gone or keep
-    )
+    dims: Dims = tuple(() if i in gone else label for i, label in enumerate(source) if i not in gone or keep)
     value = step.value()
     return [dims] * len(value) if isinstance(value, (tuple, list)) else dims
 

@@ -94,6 +94,8 @@ def slicing(step: Step) -> Dims:
             length=Extent((dims[at],))
         )
         return dims
+    if start >= stop:  # nothing: as in a rotary embedding of the whole head
+        return _replace(dims, at, step.fresh_frozen([0], "empty")[0])
     if stride != 1:
         return _strided(step, dims, at, start, stop, stride)
     bounds = sorted({start, stop} - {0, size})
@@ -147,11 +149,13 @@ def unbind(step: Step) -> list[Dims]:
     "aten.split", "aten.split_with_sizes", "aten.chunk", "aten.tensor_split", "aten.unsafe_split", "aten.unsafe_chunk",
     "aten.unsafe_split_with_sizes",
 )  # fmt: skip
-def split(step: Step) -> list[Dims]:
+def split(step: Step) -> Any:
     """Segments of a sum; the program splits by the segments' own widths."""
     dims = step.dims("self")
     at = step.axis(step["dim"] or 0, len(dims))
     sizes = [int(value.shape[at]) for value in step.value()]
+    if 0 in sizes:
+        return Unruled(f"{step.node.target} into empty parts")
     bounds = [sum(sizes[:i]) for i in range(1, len(sizes))]
     pieces = step.cut(dims[at], bounds)
     step.same()
@@ -167,9 +171,10 @@ def cat(step: Step) -> Dims:
     nodes = list(step["tensors"])
     at = step.axis(step["dim"] or 0, len(step.shape))
     many = [step.dims(node) for node in nodes]
-    dims = step.broadcast([_replace(dims, at, ()) for dims in many])
+    full = [dims for dims in many if all(label_size(label) for label in dims)] or many[:1]
+    dims = step.broadcast([_replace(dims, at, ()) for dims in full])
     step.zeros("pieces", *nodes)
-    return _replace(dims, at, step.axes.join([dims[at] for dims in many]))
+    return _replace(dims, at, step.axes.join([dims[at] for dims in full]))
 
 
 @rule("aten.stack")

@@ -43,7 +43,7 @@ def export(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
         with torch.no_grad(), evaluating(model), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             program = torch.export.export(model, tuple(args), dict(kwargs), strict=False)
-            return program.module(check_guards=False)  # type: ignore[return-value]
+            module = program.module(check_guards=False)
     except Exception as error:
         words = str(error).strip().split("\n")[0][:300] or type(error).__name__
         raise UsageError(
@@ -51,6 +51,8 @@ def export(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
             "Expected a forward without control flow that depends on tensor values, and outputs that are tensors. "
             "For a transformer pass use_cache=False; otherwise analyse the submodules one by one."
         ) from error
+    module.graph.eliminate_dead_code()  # a tensor made only for its shape ties nothing
+    return module  # type: ignore[return-value]
 
 
 def select_output(module: fx.GraphModule, output: str | Callable[[Any], Any] | None) -> None:
