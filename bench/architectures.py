@@ -26,9 +26,9 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 sys.path.insert(0, str(Path(__file__).parent))
-import zoo  # noqa: E402
+import zoo
 
-from secateur.core.units import Analysis, analyse, masked_program, pruned_program  # noqa: E402
+from secateur.core.units import Analysis, analyse, masked_program, pruned_program
 
 FLOAT32_ONLY = {"mixtral", "qwen2-moe", "deepseek-v3"}  # grouped matrix products of the experts
 
@@ -82,7 +82,7 @@ def keep_at_random(
 
 
 def zeroed(model: nn.Module, analysis: Analysis, keep: dict[str, Any]) -> nn.Module:
-    """A copy of the eager model with zeros in the parameters of removed units; independent of the graph's labels."""
+    """A copy of the eager model with zeros in the parameters of removed units."""
     out = copy.deepcopy(model)
     parameters = dict(out.named_parameters(remove_duplicate=False))
     with torch.no_grad():
@@ -148,7 +148,8 @@ def measure(row: Row, seed: int) -> Analysis:
 def table(names: list[str], seeds: int, *, axes: bool = False) -> list[Row]:
     """Measure and print every architecture."""
     print(
-        "| architecture | verdict | axes (exact) | frozen | removed | program | eager | masked | s | no rule for |"
+        "| architecture | verdict | axes (exact) | frozen | removed "
+        "| program | eager | masked | s | no rule for |"
     )
     print("|---|---|---|---|---|---|---|---|---|---|", flush=True)
     rows = []
@@ -190,7 +191,8 @@ def main() -> int:
     wrong = [row.name for row in rows if row.verdict == "WRONG"]
     refused = [row.name for row in rows if row.verdict == "refused"]
     print(
-        f"\n{len(rows)} architectures: {len(rows) - len(wrong) - len(refused)} equal, refused {refused}, wrong {wrong}"
+        f"\n{len(rows)} architectures: {len(rows) - len(wrong) - len(refused)} equal, "
+        f"refused {refused}, wrong {wrong}"
     )
     return 1 if wrong else 0
 

@@ -54,8 +54,8 @@ def _seq2seq(model: str, config: str, **sizes: Any) -> Callable[[], Case]:
 
 def _whisper() -> Case:
     cfg = hf.WhisperConfig(
-        vocab_size=V, num_mel_bins=10, d_model=48, encoder_layers=2, decoder_layers=2, encoder_attention_heads=6,
-        decoder_attention_heads=6, encoder_ffn_dim=84, decoder_ffn_dim=92, max_source_positions=13,
+        vocab_size=V, num_mel_bins=10, d_model=48, encoder_layers=2, decoder_layers=2,
+        encoder_attention_heads=6, decoder_attention_heads=6, encoder_ffn_dim=84, decoder_ffn_dim=92, max_source_positions=13,
         max_target_positions=17, pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1,
         suppress_tokens=None, begin_suppress_tokens=None, attn_implementation="eager",
     )  # fmt: skip
@@ -142,7 +142,8 @@ HF: dict[str, Callable[[], Case]] = {
     ),
     "gpt-neox": _lm(
         "GPTNeoXForCausalLM", "GPTNeoXConfig", hidden_size=96, num_hidden_layers=2, num_attention_heads=6,
-        intermediate_size=84, rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.25},
+        intermediate_size=84,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.25},
     ),
     "bloom": _lm("BloomForCausalLM", "BloomConfig", hidden_size=48, n_layer=2, n_head=6),
     "falcon": _lm(
@@ -162,7 +163,8 @@ HF: dict[str, Callable[[], Case]] = {
     "wav2vec2": _wav2vec2,
     "mixtral": _lm(
         "MixtralForCausalLM", "MixtralConfig", hidden_size=72, intermediate_size=88, num_hidden_layers=2,
-        num_attention_heads=12, num_key_value_heads=4, head_dim=10, num_local_experts=3, num_experts_per_tok=2, **MOE,
+        num_attention_heads=12, num_key_value_heads=4, head_dim=10, num_local_experts=3,
+        num_experts_per_tok=2, **MOE,
     ),
     "qwen2-moe": _lm(
         "Qwen2MoeForCausalLM", "Qwen2MoeConfig", hidden_size=80, intermediate_size=88, num_hidden_layers=2,

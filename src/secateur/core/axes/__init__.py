@@ -1,1 +1,1 @@
-"""Which slices of which tensors live and die together: atoms, one rule per operator, the program that proves it."""
+"""Which slices of which tensors live together: atoms, one rule per operator, the proving program."""

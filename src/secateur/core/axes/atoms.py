@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from math import prod
 
 __all__ = ["Atom", "Axes", "Label", "Reason"]
@@ -238,7 +239,7 @@ class Axes:
         inside = [bound // run for bound in bounds]
         if not head.form:
             edges = [0, *inside, head.size]
-            sizes = [stop - start for start, stop in zip(edges, edges[1:], strict=False)]
+            sizes = [stop - start for start, stop in pairwise(edges)]
             parts = [Atom(size, head.reason or (NARROW if size == 1 else None)) for size in sizes]
             head.form, head.parts, head.reason = "sum", tuple(parts), None
             pieces: list[Label] | None = [() if part.size == 1 else (part,) for part in parts]

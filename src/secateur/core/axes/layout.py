@@ -19,7 +19,7 @@ Kept = Mapping[Atom, Tensor]  # leaf -> ascending indices of the units that stay
 
 @dataclass(frozen=True)
 class Extent:
-    """An integer argument of the program that follows the widths: the sum of the labels' sizes, and a constant."""
+    """An integer argument that follows the widths: the sum of the labels' sizes and a constant."""
 
     labels: tuple[Label, ...]
     plus: int = 0

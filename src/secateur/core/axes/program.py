@@ -59,7 +59,8 @@ def masked_module(module: fx.GraphModule, trace: Trace, kept: Kept) -> fx.GraphM
 def _rebuild(
     module: fx.GraphModule, trace: Trace, kept: Kept, transform: Transform, edit: Any, *, buffers: bool
 ) -> fx.GraphModule:
-    graph, moved = fx.Graph(), {}
+    graph = fx.Graph()
+    moved: dict[fx.Node, fx.Node] = {}
     root: dict[str, Any] = {}
     done: dict[Any, Any] = {}
     for node in module.graph.nodes:
@@ -172,7 +173,8 @@ def _masked_node(
     if not touched:
         return new
     groups = _evaluate(record.rewritten.get("num_groups"), trace, kept)
-    call = graph.call_function(over_survivors, (new.target, touched, groups, new.args, dict(new.kwargs)))
+    given: Any = (new.target, touched, groups, new.args, dict(new.kwargs))
+    call = graph.call_function(over_survivors, given)
     graph.erase_node(new)
     return call
 

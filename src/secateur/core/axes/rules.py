@@ -1,6 +1,6 @@
 """Visiting a graph: every operator's rule says what it does to the axes of its tensors.
 
-A rule is a function `(step) -> Dims` registered for operator names with `@rule("aten.view", ...)`. It may
+A rule is a function `(step) -> Dims` registered for operator names with `@rule("view reshape")`. It may
 unify, cut, join or regroup labels; it freezes what the operator ties to positions (softmax, sort, index); it
 says which integer arguments follow the widths (`step.rewrite`), where the result is zero when a unit's
 parameters are zero (`step.zeros`), and what is contracted (`step.contract`). An operator without a rule freezes
@@ -9,6 +9,7 @@ every axis it touches and is named.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,17 +28,23 @@ Rule = Callable[["Step"], Any]  # returns Dims, or a list of Dims for an operato
 RULES: dict[str, Rule] = {}
 
 
-EMPTY_ALLOWED = {  # operators whose rules hold for tensors without elements
-    "getitem", "aten.slice", "aten.cat", "aten.neg", "aten.mul", "aten.add", "aten.to", "aten.transpose", "aten.unsqueeze",
-    "aten.contiguous", "aten.clone", "aten.split", "aten.split_with_sizes", "aten.alias", "aten.zeros", "aten.new_zeros",
-}  # fmt: skip
+def names(words: str) -> list[str]:
+    """Operator names written in one line; those without a namespace are ATen's."""
+    return [word if "." in word else f"aten.{word}" for word in words.split()]
 
 
-def rule(*names: str) -> Callable[[Rule], Rule]:
-    """Register the decorated function as the rule of these operators."""
+EMPTY_ALLOWED = set(  # operators whose rules hold for tensors without elements
+    names(
+        "slice cat neg mul add to transpose unsqueeze contiguous clone split split_with_sizes alias zeros new_zeros"
+    )
+) | {"getitem"}
+
+
+def rule(words: str) -> Callable[[Rule], Rule]:
+    """Register the decorated function as the rule of these operators, see `names`."""
 
     def register(function: Rule) -> Rule:
-        for name in names:
+        for name in names(words):
             RULES[name] = function
         return function
 
@@ -98,9 +105,9 @@ class Trace:
         step = Step(self, node)
         self.records[node] = step.record
         name = operator(node)
-        found = RULES.get(name)
+        found = RULES.get(name if "." in name else f"aten.{name}")
         if found is None and isinstance(node.target, torch._ops.OpOverload):
-            found = RULES["pointwise"] if torch.Tag.pointwise in node.target.tags else None
+            found = RULES["aten.pointwise"] if torch.Tag.pointwise in node.target.tags else None
         if found is None or (name not in EMPTY_ALLOWED and step.is_empty()):
             if found is None:
                 self.unruled.setdefault(name, step.module)
@@ -246,7 +253,7 @@ class Step:
             why = self.reason("cut inside a unit")
             self.axes.freeze(label, why)
             edges = [0, *bounds, label_size(label)]
-            pieces = [self.axes.label(b - a, why) for a, b in zip(edges, edges[1:], strict=False)]
+            pieces = [self.axes.label(b - a, why) for a, b in itertools.pairwise(edges)]
         return pieces
 
     def broadcast(self, tensors: Sequence[Dims]) -> Dims:

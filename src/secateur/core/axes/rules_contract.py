@@ -12,7 +12,7 @@ from secateur.core.axes.layout import Extent
 from secateur.core.axes.rules import Dims, Step, Unruled, label_size, rule
 
 
-@rule("aten.linear")
+@rule("linear")
 def linear(step: Step) -> Dims:
     """x Wᵀ + b: inputs are contracted, outputs are the weight's rows."""
     x, weight = step.dims("input"), step.dims("weight")
@@ -41,14 +41,14 @@ def _product(step: Step, a: fx.Node, b: fx.Node, bias: Any = None) -> Dims:
     return (*batch, *rows, *columns)
 
 
-@rule("aten.matmul", "aten.mm", "aten.bmm", "aten.mv", "aten.dot", "aten.vdot")
+@rule("matmul mm bmm mv dot vdot")
 def matmul(step: Step) -> Dims:
     """Matrix product."""
     names = [name for name in step.args if isinstance(step.args[name], fx.Node)]
     return _product(step, step[names[0]], step[names[1]])
 
 
-@rule("aten.addmm", "aten.baddbmm", "aten.addmv", "aten.baddbmm_", "aten.addmm_")
+@rule("addmm baddbmm addmv baddbmm_ addmm_")
 def addmm(step: Step) -> Dims:
     """A product added to a tensor."""
     names = list(step.args)[1:3]
@@ -56,7 +56,7 @@ def addmm(step: Step) -> Dims:
     return step.broadcast([dims, step.dims("self")])
 
 
-@rule("aten.outer", "aten.ger")
+@rule("outer ger")
 def outer(step: Step) -> Dims:
     """Every pair."""
     other = step["vec2"]
@@ -64,7 +64,7 @@ def outer(step: Step) -> Dims:
     return (step.dims("self")[0], step.dims(other)[0])
 
 
-@rule("aten.einsum")
+@rule("einsum")
 def einsum(step: Step) -> Any:
     """Labels with the same letter are one axis; letters missing on the right are contracted."""
     equation, operands = str(step["equation"]).replace(" ", ""), list(step["tensors"])
@@ -100,7 +100,7 @@ def _channels(step: Step, x: Label, rows: Label, columns: Label, groups: int) ->
     return outer, outer + rest
 
 
-@rule("aten.conv1d", "aten.conv2d", "aten.conv3d", "aten.convolution", "aten._convolution")
+@rule("conv1d conv2d conv3d convolution _convolution")
 def conv(step: Step) -> Any:
     """Channels in are contracted, channels out are the weight's rows; groups are an outer axis of both."""
     if step.args.get("transposed"):
@@ -116,15 +116,16 @@ def conv(step: Step) -> Any:
         step.rewrite(groups=Extent((runs,)))
     _finish_conv(step, x, weight, lead, (runs,), out)
     step.contract(weight[1], step["input"], step["weight"])
-    return x[:lead] + (out, *step.fresh_frozen(step.shape[lead + 1 :], "positions of a map"))
+    return (*x[:lead], out, *step.fresh_frozen(step.shape[lead + 1 :], "positions of a map"))
 
 
-@rule("aten.conv_transpose1d", "aten.conv_transpose2d", "aten.conv_transpose3d")
+@rule("conv_transpose1d conv_transpose2d conv_transpose3d")
 def conv_transpose(step: Step) -> Dims:
     """As a convolution, with the weight's first two dimensions exchanged."""
     x, weight = step.dims("input"), step.dims("weight")
     lead = len(x) - (len(weight) - 2) - 1
     groups = int(step["groups"])
+    outer: Label
     if groups == 1:
         step.unify(x[lead], weight[0])
         outer, out, inside = (), weight[1], weight[0]
@@ -139,7 +140,7 @@ def conv_transpose(step: Step) -> Dims:
         out = outer + weight[1]
     _finish_conv(step, x, weight, lead, (outer,), out)
     step.contract(inside, step["input"], step["weight"])
-    return x[:lead] + (out, *step.fresh_frozen(step.shape[lead + 1 :], "positions of a map"))
+    return (*x[:lead], out, *step.fresh_frozen(step.shape[lead + 1 :], "positions of a map"))
 
 
 def _finish_conv(step: Step, x: Dims, weight: Dims, lead: int, runs: Dims, out: Label) -> None:
@@ -151,7 +152,7 @@ def _finish_conv(step: Step, x: Dims, weight: Dims, lead: int, runs: Dims, out: 
     step.zeros("product", step["bias"], (step["input"], through), (step["weight"], (out,)))
 
 
-@rule("aten.embedding")
+@rule("embedding")
 def embedding(step: Step) -> Dims:
     """Rows chosen by value: the table keeps its rows."""
     weight = step.dims("weight")
@@ -160,7 +161,7 @@ def embedding(step: Step) -> Dims:
     return step.dims("indices") + weight[1:]
 
 
-@rule("aten.scaled_dot_product_attention")
+@rule("scaled_dot_product_attention")
 def attention(step: Step) -> Dims:
     """softmax(q kᵀ) v: positions stay, q and k share their width, heads are batch dimensions."""
     q, k, v = step.dims("query"), step.dims("key"), step.dims("value")
@@ -187,7 +188,7 @@ def attention(step: Step) -> Dims:
     return (*batch, q[-2], v[-1])
 
 
-@rule("transformers.grouped_mm_fallback", "aten._grouped_mm")
+@rule("transformers.grouped_mm_fallback _grouped_mm")
 def grouped_mm(step: Step) -> Any:
     """Rows sorted by expert times one matrix per expert."""
     x, w, *rest = [n for n in step.node.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor)]
@@ -201,7 +202,7 @@ def grouped_mm(step: Step) -> Any:
     return (a[0], b[2])
 
 
-@rule("aten.lstm", "aten.gru", "aten.rnn_tanh", "aten.rnn_relu")
+@rule("lstm gru rnn_tanh rnn_relu")
 def recurrent(step: Step) -> Any:
     """One hidden width for all layers and directions, repeated for every gate."""
     if not str(step.node.target).endswith(".input"):

@@ -14,7 +14,7 @@ from secateur.core.axes.rules import Dims, Step, Unruled, operator, rule
 WHY = "positions are chosen by index"
 
 
-@rule("aten.index", "aten._unsafe_index")
+@rule("index _unsafe_index")
 def index(step: Step) -> Any:
     """x[i, :, j]: indexed dimensions keep their positions, the others pass through."""
     source, indices = step.dims("self"), list(step["indices"])
@@ -41,8 +41,9 @@ def _constant(step: Step, node: fx.Node) -> int | None:
     ):
         node = node.all_input_nodes[0]
     value = node.meta.get("val")
-    real = node.op == "get_attr" and type(value) is torch.Tensor and value.device.type != "meta"
-    return int(value) if real and tuple(value.shape) == (1,) else None
+    if node.op != "get_attr" or type(value) is not torch.Tensor or value.device.type == "meta":
+        return None
+    return int(value) if tuple(value.shape) == (1,) else None
 
 
 def _segment(step: Step, source: Dims, at: int, value: int | None) -> Dims:
@@ -53,13 +54,11 @@ def _segment(step: Step, source: Dims, at: int, value: int | None) -> Dims:
     pieces = step.cut(source[at], bounds)
     before = pieces[:1] if start else []
     step.same()
-    step.retarget(
-        torch.ops.aten.slice.Tensor, step["self"], at, Extent(tuple(before)), Extent(tuple([*before, ()]))
-    )
+    step.retarget(torch.ops.aten.slice.Tensor, step["self"], at, Extent(tuple(before)), Extent((*before, ())))
     return (*source[:at], (), *source[at + 1 :])
 
 
-@rule("aten.index_put", "aten.index_put_", "aten._unsafe_index_put")
+@rule("index_put index_put_ _unsafe_index_put")
 def index_put(step: Step) -> Any:
     """x[i, :, j] = values."""
     source, indices = step.dims("self"), list(step["indices"])
@@ -80,7 +79,7 @@ def index_put(step: Step) -> Any:
     return source
 
 
-@rule("aten.index_select")
+@rule("index_select")
 def index_select(step: Step) -> Dims:
     """Chosen positions of one dimension."""
     dims = step.dims("self")
@@ -105,7 +104,7 @@ def _aligned(
             step.freeze([a, b], WHY)
 
 
-@rule("aten.gather", "aten.take_along_dim")
+@rule("gather take_along_dim")
 def gather(step: Step) -> Any:
     """out[i][j] = x[i][index[i][j]]."""
     picker = "index" if step["index"] is not None else "indices"
@@ -118,7 +117,7 @@ def gather(step: Step) -> Any:
     return chosen
 
 
-@rule("aten.scatter", "aten.scatter_", "aten.scatter_add", "aten.scatter_add_", "aten.scatter_reduce")
+@rule("scatter scatter_ scatter_add scatter_add_ scatter_reduce")
 def scatter(step: Step) -> Any:
     """x[i][index[i][j]] = source[i][j]."""
     dims, chosen = step.dims("self"), step.dims("index")
@@ -133,7 +132,7 @@ def scatter(step: Step) -> Any:
     return dims
 
 
-@rule("aten.index_add", "aten.index_add_", "aten.index_copy", "aten.index_copy_")
+@rule("index_add index_add_ index_copy index_copy_")
 def index_add(step: Step) -> Dims:
     """Rows of one dimension receive rows of another tensor."""
     dims = step.dims("self")

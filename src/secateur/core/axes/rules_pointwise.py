@@ -42,11 +42,10 @@ def _is_tensor(x: Any) -> bool:
 
 
 @rule(
-    "pointwise", "aten.__and__", "aten.__or__", "aten.__xor__", "aten.floor_divide", "aten.floor_divide_",
-    "aten.where", "aten.min", "aten.max", "aten.masked_fill", "aten.masked_fill_", "aten.rsub", "aten.prelu",
-    "aten.lerp", "aten.bitwise_not", "aten.logical_not", "aten.selu", "aten.celu", "aten.relu6",
-    "aten.multiply", "aten.subtract", "aten.divide", "aten.true_divide", "aten.square", "aten.clip",
-)  # fmt: skip
+    "pointwise __and__ __or__ __xor__ floor_divide floor_divide_ where min max masked_fill masked_fill_ "
+    "rsub prelu lerp bitwise_not logical_not selu celu relu6 multiply subtract divide true_divide square "
+    "clip"
+)
 def pointwise(step: Step) -> Dims | Any:
     """Element by element with broadcasting: axes that meet are one."""
     tensors = step.tensors()
@@ -103,11 +102,10 @@ def _prelu(step: Step) -> Dims:
 
 
 @rule(
-    "aten.alias", "aten.detach", "aten.detach_", "aten.contiguous", "aten.clone", "aten.to", "aten._to_copy",
-    "aten.lift_fresh_copy", "aten.lift_fresh", "aten.type_as", "aten.dropout", "aten.dropout_", "aten.alpha_dropout",
-    "aten.feature_dropout", "aten.positive", "aten.view_as_real_copy", "aten.float", "aten.cpu", "aten.cuda",
-    "aten.requires_grad_", "aten.bernoulli", "prims.convert_element_type", "aten.resolve_conj", "aten.resolve_neg",
-)  # fmt: skip
+    "alias detach detach_ contiguous clone to _to_copy lift_fresh_copy lift_fresh type_as dropout "
+    "dropout_ alpha_dropout feature_dropout positive view_as_real_copy float cpu cuda requires_grad_ "
+    "bernoulli prims.convert_element_type resolve_conj resolve_neg"
+)
 def identity(step: Step) -> Dims:
     """A copy, a cast or another name of the same tensor."""
     source = step.tensors()[0]
@@ -116,19 +114,13 @@ def identity(step: Step) -> Dims:
     return step.dims(source)
 
 
-@rule(
-    "aten._assert_tensor_metadata",
-    "aten._assert_async",
-    "aten._assert_scalar",
-    "aten.sym_size",
-    "aten.sym_numel",
-)
+@rule("_assert_tensor_metadata _assert_async _assert_scalar sym_size sym_numel")
 def nothing(step: Step) -> None:
     """No tensor comes out."""
     return None
 
 
-@rule("aten.copy_")
+@rule("copy_")
 def copy(step: Step) -> Dims:
     """Overwrite a tensor in place with another."""
     dims = step.dims("self")
@@ -137,7 +129,7 @@ def copy(step: Step) -> Dims:
     return dims
 
 
-@rule("aten.fill_", "aten.zero_")
+@rule("fill_ zero_")
 def fill(step: Step) -> Dims:
     """Overwrite with one number."""
     if step.args.get("value", 0) == 0:
@@ -155,40 +147,25 @@ def _created(step: Step, sizes_name: str | None, value: Any) -> Dims:
     return dims
 
 
-@rule("aten.zeros", "aten.new_zeros")
+@rule("zeros new_zeros")
 def zeros(step: Step) -> Dims:
     """A constant of zeros: its axes are whatever they meet."""
     return _created(step, "size", 0)
 
 
-@rule(
-    "aten.ones",
-    "aten.new_ones",
-    "aten.empty",
-    "aten.new_empty",
-    "aten.rand",
-    "aten.randn",
-    "aten.empty_permuted",
-)
+@rule("ones new_ones empty new_empty rand randn empty_permuted")
 def ones(step: Step) -> Dims:
     """A constant without structure."""
     return _created(step, "size", 1)
 
 
-@rule("aten.full", "aten.new_full")
+@rule("full new_full")
 def full(step: Step) -> Dims:
     """A constant of one value."""
     return _created(step, "size", _value(step["fill_value"]))
 
 
-@rule(
-    "aten.zeros_like",
-    "aten.ones_like",
-    "aten.empty_like",
-    "aten.full_like",
-    "aten.rand_like",
-    "aten.randn_like",
-)
+@rule("zeros_like ones_like empty_like full_like rand_like randn_like")
 def like(step: Step) -> Dims:
     """A constant of another tensor's shape."""
     name = str(step.node.target)
@@ -198,16 +175,14 @@ def like(step: Step) -> Dims:
     return step.dims("self")
 
 
-@rule(
-    "aten.arange", "aten.linspace", "aten.eye", "aten.scalar_tensor", "aten.tril_indices", "aten.triu_indices"
-)
+@rule("arange linspace eye scalar_tensor tril_indices triu_indices")
 def numbered(step: Step) -> Dims:
     """A constant that differs from position to position: the pruned program selects the kept ones."""
     step.record.gathered = True
     return step.fresh(step.shape)
 
 
-@rule("aten.tril", "aten.triu", "aten.tril_", "aten.triu_")
+@rule("tril triu tril_ triu_")
 def triangle(step: Step) -> Dims:
     """Zero above or below the diagonal: rows and columns are positions."""
     dims = step.dims("self")
@@ -220,14 +195,13 @@ def triangle(step: Step) -> Dims:
 def getitem(step: Step) -> Dims | None:
     """One of several results."""
     source, index = step.node.args[0], step.node.args[1]
-    assert isinstance(source, fx.Node) and isinstance(index, int)
-    many = step.trace.dims.get(source)
+    many = step.trace.dims.get(source) if isinstance(source, fx.Node) else None
     step.zeros("any", source)
     step.record.alias = source
-    return many[index] if isinstance(many, Sequence) else None
+    return many[index] if isinstance(many, Sequence) and isinstance(index, int) else None
 
 
-@rule("aten.expand", "aten.broadcast_to", "aten.expand_as")
+@rule("expand broadcast_to expand_as")
 def expand(step: Step) -> Dims:
     """Repeat a dimension of size 1: a new axis, whatever it meets."""
     source, shape = step.dims("self"), step.shape
@@ -243,7 +217,7 @@ def expand(step: Step) -> Dims:
     return tuple(dims)
 
 
-@rule("aten.repeat", "aten.tile")
+@rule("repeat tile")
 def repeat(step: Step) -> Dims:
     """Copies one after the other: outer axis of a product."""
     source = step.dims("self")
@@ -256,7 +230,7 @@ def repeat(step: Step) -> Dims:
     return tuple(run + label for run, label in zip(runs, source, strict=True))
 
 
-@rule("aten.repeat_interleave")
+@rule("repeat_interleave")
 def repeat_interleave(step: Step) -> Any:
     """Every position several times: inner axis of a product."""
     from secateur.core.axes.rules import Unruled

@@ -19,10 +19,9 @@ def _chosen(step: Step, ndim: int) -> list[int]:
 
 
 @rule(
-    "aten.mean", "aten.sum", "aten.var", "aten.std", "aten.amax", "aten.amin", "aten.prod", "aten.norm", "aten.any",
-    "aten.linalg_vector_norm", "aten.logsumexp", "aten.all", "aten.argmax", "aten.argmin", "aten.var_mean", "aten.median",
-    "aten.std_mean", "aten.nansum", "aten.count_nonzero",
-)  # fmt: skip
+    "mean sum var std amax amin prod norm any linalg_vector_norm logsumexp all argmax argmin var_mean "
+    "median std_mean nansum count_nonzero"
+)
 def reduction(step: Step) -> Any:
     """Dimensions vanish: sums need zeros there, means and variances are over survivors, the rest freezes."""
     name = str(step.node.target).split(".")[1]
@@ -47,8 +46,7 @@ def reduction(step: Step) -> Any:
     return [dims] * len(value) if isinstance(value, (tuple, list)) else dims
 
 
-@rule("aten.softmax", "aten._softmax", "aten.log_softmax", "aten._log_softmax", "aten._safe_softmax", "aten.cumprod",
-      "aten.cumsum", "aten.logcumsumexp", "aten.cummax", "aten.softmin")  # fmt: skip
+@rule("softmax _softmax log_softmax _log_softmax _safe_softmax cumprod cumsum logcumsumexp cummax softmin")
 def along(step: Step) -> Any:
     """Every result depends on all positions along the dimension."""
     dims = step.dims("self")
@@ -59,7 +57,7 @@ def along(step: Step) -> Any:
     return [dims] * 2 if isinstance(step.value(), (tuple, list)) else dims
 
 
-@rule("aten.glu")
+@rule("glu")
 def glu(step: Step) -> Dims:
     """The first half times the sigmoid of the second."""
     dims = list(step.dims("self"))
@@ -71,7 +69,7 @@ def glu(step: Step) -> Dims:
     return tuple(dims)
 
 
-@rule("aten.sort", "aten.topk", "aten.argsort", "aten.diff", "aten.kthvalue")
+@rule("sort topk argsort diff kthvalue")
 def ordered(step: Step) -> Any:
     """Positions are compared with each other."""
     dims = list(step.dims("self"))
@@ -99,7 +97,7 @@ def _affine(step: Step, labels: tuple[Label, ...]) -> bool:
     return step["weight"] is not None
 
 
-@rule("aten.layer_norm", "aten.rms_norm")
+@rule("layer_norm rms_norm")
 def layer_norm(step: Step) -> Dims:
     """Centre and scale over the last dimensions."""
     dims = step.dims("input")
@@ -114,13 +112,13 @@ def layer_norm(step: Step) -> Dims:
     return dims
 
 
-@rule("aten.native_layer_norm")
+@rule("native_layer_norm")
 def native(step: Step) -> Any:
     """Only met after decomposition, which is not asked for."""
     return Unruled("aten.native_layer_norm")
 
 
-@rule("aten.batch_norm", "aten.instance_norm")
+@rule("batch_norm instance_norm")
 def batch_norm(step: Step) -> Dims:
     """Per channel: exact."""
     dims = step.dims("input")
@@ -132,7 +130,7 @@ def batch_norm(step: Step) -> Dims:
     return dims
 
 
-@rule("aten.group_norm")
+@rule("group_norm")
 def group_norm(step: Step) -> Dims:
     """Statistics over each group's channels: whole groups are exact, channels within are not."""
     dims = step.dims("input")
@@ -148,7 +146,7 @@ def group_norm(step: Step) -> Dims:
     return dims
 
 
-@rule("aten._weight_norm", "aten._weight_norm_interface")
+@rule("_weight_norm _weight_norm_interface")
 def weight_norm(step: Step) -> Any:
     """v·g/‖v‖ over all dimensions but one: exact, and zero where g is."""
     if isinstance(step.value(), (tuple, list)):
@@ -176,21 +174,22 @@ def _spatial(step: Step, count: int) -> Any:
     return dims[:lead] + step.fresh_frozen(value.shape[lead:], "positions of a map")
 
 
-POOLS = ("max_pool", "avg_pool", "adaptive_avg_pool", "adaptive_max_pool", "upsample_nearest", "upsample_bilinear",
-         "upsample_bicubic", "upsample_linear", "upsample_trilinear", "_upsample_nearest_exact", "lp_pool",
-         "_adaptive_avg_pool", "_upsample_bilinear_aa", "_upsample_bicubic_aa", "upsample_nearest_exact")  # fmt: skip
+POOLS = (
+    "max_pool{0}d max_pool{0}d_with_indices avg_pool{0}d adaptive_avg_pool{0}d _adaptive_avg_pool{0}d lp_pool{0}d "
+    "adaptive_max_pool{0}d upsample_nearest{0}d upsample_nearest_exact{0}d _upsample_nearest_exact{0}d "
+    "upsample_linear{0}d upsample_bilinear{0}d upsample_trilinear{0}d upsample_bicubic{0}d "
+    "_upsample_bilinear{0}d_aa _upsample_bicubic{0}d_aa "
+)
 
 
-@rule(*(f"aten.{name}{n}d{tail}" for name in POOLS for n in (1, 2, 3)
-        for tail in ("", "_with_indices") if not tail or name == "max_pool"),
-      *(f"aten._upsample_{n}d_aa" for n in ("bilinear2", "bicubic2")))  # fmt: skip
+@rule("".join(POOLS.format(n) for n in (1, 2, 3)))
 def pool(step: Step) -> Any:
     """Windows over maps: channels are untouched."""
     name = str(step.node.target).split(".")[1]
     return _spatial(step, int(next(c for c in name if c.isdigit())))
 
 
-@rule("aten.grid_sampler", "aten.grid_sampler_2d")
+@rule("grid_sampler grid_sampler_2d")
 def grid_sample(step: Step) -> Any:
     """Positions computed from a grid."""
     step.freeze(step.dims("grid"), "sampled positions")
@@ -200,8 +199,7 @@ def grid_sample(step: Step) -> Any:
     return dims[:2] + step.fresh_frozen(step.shape[2:], "sampled positions")
 
 
-@rule("aten.bincount", "aten.histc", "aten.nonzero", "aten.masked_select", "aten.unique", "aten.one_hot", "aten.searchsorted",
-      "aten.bucketize")  # fmt: skip
+@rule("bincount histc nonzero masked_select unique one_hot searchsorted bucketize")
 def counted(step: Step) -> Any:
     """Values decide about positions: everything stays whole."""
     for node in step.tensors():

@@ -13,10 +13,7 @@ from secateur.core.axes.rules import Dims, Step, Unruled, label_size, rule
 aten = torch.ops.aten
 
 
-@rule(
-    "aten.view", "aten.reshape", "aten._unsafe_view", "aten.flatten", "aten.unflatten", "aten.view_as",
-    "aten.reshape_as", "aten._reshape_alias", "aten.ravel",
-)  # fmt: skip
+@rule("view reshape _unsafe_view flatten unflatten view_as reshape_as _reshape_alias ravel")
 def view(step: Step) -> Any:
     """Row-major in other sizes: products open and close."""
     if "view.dtype" in str(step.node.target):
@@ -29,10 +26,7 @@ def view(step: Step) -> Any:
     return dims
 
 
-@rule(
-    "aten.transpose", "aten.permute", "aten.t", "aten.numpy_T", "aten.mT", "aten.movedim", "aten.swapaxes",
-    "aten.swapdims", "aten.adjoint", "aten.transpose_", "aten.t_", "aten.moveaxis",
-)  # fmt: skip
+@rule("transpose permute t numpy_T mT movedim swapaxes swapdims adjoint transpose_ t_ moveaxis")
 def permute(step: Step) -> Any:
     """Dimensions in another order; the order is read off a small tensor, so every spelling is covered."""
     source = step.dims("self")
@@ -45,7 +39,7 @@ def permute(step: Step) -> Any:
     return tuple(source[size - 2] for size in moved.shape)
 
 
-@rule("aten.unsqueeze", "aten.unsqueeze_")
+@rule("unsqueeze unsqueeze_")
 def unsqueeze(step: Step) -> Dims:
     """One more dimension of size 1."""
     dims = list(step.dims("self"))
@@ -55,7 +49,7 @@ def unsqueeze(step: Step) -> Dims:
     return tuple(dims)
 
 
-@rule("aten.squeeze", "aten.squeeze_")
+@rule("squeeze squeeze_")
 def squeeze(step: Step) -> Dims:
     """Without dimensions of size 1; a pruned dimension that became 1 stays."""
     source = step.dims("self")
@@ -73,7 +67,7 @@ def _replace(dims: Dims, at: int, label: Label) -> Dims:
     return (*dims[:at], label, *dims[at + 1 :])
 
 
-@rule("aten.slice", "aten.narrow")
+@rule("slice narrow")
 def slicing(step: Step) -> Dims:
     """A run of a dimension cuts its axis in up to three segments; a stride is an inner axis."""
     dims = step.dims("self")
@@ -123,7 +117,7 @@ def _strided(step: Step, dims: Dims, at: int, start: int, stop: int, stride: int
     return _replace(dims, at, step.fresh_frozen([count], "strided slice")[0])
 
 
-@rule("aten.select")
+@rule("select")
 def select(step: Step) -> Dims:
     """One position: the axis has to keep its positions."""
     dims = step.dims("self")
@@ -134,7 +128,7 @@ def select(step: Step) -> Dims:
     return dims[:at] + dims[at + 1 :]
 
 
-@rule("aten.unbind")
+@rule("unbind")
 def unbind(step: Step) -> list[Dims]:
     """All positions, one tensor each."""
     dims = step.dims("self")
@@ -145,10 +139,7 @@ def unbind(step: Step) -> list[Dims]:
     return [dims[:at] + dims[at + 1 :]] * len(step.value())
 
 
-@rule(
-    "aten.split", "aten.split_with_sizes", "aten.chunk", "aten.tensor_split", "aten.unsafe_split", "aten.unsafe_chunk",
-    "aten.unsafe_split_with_sizes",
-)  # fmt: skip
+@rule("split split_with_sizes chunk tensor_split unsafe_split unsafe_chunk unsafe_split_with_sizes")
 def split(step: Step) -> Any:
     """Segments of a sum; the program splits by the segments' own widths."""
     dims = step.dims("self")
@@ -165,7 +156,7 @@ def split(step: Step) -> Any:
     return [_replace(dims, at, piece) for piece in pieces]
 
 
-@rule("aten.cat", "aten.concat", "aten.concatenate")
+@rule("cat concat concatenate")
 def cat(step: Step) -> Dims:
     """One after the other: a sum."""
     nodes = list(step["tensors"])
@@ -177,7 +168,7 @@ def cat(step: Step) -> Dims:
     return _replace(dims, at, step.axes.join([dims[at] for dims in full]))
 
 
-@rule("aten.stack")
+@rule("stack")
 def stack(step: Step) -> Dims:
     """A new dimension of positions."""
     nodes = list(step["tensors"])
@@ -188,7 +179,7 @@ def stack(step: Step) -> Dims:
     return (*dims[:at], new, *dims[at:])
 
 
-@rule("aten.flip", "aten.roll", "aten.rot90")
+@rule("flip roll rot90")
 def moved(step: Step) -> Any:
     """Positions change places."""
     dims = step.dims("self")
@@ -201,8 +192,7 @@ def moved(step: Step) -> Any:
     return dims
 
 
-@rule("aten.pad", "aten.constant_pad_nd", "aten.reflection_pad1d", "aten.reflection_pad2d", "aten.replication_pad1d",
-      "aten.replication_pad2d")  # fmt: skip
+@rule("pad constant_pad_nd reflection_pad1d reflection_pad2d replication_pad1d replication_pad2d")
 def pad(step: Step) -> Dims:
     """A dimension grows by constants on either side."""
     dims = list(step.dims("self"))
@@ -227,7 +217,7 @@ def pad(step: Step) -> Dims:
     return tuple(dims)
 
 
-@rule("aten.pixel_shuffle")
+@rule("pixel_shuffle")
 def pixel_shuffle(step: Step) -> Dims:
     """C·r·r channels become C channels and r times larger maps."""
     dims, r = step.dims("self"), step["upscale_factor"]
@@ -238,7 +228,7 @@ def pixel_shuffle(step: Step) -> Dims:
     return (*dims[:-3], outer, *step.fresh_frozen(step.shape[-2:], "pixels"))
 
 
-@rule("aten.pixel_unshuffle")
+@rule("pixel_unshuffle")
 def pixel_unshuffle(step: Step) -> Dims:
     """Pixels become channels."""
     dims, r = step.dims("self"), step["downscale_factor"]
@@ -248,7 +238,7 @@ def pixel_unshuffle(step: Step) -> Dims:
     return (*dims[:-3], dims[-3] + inner[0] + inner[1], *step.fresh_frozen(step.shape[-2:], "pixels"))
 
 
-@rule("aten.channel_shuffle", "aten.native_channel_shuffle")
+@rule("channel_shuffle native_channel_shuffle")
 def channel_shuffle(step: Step) -> Dims:
     """(groups, c) becomes (c, groups)."""
     dims, groups = step.dims("self"), step["groups"]
@@ -258,7 +248,7 @@ def channel_shuffle(step: Step) -> Dims:
     return (dims[0], b + a, *dims[2:])
 
 
-@rule("aten.diagonal", "aten.unfold", "aten.as_strided")
+@rule("diagonal unfold as_strided")
 def positions(step: Step) -> Any:
     """Windows and diagonals are about positions of the dimensions they name."""
     name = str(step.node.target)

@@ -22,7 +22,7 @@ _ = (rules_contract, rules_index, rules_pointwise, rules_reduce, rules_view)  # 
 
 
 @contextmanager
-def evaluating(model: nn.Module):  # noqa: ANN201
+def evaluating(model: nn.Module):
     """Every submodule in eval mode, and back to its own mode afterwards."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
@@ -48,11 +48,11 @@ def export(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
         words = str(error).strip().split("\n")[0][:300] or type(error).__name__
         raise UsageError(
             f"{type(model).__name__}: torch.export cannot trace the forward with this example: {words}. "
-            "Expected a forward without control flow that depends on tensor values, and outputs that are tensors. "
+            "Expected no control flow that depends on tensor values, and outputs that are tensors. "
             "For a transformer pass use_cache=False; otherwise analyse the submodules one by one."
         ) from error
     module.graph.eliminate_dead_code()  # a tensor made only for its shape ties nothing
-    return module  # type: ignore[return-value]
+    return module
 
 
 def select_output(module: fx.GraphModule, output: str | Callable[[Any], Any] | None) -> None:
@@ -65,7 +65,8 @@ def select_output(module: fx.GraphModule, output: str | Callable[[Any], Any] | N
         return
     node = module.graph.output_node()
     info = module.graph._codegen.pytree_info  # type: ignore[attr-defined]
-    whole = pytree.tree_unflatten(list(node.args[0]), info.out_spec)
+    flat_nodes: Any = node.args[0]
+    whole = pytree.tree_unflatten(list(flat_nodes), info.out_spec)
     if isinstance(output, str):
         try:
             picked = whole[output] if isinstance(whole, Mapping) else getattr(whole, output)
@@ -110,7 +111,8 @@ def _identity(tensor: torch.Tensor) -> Any:
 def label_graph(module: fx.GraphModule, model: nn.Module) -> tuple[Trace, dict[str, fx.Node]]:
     """Visit every node; the trace, and for each parameter or buffer name the node that holds its labels."""
     trace = Trace()
-    ties, shared = tied(model), {}
+    ties = tied(model)
+    shared: dict[str, Any] = {}
     holders: dict[str, fx.Node] = {}
     for node in module.graph.nodes:
         if node.op == "get_attr":

@@ -9,37 +9,44 @@ import torch
 from torch import fx
 
 from secateur.core.axes.atoms import Atom, Label
-from secateur.core.axes.rules import Step, Trace, arguments, operator
+from secateur.core.axes.rules import Trace, arguments, operator
 
 __all__ = ["Roles", "kind_of", "name_of", "roles"]
 
 Roles = dict[Atom, Counter[str]]  # leaf -> how often each role was met
 
-ACTIVATIONS = {
-    "aten." + name
-    for name in (
-        "relu relu_ gelu silu silu_ tanh sigmoid softplus hardtanh hardtanh_ elu elu_ leaky_relu leaky_relu_ mish "
-        "hardswish hardswish_ hardsigmoid selu celu prelu relu6 glu"
-    ).split()
-}
-PRODUCTS = {"aten.matmul", "aten.bmm", "aten.baddbmm"}
-PASSING = {  # between the scores, the softmax and the product with the values
-    "aten.add", "aten.add_", "aten.sub", "aten.mul", "aten.mul_", "aten.div", "aten.div_", "aten.to", "aten.view",
-    "aten.reshape", "aten.masked_fill", "aten.masked_fill_", "aten.where", "aten.dropout", "aten.clone", "aten.contiguous",
-    "aten.type_as", "aten._to_copy", "aten.clamp", "aten.tanh", "aten.cat", "aten.slice", "aten.maximum", "aten.alias",
-    "aten.unflatten", "aten.flatten", "aten.squeeze", "aten.unsqueeze",
-}  # fmt: skip
-CONTRACTIONS = {"aten.linear", "aten.addmm", "aten.matmul", "aten.bmm", "aten.conv1d", "aten.conv2d", "aten.conv3d",
-                "aten.mm", "aten.scaled_dot_product_attention"}  # fmt: skip
-REPEATING = {"aten.expand", "aten.repeat_interleave", "aten.repeat", "aten.broadcast_to"}
-RESHAPING = {"aten.view", "aten.reshape", "aten.transpose", "aten.permute", "aten.unsqueeze", "aten.contiguous", "aten.to",
-             "aten.clone", "aten.flatten", "aten.squeeze"}  # fmt: skip
+
+def _aten(names: str) -> frozenset[str]:
+    return frozenset("aten." + name for name in names.split())
+
+
+ACTIVATIONS = _aten(
+    "relu relu_ gelu silu silu_ tanh sigmoid softplus hardtanh hardtanh_ elu elu_ leaky_relu leaky_relu_ mish "
+    "hardswish hardswish_ hardsigmoid selu celu prelu relu6 glu"
+)
+PRODUCTS = _aten("matmul bmm baddbmm")
+CONTRACTIONS = PRODUCTS | _aten("linear addmm mm conv1d conv2d conv3d scaled_dot_product_attention")
+REPEATING = _aten("expand repeat_interleave repeat broadcast_to")
+PASSING = _aten(  # between the scores, the softmax and the product with the values
+    "add add_ sub mul mul_ div div_ to view reshape masked_fill masked_fill_ where dropout clone contiguous "
+    "type_as _to_copy clamp tanh cat slice maximum alias unflatten flatten squeeze unsqueeze"
+)
+KEYS = PASSING | REPEATING | _aten("transpose permute neg index")  # between the keys' projection and the scores
 PLURALS = {
-    "head": "heads", "query head": "query heads", "KV group": "KV groups", "qk dimension": "qk dimensions",
-    "rotary pair": "rotary pairs", "head dimension": "head dimensions", "v dimension": "v dimensions", "feed-forward unit": "feed-forward units",
-    "expert feed-forward": "expert feed-forward units", "hidden": "hidden dimensions", "channel": "channels",
-    "recurrent unit": "recurrent units", "other": "inner dimensions",
-}  # fmt: skip
+    "head": "heads",
+    "query head": "query heads",
+    "KV group": "KV groups",
+    "qk dimension": "qk dimensions",
+    "rotary pair": "rotary pairs",
+    "head dimension": "head dimensions",
+    "v dimension": "v dimensions",
+    "feed-forward unit": "feed-forward units",
+    "expert feed-forward": "expert feed-forward units",
+    "hidden": "hidden dimensions",
+    "channel": "channels",
+    "recurrent unit": "recurrent units",
+    "other": "inner dimensions",
+}
 
 
 def roles(trace: Trace, graph: fx.Graph) -> Roles:
@@ -97,7 +104,7 @@ def _mark(trace: Trace, out: Roles, labels: Iterable[Label], role: str) -> None:
                 out.setdefault(leaf, Counter())[role] += 1
 
 
-def _back(node: fx.Node, through: set[str], to: set[str], limit: int = 24) -> fx.Node | None:
+def _back(node: fx.Node, through: frozenset[str], to: frozenset[str], limit: int = 24) -> fx.Node | None:
     """The nearest node among `to` reached by going up through operators in `through`."""
     queue, seen = [node], {node}
     while queue and limit:
@@ -158,7 +165,7 @@ def _repeated(trace: Trace, keys: fx.Node) -> set[Atom]:
     queue, seen = [keys], {keys}
     while queue and len(seen) < 60:
         here = queue.pop(0)
-        if here.op != "call_function" or operator(here) not in RESHAPING | REPEATING | PASSING | {"aten.neg"}:
+        if here.op != "call_function" or operator(here) not in KEYS:
             continue
         above = [n for n in here.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor)]
         if operator(here) in REPEATING:
