@@ -108,8 +108,14 @@ EYE = torch.eye(3)
         ([EYE], "batch 0 must be a pair (inputs, labels) or a mapping with labels, got Tensor"),
         ([(EYE, EYE, EYE)], "batch 0 must be a pair (inputs, labels) or a mapping with labels, got tuple of 3"),
         ([{"values": EYE}], "batch 0 has no labels; it holds ['values']"),
-        ([(EYE, torch.tensor([0, 1]))], "batch 0: logits (3, 3) and labels (2,) fit no task; expected (N, C) with"),
-        ([(EYE, torch.tensor([0, 1, 3]))], "batch 0: labels must be whole numbers from 0 to 2, or -100 to skip"),
+        (
+            [(EYE, torch.tensor([0, 1]))],
+            "batch 0: logits (3, 3) and labels (2,) fit no task; expected (N, C) with",
+        ),
+        (
+            [(EYE, torch.tensor([0, 1, 3]))],
+            "batch 0: labels must be whole numbers from 0 to 2, or -100 to skip",
+        ),
         ([(EYE, torch.tensor([0, 1, 0.5]))], "batch 0: labels must be whole numbers from 0 to 2"),
         ([(EYE[0], torch.tensor([0, 1, 2]))], "batch 0: labels must be whole numbers from 0 to 1"),
         ([(EYE, EYE * 2)], "batch 0: several labels at once must be 0 or 1 each"),

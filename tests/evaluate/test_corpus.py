@@ -133,7 +133,9 @@ def test_a_token_outside_the_vocabulary_is_named():
     good, bad = torch.tensor([0, 4]), torch.tensor([1, 5])
     check_tokens([good], 5)
     check_tokens([bad], None)
-    with pytest.raises(UsageError, match=r"document 1, token 1: id 5 is outside the vocabulary \(0 to 4\); use the"):
+    with pytest.raises(
+        UsageError, match=r"document 1, token 1: id 5 is outside the vocabulary \(0 to 4\); use the"
+    ):
         check_tokens([good, bad], 5)
     with pytest.raises(UsageError, match=r"document 0, token 0: id -1 is outside the vocabulary \(0 and up\)"):
         check_tokens([torch.tensor([-1])], None)

@@ -82,7 +82,9 @@ def test_a_divergence_without_value_is_an_error(scores):
 
 
 def test_mistakes(gpt2):
-    with pytest.raises(UsageError, match="the models answer with 2 and 3 tokens of vocabulary; divergence needs"):
+    with pytest.raises(
+        UsageError, match="the models answer with 2 and 3 tokens of vocabulary; divergence needs"
+    ):
         divergence(Table(torch.zeros(2, 2)), Table(torch.zeros(2, 3)), [0, 1], context=2)
     with pytest.raises(UsageError, match="context 64 is longer than the model's 32 positions"):
         divergence(Table(torch.zeros(257, 257)), gpt2, [0, 1], context=64)

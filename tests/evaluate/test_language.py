@@ -1,5 +1,6 @@
 import math
 import re
+from itertools import pairwise
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ TEXT = "It was a bright cold day in April, and the clocks were striking thirteen
 def bigram_loss(model, ids):
     """Sum of the losses of ids[1:], each from the token before it: float64, no windows, no batches."""
     scores = torch.log_softmax(model.table.double(), dim=1)
-    return -sum(scores[before, after].item() for before, after in zip(ids, ids[1:], strict=False))
+    return -sum(scores[before, after].item() for before, after in pairwise(ids))
 
 
 @given(
@@ -85,7 +86,11 @@ def test_the_conditions_say_which_number_it_is(gpt2, byte_tokenizer):
         "device": "cpu",
     }
     stride = perplexity(gpt2, ids, protocol="stride").conditions
-    assert (stride["protocol"], stride["stride"], stride["tokens"]) == ("sliding windows of 32, stride 16", 16, 99)
+    assert (stride["protocol"], stride["stride"], stride["tokens"]) == (
+        "sliding windows of 32, stride 16",
+        16,
+        99,
+    )
     assert stride["batch"] == 2048 // 32
     full = perplexity(gpt2, ids, drop_last=True).conditions
     assert (full["protocol"], full["tokens"]) == ("non-overlapping windows of 32, full ones only", 93)
@@ -171,7 +176,9 @@ def test_a_tokenizer_without_special_tokens_needs_a_prefix(bigram):
     def letters(text):
         return [ord(letter) % 7 for letter in text]
 
-    with pytest.raises(UsageError, match="the tokenizer has neither a BOS nor an EOS token; pass prefix_token="):
+    with pytest.raises(
+        UsageError, match="the tokenizer has neither a BOS nor an EOS token; pass prefix_token="
+    ):
         loglikelihood_rolling(bigram, "abc", letters, context=4)
     found = loglikelihood_rolling(bigram, "abc", letters, context=4, prefix_token=2)["bits_per_byte"]
     expected = bigram_loss(bigram, [2, *letters("abc")]) / 3 / math.log(2)
@@ -181,7 +188,11 @@ def test_a_tokenizer_without_special_tokens_needs_a_prefix(bigram):
 def test_progress_counts_windows(bigram):
     seen = []
     perplexity(
-        bigram, torch.zeros(20, dtype=torch.long), context=4, batch_size=2, progress=lambda *args: seen.append(args)
+        bigram,
+        torch.zeros(20, dtype=torch.long),
+        context=4,
+        batch_size=2,
+        progress=lambda *args: seen.append(args),
     )
     assert seen == [(2, 5), (4, 5), (5, 5)]
 
@@ -222,7 +233,10 @@ class Bigram16(nn.Module):
         ({"data": []}, "there is no token in the data"),
         ({"data": "text"}, "text needs a tokenizer"),
         ({"data": [1, 7]}, r"id 7 is outside the 7 tokens the model predicts; use the tokenizer"),
-        ({"data": [1, 7, 2]}, r"the model cannot look up these tokens \(ids 1 to 7, 2 positions\): index 7 is out"),
+        (
+            {"data": [1, 7, 2]},
+            r"the model cannot look up these tokens \(ids 1 to 7, 2 positions\): index 7 is out",
+        ),
         ({"data": [1, -1]}, r"document 0, token 1: id -1 is outside the vocabulary"),
     ],
 )
@@ -255,7 +269,10 @@ class Answer(nn.Module):
     ("answer", "message"),
     [
         (lambda ids: "no", "the model returned str without logits; expected a tensor"),
-        (lambda ids: torch.zeros(len(ids), 7), r"expected logits \(batch, tokens, vocabulary\) for ids \(1, 3\), got"),
+        (
+            lambda ids: torch.zeros(len(ids), 7),
+            r"expected logits \(batch, tokens, vocabulary\) for ids \(1, 3\), got",
+        ),
         (lambda ids: torch.zeros(1, 2, 7), "expected logits at 3 positions, got 2"),
     ],
 )
@@ -268,7 +285,10 @@ def test_models_that_do_not_predict_the_next_token_are_refused():
     for name, config in (("BertForMaskedLM", {}), ("Reader", {"is_encoder_decoder": True})):
         model = type(name, (Answer,), {})(lambda ids: torch.zeros(1, 3, 7))
         model.config = type("Config", (), config)()
-        with pytest.raises(UsageError, match=f"perplexity needs a model that predicts each token from those before; {name} does"):
+        with pytest.raises(
+            UsageError,
+            match=f"perplexity needs a model that predicts each token from those before; {name} does",
+        ):
             perplexity(model, [1, 2, 3, 4], context=4)
 
 
@@ -276,7 +296,9 @@ def test_models_that_do_not_predict_the_next_token_are_refused():
 def test_a_loss_that_is_no_number_names_its_window(bigram, value):
     with torch.no_grad():
         bigram.table[3, 3] = value
-    with pytest.raises(NumericError, match=r"the loss is (nan|inf) in document 1, tokens 4 to 8; look for NaN or Inf"):
+    with pytest.raises(
+        NumericError, match=r"the loss is (nan|inf) in document 1, tokens 4 to 8; look for NaN or Inf"
+    ):
         perplexity(bigram, [[1, 2, 1], [1, 2, 2, 1, 1, 3, 3, 2]], context=4)
 
 

@@ -36,7 +36,7 @@ def test_a_measurement_survives_json_pickle_and_copying(measurement):
     written = json.dumps(measurement.to_dict(), allow_nan=False)
     for twin in (
         Measurement.from_dict(json.loads(written)),
-        pickle.loads(pickle.dumps(measurement)),  # noqa: S301
+        pickle.loads(pickle.dumps(measurement)),
         copy.deepcopy(measurement),
     ):
         assert twin == measurement
@@ -46,7 +46,12 @@ def test_a_measurement_survives_json_pickle_and_copying(measurement):
 
 
 def test_the_text_is_the_one_a_paper_would_print():
-    conditions = {"protocol": "non-overlapping windows of 1024", "dataset": "", "context": 1024, "tokens": 286221}
+    conditions = {
+        "protocol": "non-overlapping windows of 1024",
+        "dataset": "",
+        "context": 1024,
+        "tokens": 286221,
+    }
     conditions |= {"windows": 280, "batch": 2, "dtype": "float32", "device": "cpu"}
     text = str(Measurement("perplexity", 29.4134, "1", conditions))
     assert text == "perplexity 29.41 (non-overlapping windows of 1024, 286,221 tokens)"
@@ -134,7 +139,10 @@ GOOD = {"name": "x", "value": 1, "unit": "1", "conditions": {}}
         ({"name": "x"}, r"this measurement misses \['conditions', 'unit', 'value'\]; expected"),
         ({**GOOD, "extra": 1}, r"this measurement has unknown \['extra'\]; expected"),
         ({**GOOD, "value": "1"}, "this entry is no measurement: x: the value must be a number, got str '1'"),
-        ({**GOOD, "conditions": None}, "this entry is no measurement: x: conditions must be a mapping, got NoneType"),
+        (
+            {**GOOD, "conditions": None},
+            "this entry is no measurement: x: conditions must be a mapping, got NoneType",
+        ),
         ({**GOOD, "spread": 3}, "a spread must be an object with named entries, got int"),
         ({**GOOD, "spread": {"low": 1}}, r"this spread misses \['high', 'kind', 'repeats'\]"),
         (

@@ -103,9 +103,9 @@ def test_a_text_that_begins_with_the_prefix_is_treated_as_the_harness_does(gpt2,
 
 
 def test_a_tokenizer_that_adds_special_tokens_is_treated_as_the_harness_does(gpt2, byte_tokenizer):
+    from tokenizers import Tokenizer
     from tokenizers.processors import TemplateProcessing
     from transformers import PreTrainedTokenizerFast
-    from tokenizers import Tokenizer
 
     inner = Tokenizer.from_str(byte_tokenizer.backend_tokenizer.to_str())
     end = "<|endoftext|>"

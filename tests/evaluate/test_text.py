@@ -8,7 +8,9 @@ from hypothesis import strategies as st
 from secateur.errors import UsageError
 from secateur.evaluate import rouge
 
-sentences = st.lists(st.sampled_from("the cat cats sat on a mat dog".split()), min_size=1, max_size=8).map(" ".join)
+sentences = st.lists(
+    st.sampled_from(["the", "cat", "cats", "sat", "on", "a", "mat", "dog"]), min_size=1, max_size=8
+).map(" ".join)
 
 
 def f_measure(shared, predicted, true):
@@ -17,7 +19,9 @@ def f_measure(shared, predicted, true):
 
 def overlap(prediction, reference, n):
     """Shared n-grams, each as often as it occurs in both, by removing them one by one."""
-    ours, theirs = ([words[at : at + n] for at in range(len(words) - n + 1)] for words in (prediction, reference))
+    ours, theirs = (
+        [words[at : at + n] for at in range(len(words) - n + 1)] for words in (prediction, reference)
+    )
     left, shared = list(theirs), 0
     for gram in ours:
         if gram in left:
@@ -64,7 +68,9 @@ def test_an_empty_prediction_scores_zero():
 
 
 def test_other_scripts_need_a_tokenizer():
-    with pytest.raises(UsageError, match="example 0: the tokenizer finds no word in the reference '猫が座った'; pass"):
+    with pytest.raises(
+        UsageError, match="example 0: the tokenizer finds no word in the reference '猫が座った'; pass"
+    ):
         rouge(["猫が座った"], ["猫が座った"])
     found = rouge(["猫が座った"], ["猫が走った"], tokenize=list, dataset="cats")
     assert found["rouge1"].value == pytest.approx(4 / 5)

@@ -82,9 +82,18 @@ def test_chunks_cover_everything_once(length, context):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: list(sliding_windows(5, 1, 1)), "context 1 leaves nothing to predict from; use at least 2 tokens"),
-        (lambda: list(sliding_windows(5, 4, 0)), "stride 0 is not in 1 to 4, the context; a larger one would skip"),
-        (lambda: list(sliding_windows(5, 4, 5)), "stride 5 is not in 1 to 4, the context; a larger one would skip"),
+        (
+            lambda: list(sliding_windows(5, 1, 1)),
+            "context 1 leaves nothing to predict from; use at least 2 tokens",
+        ),
+        (
+            lambda: list(sliding_windows(5, 4, 0)),
+            "stride 0 is not in 1 to 4, the context; a larger one would skip",
+        ),
+        (
+            lambda: list(sliding_windows(5, 4, 5)),
+            "stride 5 is not in 1 to 4, the context; a larger one would skip",
+        ),
         (lambda: list(rolling_windows(5, 0)), "context 0 leaves nothing to predict from; use at least 1 token"),
         (lambda: list(chunks(5, 0)), "context 0 is not a number of tokens; use at least 1"),
     ],

@@ -6,9 +6,9 @@ Takes any `nn.Module` and knows nothing of masks or recipes.
 from secateur.evaluate.classification import Predictions, accuracy, f1, predict
 from secateur.evaluate.divergence import divergence
 from secateur.evaluate.flops import flops
-from secateur.evaluate.hardware import hardware
 from secateur.evaluate.harness import harness
 from secateur.evaluate.language import PROTOCOLS, loglikelihood_rolling, perplexity
+from secateur.evaluate.machine import hardware
 from secateur.evaluate.measurement import Condition, Measurement, Spread
 from secateur.evaluate.memory import peak_memory
 from secateur.evaluate.size import disk_bytes, nonzeros, parameters, state_bytes
