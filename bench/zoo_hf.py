@@ -55,8 +55,9 @@ def _seq2seq(model: str, config: str, **sizes: Any) -> Callable[[], Case]:
 def _whisper() -> Case:
     cfg = hf.WhisperConfig(
         vocab_size=V, num_mel_bins=10, d_model=48, encoder_layers=2, decoder_layers=2,
-        encoder_attention_heads=6, decoder_attention_heads=6, encoder_ffn_dim=84, decoder_ffn_dim=92, max_source_positions=13,
-        max_target_positions=17, pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1,
+        encoder_attention_heads=6, decoder_attention_heads=6, encoder_ffn_dim=84, decoder_ffn_dim=92,
+        max_source_positions=13, max_target_positions=17, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        decoder_start_token_id=1,
         suppress_tokens=None, begin_suppress_tokens=None, attn_implementation="eager",
     )  # fmt: skip
     kwargs = {"decoder_input_ids": _ids(7, V), "use_cache": False}

@@ -34,10 +34,8 @@ def names(words: str) -> list[str]:
 
 
 EMPTY_ALLOWED = set(  # operators whose rules hold for tensors without elements
-    names(
-        "slice cat neg mul add to transpose unsqueeze contiguous clone split split_with_sizes alias zeros new_zeros"
-    )
-) | {"getitem"}
+    names("slice cat neg mul add to transpose unsqueeze contiguous clone alias zeros new_zeros getitem")
+)
 
 
 def rule(words: str) -> Callable[[Rule], Rule]:
@@ -105,7 +103,8 @@ class Trace:
         step = Step(self, node)
         self.records[node] = step.record
         name = operator(node)
-        found = RULES.get(name if "." in name else f"aten.{name}")
+        name = name if "." in name else f"aten.{name}"
+        found = RULES.get(name)
         if found is None and isinstance(node.target, torch._ops.OpOverload):
             found = RULES["aten.pointwise"] if torch.Tag.pointwise in node.target.tags else None
         if found is None or (name not in EMPTY_ALLOWED and step.is_empty()):

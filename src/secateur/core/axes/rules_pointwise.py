@@ -102,9 +102,8 @@ def _prelu(step: Step) -> Dims:
 
 
 @rule(
-    "alias detach detach_ contiguous clone to _to_copy lift_fresh_copy lift_fresh type_as dropout "
-    "dropout_ alpha_dropout feature_dropout positive view_as_real_copy float cpu cuda requires_grad_ "
-    "bernoulli prims.convert_element_type resolve_conj resolve_neg"
+    "alias detach detach_ contiguous clone to _to_copy lift_fresh_copy lift_fresh type_as dropout dropout_ "
+    "alpha_dropout feature_dropout positive prims.convert_element_type resolve_conj resolve_neg"
 )
 def identity(step: Step) -> Dims:
     """A copy, a cast or another name of the same tensor."""
@@ -194,8 +193,9 @@ def triangle(step: Step) -> Dims:
 @rule("getitem")
 def getitem(step: Step) -> Dims | None:
     """One of several results."""
-    source, index = step.node.args[0], step.node.args[1]
-    many = step.trace.dims.get(source) if isinstance(source, fx.Node) else None
+    source: Any = step.node.args[0]
+    index = step.node.args[1]
+    many = step.trace.dims.get(source)
     step.zeros("any", source)
     step.record.alias = source
     return many[index] if isinstance(many, Sequence) and isinstance(index, int) else None

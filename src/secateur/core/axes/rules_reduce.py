@@ -175,10 +175,10 @@ def _spatial(step: Step, count: int) -> Any:
 
 
 POOLS = (
-    "max_pool{0}d max_pool{0}d_with_indices avg_pool{0}d adaptive_avg_pool{0}d _adaptive_avg_pool{0}d lp_pool{0}d "
-    "adaptive_max_pool{0}d upsample_nearest{0}d upsample_nearest_exact{0}d _upsample_nearest_exact{0}d "
-    "upsample_linear{0}d upsample_bilinear{0}d upsample_trilinear{0}d upsample_bicubic{0}d "
-    "_upsample_bilinear{0}d_aa _upsample_bicubic{0}d_aa "
+    "max_pool{0}d max_pool{0}d_with_indices avg_pool{0}d adaptive_avg_pool{0}d _adaptive_avg_pool{0}d "
+    "adaptive_max_pool{0}d lp_pool{0}d upsample_nearest{0}d upsample_nearest_exact{0}d "
+    "_upsample_nearest_exact{0}d upsample_linear{0}d upsample_bilinear{0}d upsample_trilinear{0}d "
+    "upsample_bicubic{0}d _upsample_bilinear{0}d_aa _upsample_bicubic{0}d_aa "
 )
 
 
