@@ -1,0 +1,415 @@
+"use strict";
+// Draws the charts of a report from the JSON blocks beside them. Names are data: they reach the page as text
+// nodes, or through `literal` where plotly would read them as markup.
+(() => {
+  const root = document.documentElement;
+  const color = (name) => getComputedStyle(root).getPropertyValue(`--${name}`).trim();
+  const series = (at) => color(`series-${at % 6}`);
+  const dash = (at) => ["solid", "7px,4px", "2px,3px", "8px,3px,2px,3px", "14px,5px"][Math.max(0, at - 1) % 5];
+  const symbol = (at) => ["circle", "square", "diamond", "triangle-up", "cross"][Math.max(0, at - 1) % 5];
+  const literal = (text) =>
+    String(text).replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
+  const faded = (hex, part) => hex + Math.round(part * 255).toString(16).padStart(2, "0");
+  const whole = (value) => value.toLocaleString("en-US");
+  const digits = (value) =>
+    value === 0 ? "0" : String(Number(value.toPrecision(4))).replace("-", "\u2212");
+  const percent = (part) =>
+    part === 0 || part === 1 ? `${100 * part} %`
+      : part < 0.0005 ? "< 0.1 %" : part >= 0.9995 ? "> 99.9 %" : `${(100 * part).toFixed(1)} %`;
+
+  const element = (name, text, attributes = {}) => {
+    const made = document.createElement(name);
+    if (text !== null) made.textContent = text;
+    for (const key in attributes) made.setAttribute(key, attributes[key]);
+    return made;
+  };
+
+  // The state of the page is in its address, as #anchor=value&anchor.option=value.
+  const state = () => new URLSearchParams(location.hash.includes("=") ? location.hash.slice(1) : "");
+  const keep = (key, value) => {
+    const held = state();
+    if (value === null) held.delete(key); else held.set(key, value);
+    history.replaceState(null, "", `#${held}`);
+  };
+
+  const axis = (more) => ({
+    fixedrange: true, gridcolor: color("grid"), zerolinecolor: color("grid"), linecolor: color("line"),
+    tickcolor: color("line"), tickfont: { color: color("soft") }, automargin: true, ...more,
+  });
+  const title = (text) => ({ text: literal(text), standoff: 10, font: { color: color("soft"), size: 13 } });
+  const plot = (room, traces, layout) =>
+    Plotly.react(room, traces, {
+      autosize: true, margin: { l: 48, r: 16, t: 12, b: 40 }, showlegend: false, dragmode: false,
+      paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
+      font: { family: getComputedStyle(document.body).fontFamily, size: 13, color: color("ink") },
+      hoverlabel: { bgcolor: color("raised"), bordercolor: color("line"), font: { color: color("ink") } },
+      ...layout,
+    }, { displayModeBar: false, responsive: false, scrollZoom: false, doubleClick: false });
+
+  const clipped = (text, most) =>
+    text.length <= most ? text : `…${text.slice(text.length - most + 1)}`;
+
+  // --- sparsity of each layer -------------------------------------------------------------------------------
+  const bars = (figure, data) => {
+    const room = figure.querySelector(".chart");
+    const patterns = ["", "/", ".", "|", "\\", "-"];
+    const draw = () => {
+      const narrow = room.clientWidth < 560;
+      const many = data.names.length;
+      const at = data.names.map((_, index) => index);
+      const part = at.map((index) => (data.weights[index] ? data.zeros[index] / data.weights[index] : 0));
+      const traces = data.role_names.map((role, group) => {
+        const own = at.filter((index) => data.roles[index] === group);
+        return {
+          type: "bar", orientation: "h", width: 0.62, y: own, x: own.map((index) => part[index]),
+          text: own.map((index) => `\u00a0${percent(part[index])}`), textposition: "outside", cliponaxis: false,
+          textfont: { size: 12, color: color("soft") },
+          marker: {
+            color: series(group + 1), line: { width: group ? 1 : 0, color: series(group + 1) },
+            pattern: { shape: patterns[group % 6], size: 5, solidity: 0.45, fgcolor: series(group + 1), bgcolor: color("paper") },
+          },
+          hovertext: own.map((index) => `${literal(data.names[index])}<br>${whole(data.zeros[index])} of ` +
+            `${whole(data.weights[index])} weights are zero<br>${literal(role)}`),
+          hovertemplate: "%{hovertext}<extra></extra>",
+        };
+      });
+      plot(room, traces, {
+        height: 64 + 24 * many, barmode: "overlay", hovermode: "closest",
+        margin: { l: 8, r: 56, t: 28, b: 8 },
+        xaxis: axis({ range: [0, 1], tickformat: ".0%", side: "top", nticks: narrow ? 3 : 6, automargin: false }),
+        yaxis: axis({
+          range: [many - 0.4, -0.6], tickvals: at, showgrid: false, zeroline: false, ticks: "",
+          ticktext: data.short.map((name) => literal(clipped(name, narrow ? 18 : 44)) + " "),
+        }),
+        shapes: [{
+          type: "line", x0: data.total, x1: data.total, yref: "paper", y0: 0, y1: 1, layer: "below",
+          line: { color: color("faint"), width: 1, dash: "4px,3px" },
+        }],
+      });
+    };
+    return draw;
+  };
+
+  // Ticks at 1, 2 and 5 times powers of ten (fewer over many decades), written out.
+  const decades = (low, high) => {
+    const first = Math.floor(Math.log10(low)), last = Math.ceil(Math.log10(high));
+    const steps = last - first > 3 ? [1] : [1, 2, 5];
+    const values = [];
+    for (let power = first; power <= last; power++) for (const step of steps) values.push(step * 10 ** power);
+    return { tickvals: values, ticktext: values.map((value) => value.toLocaleString("en-US", { maximumSignificantDigits: 1 })) };
+  };
+
+  // --- lines over two axes ----------------------------------------------------------------------------------
+  const lines = (figure, data, anchor) => {
+    const room = figure.querySelector(".chart");
+    const box = figure.querySelector("[data-option=log]");
+    const held = state().get(`${anchor}.log`);
+    if (held !== null) box.checked = held === "1";
+    box.addEventListener("change", () => { keep(`${anchor}.log`, box.checked ? "1" : "0"); draw(); });
+    const draw = () => {
+      const narrow = room.clientWidth < 560;
+      const traces = data.lines.map((line, at) => ({
+        type: "scatter", mode: "lines+markers",
+        x: line.points.map((point) => point[0]), y: line.points.map((point) => point[1]),
+        error_y: line.points.some((point) => point[2] !== null) ? {
+          type: "data", symmetric: false, thickness: 1.2, width: 3, color: series(at + 1),
+          array: line.points.map((point) => (point[3] === null ? 0 : point[3] - point[1])),
+          arrayminus: line.points.map((point) => (point[2] === null ? 0 : point[1] - point[2])),
+        } : undefined,
+        line: { color: series(at + 1), width: 2.25, dash: dash(at + 1) },
+        marker: { color: series(at + 1), size: 10, symbol: symbol(at + 1), line: { width: 1.5, color: color("paper") } },
+        hovertext: line.points.map((point) => literal(line.name) + ": " + digits(point[1]) + (point[4] ? ` (${literal(point[4])})` : "")),
+        hovertemplate: "%{hovertext}<extra></extra>",
+      }));
+      const shapes = [], annotations = [];
+      const points = data.lines.flatMap((line) => line.points);
+      const places = [...new Set(points.map((point) => point[0]))].sort((a, b) => a - b);
+      const values = points.flatMap((point) => point.slice(1, 4)).concat(data.reference).filter((value) => value > 0);
+      if (data.reference !== null) {
+        shapes.push({
+          type: "line", xref: "paper", x0: 0, x1: 1, y0: data.reference, y1: data.reference,
+          line: { color: color("soft"), width: 1.5, dash: "4px,3px" },
+        });
+        annotations.push({
+          xref: "paper", x: 1, y: box.checked ? Math.log10(data.reference) : data.reference, showarrow: false,
+          text: `${literal(data.reference_name)} ${digits(data.reference)}`, xanchor: "right", yanchor: "bottom",
+          font: { size: 12, color: color("soft") },
+        });
+        // Invisible, so that the axis reaches the line.
+        traces.push({
+          type: "scatter", mode: "markers", x: [places[0] ?? 0], y: [data.reference],
+          marker: { opacity: 0 }, hoverinfo: "skip",
+        });
+      }
+      plot(room, traces, {
+        height: narrow ? 300 : 400, hovermode: "x unified", shapes, annotations,
+        margin: { l: 40, r: 16, t: 16, b: 40 },
+        xaxis: axis({ title: title(data.x_label), tickformat: data.x_percent ? ".3~%" : "", showgrid: false, ticks: "outside",
+          ...(places.length < (narrow ? 6 : 12) ? { tickvals: places } : {}) }),
+        yaxis: axis({ title: title(data.y_label), type: box.checked ? "log" : "linear", zeroline: false,
+          ...(box.checked ? decades(Math.min(...values), Math.max(...values)) : { rangemode: "tozero", nticks: 6 }) }),
+      });
+    };
+    return draw;
+  };
+
+  // --- histograms -------------------------------------------------------------------------------------------
+  // Counts are base64 of variable-length integers; a zero is followed by how many zeros follow it.
+  const unpack = (text) => {
+    const bytes = atob(text);
+    const counts = [];
+    let at = 0;
+    const take = () => {
+      let value = 0, scale = 1, byte;
+      do {
+        byte = bytes.charCodeAt(at++);
+        value += (byte & 0x7f) * scale;
+        scale *= 128;
+      } while (byte >= 0x80);
+      return value;
+    };
+    while (at < bytes.length) {
+      const count = take();
+      counts.push(count);
+      if (count === 0) for (let run = take(); run > 0; run--) counts.push(0);
+    }
+    return counts;
+  };
+  const edge = (held, index) => {
+    const octave = Math.floor(index / held.bins), step = (index % held.bins) / held.bins;
+    return octave === 0 ? step * 2 ** held.exponent : (1 + step) * 2 ** (held.exponent + octave - 1);
+  };
+  // Width of the stored bins at a magnitude.
+  const widthAt = (held, magnitude) =>
+    2 ** Math.max(held.exponent, magnitude > 0 ? Math.floor(Math.log2(magnitude)) : -1074) / held.bins;
+
+  // Up to which magnitude to draw: all, or where no stage has more than a thousandth of its weights beyond.
+  const reach = (stages, all) => {
+    let near = 0, far = 0;
+    for (const held of stages) {
+      const length = Math.max(held.minus.length, held.plus.length);
+      const allowed = (held.n - held.zeros) / 1000;
+      let index = length, beyond = 0;
+      while (index > 0) {
+        beyond += (held.minus[index - 1] || 0) + (held.plus[index - 1] || 0);
+        if (beyond > allowed) break;
+        index--;
+      }
+      near = Math.max(near, edge(held, index));
+      far = Math.max(far, edge(held, length));
+    }
+    return all || far <= 1.6 * near ? far : near;
+  };
+
+  // Bins of equal power-of-two width, at most `most` of them and never finer than the stored ones: then every
+  // stored bin lies inside one of them and the counts are exact.
+  const equal = (stages, most, all) => {
+    let limit = reach(stages, all);
+    if (limit === 0) limit = 1;
+    let width = 2 ** Math.ceil(Math.log2((2 * limit) / most));
+    for (const held of stages) width = Math.max(width, widthAt(held, limit * (1 - 1e-12)));
+    const half = Math.ceil(limit / width);
+    const counts = stages.map((held) => {
+      const bins = new Array(2 * half).fill(0);
+      let beyond = 0;
+      [held.minus, held.plus].forEach((side, sign) => side.forEach((count, index) => {
+        if (!count) return;
+        const at = Math.floor(edge(held, index) / width);
+        if (at >= half) beyond += count; else bins[sign ? half + at : half - 1 - at] += count;
+      }));
+      return { bins, beyond };
+    });
+    return { width, half, counts };
+  };
+
+  const histogram = (figure, data, anchor) => {
+    const room = figure.querySelector(".chart");
+    const select = figure.querySelector("select");
+    const boxes = [...figure.querySelectorAll("[data-stage]")];
+    const options = Object.fromEntries(
+      [...figure.querySelectorAll("[data-option]")].map((box) => [box.dataset.option, box]));
+    const loaded = new Map();
+    const load = (stage, layer) => {
+      const held = data.histograms[stage][layer];
+      if (held === null) return null;
+      const key = `${stage} ${layer}`;
+      if (!loaded.has(key)) loaded.set(key, { ...held, minus: unpack(held.negative), plus: unpack(held.positive) });
+      return loaded.get(key);
+    };
+    const thumbnails = document.getElementById(`${anchor}-thumbnails`);
+
+    const table = (heads, rows) => {
+      const made = document.createElement("table");
+      const head = made.createTHead().insertRow();
+      heads.forEach((text, at) => head.append(element("th", text, { scope: "col", ...(at ? { class: "number" } : {}) })));
+      const body = made.createTBody();
+      for (const [first, ...rest] of rows) {
+        const row = body.insertRow();
+        const name = element("th", typeof first === "string" ? first : null, { scope: "row" });
+        if (typeof first !== "string") name.append(...first);
+        row.append(name);
+        for (const [text, value] of rest) row.append(element("td", text, { class: "number", "data-value": value }));
+      }
+      const box = element("div", null, { class: "scroll", tabindex: 0, role: "region" });
+      box.append(made);
+      return box;
+    };
+
+    const readout = (shown) => {
+      const rows = shown.map(({ stage, held }) => {
+        const share = held.n ? held.zeros / held.n : 0;
+        const mark = boxes[stage].parentElement.querySelector(".swatch").cloneNode(true);
+        return [[mark, element("bdi", data.stages[stage])], [whole(held.n), held.n], [whole(held.zeros), held.zeros],
+          [percent(share), share], [digits(held.std), held.std],
+          [`${digits(held.min)} to ${digits(held.max)}`, held.max]];
+      });
+      const made = table(["Stage", "Weights", "Exact zeros", "Share", "Std", "Range"], rows);
+      made.setAttribute("aria-label", "Stages of this layer, table");
+      document.getElementById(`${anchor}-readout`).replaceChildren(made);
+    };
+
+    const tabulate = (shown, layout) => {
+      const rows = [["exactly 0", ...shown.map(({ held }) => [whole(held.zeros), held.zeros])]];
+      for (let at = 0; at < 2 * layout.half; at++) {
+        const low = (at - layout.half) * layout.width;
+        rows.push([`${digits(low)} to ${digits(low + layout.width)}`,
+          ...layout.counts.map(({ bins }) => [whole(bins[at]), bins[at]])]);
+      }
+      if (layout.counts.some(({ beyond }) => beyond))
+        rows.push(["beyond, on either side", ...layout.counts.map(({ beyond }) => [whole(beyond), beyond])]);
+      const made = table(["Weights from", ...shown.map(({ stage }) => data.stages[stage])], rows);
+      made.setAttribute("aria-label", "Counts of each bin, table");
+      made.dataset.width = layout.width;
+      made.dataset.half = layout.half;
+      document.getElementById(`${anchor}-bins`).replaceChildren(made);
+    };
+
+    const draw = () => {
+      const layer = Number(select.value);
+      const narrow = room.clientWidth < 560;
+      const log = options.log.checked;
+      const held = data.stages.map((_, stage) => ({ stage, held: load(stage, layer) })).filter(({ held }) => held);
+      const shown = held.filter(({ stage }) => boxes[stage].checked);
+      const most = Math.max(...held.map((one) => one.held.n));
+      const fine = Math.min(narrow ? 96 : 128, Math.max(24, 4 * Math.cbrt(most)));
+      const layout = equal(held.map((one) => one.held), fine, options.whole.checked);
+      const limit = layout.half * layout.width;
+      const traces = [], annotations = [];
+      let spikes = 0;
+      held.forEach(({ stage, held: one }, place) => {
+        if (!boxes[stage].checked) return;
+        const { bins } = layout.counts[place];
+        const middle = bins.map((_, at) => (at - layout.half + 0.5) * layout.width);
+        const height = (count) => (log ? Math.max(count, 0.5) : count);
+        const hover = bins.map((count) => `${literal(data.stages[stage])}: ${whole(count)}`);
+        traces.push({
+          type: "scatter", mode: "lines", x: [-limit, ...middle, limit],
+          y: [bins[0], ...bins, bins[bins.length - 1]].map(height),
+          line: { shape: "hvh", color: series(stage), width: stage ? 2 : 1, dash: dash(stage) },
+          fill: "tozeroy", fillcolor: faded(series(stage), stage ? 0.08 : 0.26),
+          hovertext: [hover[0], ...hover, hover[hover.length - 1]], hovertemplate: "%{hovertext}<extra></extra>",
+        });
+      });
+      shown.forEach(({ stage, held: one }, place) => {
+        if (!one.zeros) return;
+        spikes++;
+        const x = (place - (shown.length - 1) / 2) * limit * (narrow ? 0.036 : 0.02);
+        const share = one.zeros / one.n;
+        traces.push({
+          type: "scatter", mode: "lines+markers", x: [x, x], y: [0, share], yaxis: "y2", cliponaxis: false,
+          line: { color: series(stage), width: 2.5 }, hoverinfo: "skip",
+          marker: { color: series(stage), opacity: 1, size: [0, 11], symbol: symbol(stage), line: { width: 1.5, color: color("paper") } },
+        });
+        const left = place % 2 === 0 && shown.length > 2;
+        annotations.push({
+          x, y: share, yref: "y2", text: `${percent(share)} zero`, showarrow: false, xanchor: left ? "right" : "left",
+          xshift: left ? -16 : 16, bgcolor: faded(color("paper"), 0.8), borderpad: 2, font: { size: 12 },
+        });
+      });
+      plot(room, traces, {
+        height: narrow ? 300 : 400, hovermode: "x unified", annotations,
+        margin: { l: 40, r: spikes && !narrow ? 40 : 12, t: 16, b: 40 },
+        xaxis: axis({ title: title("weight"), range: [-limit, limit], nticks: narrow ? 5 : 11, showgrid: false, zeroline: false,
+          ticks: "outside", hoverformat: ".3~g" }),
+        yaxis: axis({ title: title("weights per bin"), type: log ? "log" : "linear", nticks: 6, zeroline: false,
+          ...(log ? { range: [Math.log10(0.5), null], dtick: 1, exponentformat: "none" } : { rangemode: "tozero" }) }),
+        yaxis2: { ...axis({ range: [0, 1.04], tickvals: [0, 0.25, 0.5, 0.75, 1], tickformat: ".0%", showgrid: false, zeroline: false,
+          title: narrow ? undefined : title("exactly zero") }), overlaying: "y", side: "right", visible: spikes > 0 && !narrow },
+      });
+      readout(held);
+      tabulate(shown, { ...layout, counts: layout.counts.filter((_, place) => boxes[held[place].stage].checked) });
+      for (const button of thumbnails.children) {
+        const chosen = Number(button.dataset.layer) === layer;
+        button.toggleAttribute("data-chosen", chosen);
+      }
+    };
+
+    const overview = () => {
+      const space = "http://www.w3.org/2000/svg";
+      thumbnails.replaceChildren(...data.names.map((name, layer) => {
+        const held = data.stages.map((_, stage) => [stage, load(stage, layer)]).filter((one) => one[1]);
+        const { half, counts } = equal(held.map((one) => one[1]), 48, false);
+        const top = Math.max(1, ...counts.flatMap(({ bins }) => bins));
+        const picture = document.createElementNS(space, "svg");
+        picture.setAttribute("viewBox", `0 0 ${2 * half} 40`);
+        picture.setAttribute("preserveAspectRatio", "none");
+        held.forEach(([stage], place) => {
+          const path = document.createElementNS(space, "path");
+          path.setAttribute("class", `s${stage % 6}`);
+          path.setAttribute("d", `M0 40${counts[place].bins.map((count, at) =>
+            `V${(40 - (39 * count) / top).toFixed(1)}H${at + 1}`).join("")}V40z`);
+          picture.append(path);
+        });
+        const button = element("button", null, { type: "button", tabindex: -1, "data-layer": layer, title: name });
+        const label = element("span", null);
+        label.append(element("bdi", data.short[layer]));
+        button.append(picture, label);
+        button.addEventListener("click", () => choose(layer));
+        return button;
+      }));
+    };
+
+    const choose = (layer) => {
+      select.value = String((layer + data.names.length) % data.names.length);
+      keep(anchor, data.names[Number(select.value)]);
+      draw();
+    };
+    const restore = () => {
+      const held = state();
+      const layer = data.names.indexOf(held.get(anchor));
+      if (layer >= 0) select.value = String(layer);
+      for (const key in options) if (held.has(`${anchor}.${key}`)) options[key].checked = held.get(`${anchor}.${key}`) === "1";
+    };
+    select.addEventListener("change", () => choose(Number(select.value)));
+    for (const button of figure.querySelectorAll("[data-step]"))
+      button.addEventListener("click", () => choose(Number(select.value) + Number(button.dataset.step)));
+    for (const box of boxes) box.addEventListener("change", draw);
+    for (const key in options)
+      options[key].addEventListener("change", () => { keep(`${anchor}.${key}`, options[key].checked ? "1" : null); draw(); });
+    window.addEventListener("hashchange", () => { restore(); draw(); });
+    restore();
+    overview();
+    return draw;
+  };
+
+  // --- all of them ------------------------------------------------------------------------------------------
+  const kinds = { bars, lines, histogram };
+  const drawn = [];
+  for (const figure of document.querySelectorAll("figure[data-chart]")) {
+    const { chart, anchor } = figure.dataset;
+    const draw = kinds[chart](figure, JSON.parse(document.getElementById(`${anchor}-data`).textContent), anchor);
+    draw();
+    drawn.push(draw);
+  }
+  const redraw = () => drawn.forEach((draw) => draw());
+  let width = root.clientWidth, waiting = 0;
+  window.addEventListener("resize", () => {
+    if (root.clientWidth === width) return;
+    width = root.clientWidth;
+    cancelAnimationFrame(waiting);
+    waiting = requestAnimationFrame(redraw);
+  });
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);
+  window.addEventListener("beforeprint", () => { root.dataset.print = ""; redraw(); });
+  window.addEventListener("afterprint", () => { delete root.dataset.print; redraw(); });
+})();
