@@ -1,0 +1,328 @@
+"""A MODEL on the command line becomes an nn.Module, and an nn.Module becomes a folder that loads again.
+
+MODEL is a folder in Hugging Face format, a Hugging Face name, or `file.py:function` of the user's own, with
+weights as `file.py:function@weights.safetensors`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections import Counter, defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from secateur import own, pretrained
+from secateur.checkpoint import fetch, read_checkpoint, read_state
+from secateur.errors import InputError, ResourceError, UsageError, nearest
+from secateur.manifest import sha256
+
+__all__ = ["Loaded", "fingerprint", "load", "save"]
+
+_DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model, and where it came from.
+
+    Attributes:
+        model: in eval mode.
+        tokenizer: the tokenizer beside it, None where there is none.
+        spec: what the user asked for.
+        kind: "transformers" for a folder or name in Hugging Face format, "python" for a function.
+        fingerprint: SHA-256 in hexadecimal of the weight file, of the list of weight files where there are
+            several, or of the state where the function made the weights itself.
+        folder: the folder in Hugging Face format, None for a function.
+        files: name -> SHA-256 of every file that was used.
+        stored_dtype: floating-point type of most of the numbers in the files, None where nothing says it.
+        example: inputs that the function gave beside the model, None otherwise.
+    """
+
+    model: nn.Module
+    tokenizer: Any
+    spec: str
+    kind: str
+    fingerprint: str
+    folder: Path | None = None
+    files: Mapping[str, str] = field(default_factory=dict)
+    stored_dtype: torch.dtype | None = None
+    example: Any = None
+
+
+def load(
+    spec: str | Path,
+    *,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str = "cpu",
+    offline: bool = False,
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
+    drop_unexpected: bool = False,
+    seed: int = 0,
+) -> Loaded:
+    """Load a model in eval mode, whole or not at all; no generator and no log setting is left changed.
+
+    The head comes from config.json's "architectures". Missing, unexpected and misshapen tensors are errors,
+    but for tied ones. Local folders are read without any network. A folder with a manifest is compared with it.
+
+    Args:
+        spec: folder, Hugging Face name, `file.py:function` or `file.py:function@weights.safetensors`. The
+            function takes no arguments and returns an nn.Module, or an nn.Module and example inputs.
+        dtype: of the floating-point parameters. None: float32 for a folder or name, whatever its files hold,
+            and for a function what it builds. "auto": what the files or the function say.
+        device: where the model goes.
+        offline: use the network for nothing; a name must be in the cache.
+        trust_remote_code: run Python files of a checkpoint whose config asks for that.
+        allow_pickle: accept weights in pickle, opened with `weights_only=True`.
+        drop_unexpected: leave out tensors of a checkpoint that the model has no place for.
+        seed: where the generators of torch, numpy and random start for a function.
+
+    Raises:
+        UsageError: no such model, function, type or device; or an exception in the user's function.
+        InputError: a file is truncated, garbled, altered, refused, or does not fit the model.
+        ResourceError: too little memory.
+
+    Cost:
+        One read of all weight files for the digests, one to load them.
+    """
+    text, kind = str(spec), _dtype(dtype)
+    where = _device(device)
+    if own.is_own(text):
+        loaded = _load_own(text, kind, allow_pickle, seed)
+    else:
+        folder = _folder(text, offline, allow_pickle, trust_remote_code)
+        checkpoint = read_checkpoint(folder, allow_pickle=allow_pickle)
+        with own.seeded(seed):
+            model, tokenizer = pretrained.build(
+                checkpoint,
+                dtype=kind or torch.float32,
+                trust_remote_code=trust_remote_code,
+                drop_unexpected=drop_unexpected,
+            )
+        loaded = Loaded(
+            model,
+            tokenizer,
+            text,
+            "transformers",
+            checkpoint.fingerprint,
+            folder,
+            checkpoint.files,
+            checkpoint.dtype,
+        )
+    try:
+        loaded.model.to(where)
+    except (RuntimeError, NotImplementedError) as error:
+        raise ResourceError(f"{text}: does not fit on {where} ({str(error).splitlines()[0]}).") from error
+    return loaded
+
+
+def save(
+    model: nn.Module,
+    tokenizer: Any,
+    folder: str | Path,
+    *,
+    dtype: torch.dtype | str | None = None,
+    source: str | Path | None = None,
+) -> None:
+    """Write a model so that it loads again with the same numbers, from a process that knows nothing of us.
+
+    A transformers model is written with its own `save_pretrained`, in safetensors. Of any other module the
+    state goes to model.safetensors, tied tensors once, with their other names in the file's metadata; load it
+    with `file.py:function@model.safetensors`.
+
+    Args:
+        model: not changed.
+        tokenizer: written beside the model; None for none.
+        folder: an existing folder, as `new_folder` gives it.
+        dtype: type in which floating-point tensors are stored, such as `Loaded.stored_dtype`; None keeps the
+            model's.
+        source: a folder, such as `Loaded.folder`, whose tokenizer, generation and preprocessor files are
+            copied as they are.
+
+    Raises:
+        UsageError: the state holds something that is no plain tensor.
+        ResourceError: the disk is full (raised by `new_folder`).
+    """
+    place = Path(folder)
+    kind = _dtype(dtype)
+    if kind == "auto":
+        kind = None
+    if pretrained.is_pretrained(model):
+        origin = None if source is None else Path(source)
+        pretrained.save_pretrained(model, tokenizer, place, dtype=kind, source=origin)  # type: ignore[arg-type]
+        return
+    _save_state(model, place / "model.safetensors", kind)  # type: ignore[arg-type]
+    if tokenizer is not None:
+        tokenizer.save_pretrained(place)
+
+
+def fingerprint(model: nn.Module) -> str:
+    """SHA-256 in hexadecimal of names, types, shapes and bytes of the state, in the order of the names.
+
+    Raises:
+        UsageError: the state holds something that is no plain tensor.
+
+    Cost:
+        One pass over the state; a copy of one tensor at a time where it is not on the CPU.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(_plain_state(model).items()):
+        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        digest.update(content.numpy().data)
+    return digest.hexdigest()
+
+
+def _folder(spec: str, offline: bool, allow_pickle: bool, trust_remote_code: bool) -> Path:
+    """The local folder that `spec` means."""
+    path = Path(spec).expanduser()
+    if spec and path.is_dir():
+        return path
+    if path.is_file():
+        raise UsageError(
+            f"{path} is a file; give its folder, or file.py:function@{path} for weights of your own."
+        )
+    if path.is_absolute() or spec.startswith((".", "~")) or not _HUB_NAME.fullmatch(spec):
+        near = own.near(path.name, [p.name for p in path.parent.glob("*") if p.is_dir()])
+        raise UsageError(f'"{spec}": no such folder, and no Hugging Face name.{near}')
+    return fetch(spec, offline=offline, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
+
+
+def _load_own(spec: str, dtype: torch.dtype | str | None, allow_pickle: bool, seed: int) -> Loaded:
+    """A model of the user's own code, with weights where `spec` names them."""
+    path, name, weights = own.split(spec)
+    built = own.call(spec, seed=seed)
+    model, example = built if isinstance(built, tuple) and len(built) == 2 else (built, None)
+    if not isinstance(model, nn.Module):
+        raise UsageError(
+            f"{path}:{name} returned {type(built).__name__}; expected an nn.Module, or one with example inputs."
+        )
+    files = {path.name: sha256(path)}
+    stored = None
+    if weights is not None:
+        file = Path(weights).expanduser()
+        file = file / "model.safetensors" if file.is_dir() else file
+        state, tied = read_state(file, allow_pickle=allow_pickle)
+        _fill(model, state, tied, file)
+        files[file.name] = sha256(file)
+        sizes: dict[torch.dtype, int] = defaultdict(int)
+        for tensor in state.values():
+            sizes[tensor.dtype] += tensor.numel() * tensor.is_floating_point()
+        stored = max((key for key, size in sizes.items() if size), key=lambda key: sizes[key], default=None)
+    mark = files[file.name] if weights is not None else fingerprint(model)
+    if isinstance(dtype, torch.dtype):
+        model.to(dtype)
+    return Loaded(model.eval(), None, spec, "python", mark, None, files, stored, example)
+
+
+def _fill(model: nn.Module, given: dict[str, Tensor], tied: dict[str, str], path: Path) -> None:
+    """Copy a state into the model; every name, shape and type must fit, tied names may be left out."""
+    wanted = _plain_state(model)
+    state = dict(given)
+    groups = _groups(wanted)
+    for name in wanted.keys() - given.keys():
+        twins = [tied.get(name, name), *next(group for group in groups if name in group)]
+        if found_twin := next((twin for twin in twins if twin in given), None):
+            state[name] = given[found_twin]
+    said = []
+    if missing := wanted.keys() - state.keys():
+        said.append(f"missing in the file: {pretrained.some(missing)}")
+    if unknown := state.keys() - wanted.keys():
+        said.append(f"unknown to the model: {pretrained.some(unknown)} ({nearest(min(unknown), wanted)})")
+    for name in sorted(wanted.keys() & state.keys()):
+        found, expected = state[name], wanted[name]
+        if found.shape != expected.shape:
+            said.append(f"{name} has shape {tuple(found.shape)} instead of {tuple(expected.shape)}")
+        elif torch.promote_types(found.dtype, expected.dtype) != expected.dtype:
+            said.append(f"{name} has type {found.dtype}, which does not fit in {expected.dtype} without loss")
+    for group in groups:
+        values = [state[name] for name in group if name in state]
+        if len({tensor.shape for tensor in values}) == 1 and not all(
+            torch.equal(values[0], v) for v in values[1:]
+        ):
+            said.append(f"{' and '.join(group)} are one tensor in the model and differ in the file")
+    if said:
+        raise InputError(f"{path} does not fit the model: {'; '.join(said[:6])}.")
+    try:
+        model.load_state_dict(state, strict=True)
+    except RuntimeError as error:
+        raise InputError(f"{path} does not fit the model: {str(error).splitlines()[-1].strip()}.") from error
+
+
+def _save_state(model: nn.Module, path: Path, dtype: torch.dtype | None) -> None:
+    """Write the state with every tied tensor once; the same state gives the same bytes."""
+    from safetensors.torch import save_file
+
+    state = _plain_state(model)
+    groups = _groups(state)
+    views = Counter(state[kept].untyped_storage().data_ptr() for kept, *_ in groups)
+    tensors, tied = {}, {}
+    for kept, *aliases in groups:
+        tied.update(dict.fromkeys(aliases, kept))
+        tensor = state[kept].detach()
+        if views[tensor.untyped_storage().data_ptr()] > 1:
+            tensor = tensor.clone()  # parts of one memory that are not the same tensor are stored apart
+        if dtype is not None and tensor.is_floating_point():
+            tensor = tensor.to(dtype)
+        tensors[kept] = tensor.cpu().contiguous()
+    # One entry only: safetensors writes several in an order that changes from process to process.
+    save_file(tensors, path, metadata={"tied": json.dumps(tied, sort_keys=True)} if tied else {"format": "pt"})
+
+
+def _plain_state(model: nn.Module) -> dict[str, Tensor]:
+    """The state, if it is made of dense tensors with values."""
+    state = model.state_dict()
+    for name, tensor in state.items():
+        if not isinstance(tensor, Tensor):
+            raise UsageError(
+                f"{name} in the model's state is {type(tensor).__name__}; only tensors can be stored."
+            )
+        if isinstance(tensor, nn.UninitializedParameter | nn.UninitializedBuffer):
+            raise UsageError(f"{name} has no shape yet; run one forward pass before the model is returned.")
+        if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
+            raise UsageError(f"{name} is no dense tensor with values ({tensor.layout}, {tensor.device}).")
+    return state
+
+
+def _groups(state: dict[str, Tensor]) -> list[list[str]]:
+    """Names that stand for one and the same tensor, together; in the order of the state."""
+    groups: dict[object, list[str]] = defaultdict(list)
+    for name, tensor in state.items():
+        place = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
+        groups[place if tensor.numel() else name].append(name)
+    return list(groups.values())
+
+
+def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | str | None:
+    if dtype is None or dtype == "auto" or dtype in _DTYPES.values():
+        return dtype
+    name = str(dtype).removeprefix("torch.")
+    if name not in _DTYPES:
+        raise UsageError(f'dtype "{name}" is not known; {nearest(name, ["auto", *_DTYPES])}.')
+    return _DTYPES[name]
+
+
+def _device(device: torch.device | str) -> torch.device:
+    try:
+        chosen = torch.device(device)
+        if chosen.type == "meta":
+            raise RuntimeError("it holds no values")
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UsageError(
+            f'device "{device}" cannot be used here ({str(error).splitlines()[0][:200]}).'
+        ) from error
+    return chosen
