@@ -1,0 +1,47 @@
+# make demo   a real model pruned, measured, saved and shown; make test   every test.
+# Both make the virtual environment .venv on first use and need nothing but Python 3.11 or later.
+PYTHON ?= python3
+VENV ?= .venv
+# for example PIP_FLAGS="--extra-index-url <index of CPU wheels>" where pip would fetch torch's CUDA build
+PIP_FLAGS ?=
+THREADS ?= 2
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) --constraint constraints.txt
+SHARED_TEXT := $(wildcard ../shared/data/lm/wikitext2_raw_test.txt ../shared/data/lm/tinystories_test.txt)
+export OMP_WAIT_POLICY ?= PASSIVE
+
+.PHONY: demo test test-slow lint types examples bench clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/.installed-all
+	OMP_NUM_THREADS=$(THREADS) $(BIN)/secateur demo --out secateur-demo $(SHARED_TEXT:%=--text %)
+
+test: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(THREADS) --dist loadfile
+
+test-slow: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(THREADS) --dist loadfile -m slow
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.installed-dev
+	$(BIN)/mypy
+
+examples: $(VENV)/.installed-dev
+	set -e; for file in examples/*.py; do echo "$$file"; OMP_NUM_THREADS=$(THREADS) $(BIN)/python "$$file" > /dev/null; done
+
+# torch first and pinned, so that nothing else chooses a build of it
+$(VENV)/.installed-torch: constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) torch
+	touch $@
+
+$(VENV)/.installed-%: $(VENV)/.installed-torch pyproject.toml
+	$(PIP) --editable '.[$*]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) secateur-demo

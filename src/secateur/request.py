@@ -1,0 +1,181 @@
+"""What a user asks for, as a strict schema: every field known, typed and in range, or one clear line.
+
+The same schema reads the command line's flags and a run's `recipe.yaml`. Words are looked up in tables
+written here; nothing that a file says becomes code.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from secateur.errors import UsageError, nearest
+
+if TYPE_CHECKING:
+    from secateur.recipes import Recipe
+
+__all__ = ["METHOD_NAMES", "PruneRequest", "build_recipe", "parse_count", "request"]
+
+# the methods of recipes.METHODS and the two that decide how much is cut; listed so that --help needs no torch
+METHOD_NAMES = (
+    "magnitude",
+    "global-magnitude",
+    "wanda",
+    "wanda-l1",
+    "ria",
+    "activation",
+    "random",
+    "threshold",
+    "percentile",
+)
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9}
+
+
+def parse_count(text: str | int) -> int:
+    """A whole number of parameters, written out or with k, M or B.
+
+    Example:
+        >>> parse_count("104.69M"), parse_count("1,000"), parse_count(12)
+        (104690000, 1000, 12)
+    """
+    found = re.fullmatch(
+        r"(\d+)(?:\.(\d+))?\s*([kKmMbBgG]?)", str(text).replace(",", "").replace("_", "").strip()
+    )
+    if found is None:
+        raise UsageError(f"{text!r} is no number of parameters; expected for example 104690000 or 104.69M")
+    whole, fraction, unit = found[1], found[2] or "", _UNITS[found[3].lower()]
+    value, rest = divmod(int(whole + fraction) * unit, 10 ** len(fraction))
+    if rest:
+        raise UsageError(
+            f"{text!r} is no whole number of parameters; expected for example 104690000 or 104.69M"
+        )
+    return value
+
+
+def _fraction(value: Any) -> Any:
+    if isinstance(value, int | float) and not isinstance(value, bool) and 1 < value <= 100:
+        raise ValueError(f"{value:g} is not in [0, 1]. Did you mean {value / 100:g}?")
+    return value
+
+
+def _method(value: Any) -> Any:
+    name = str(value).replace("_", "-")
+    if name not in METHOD_NAMES:
+        raise ValueError(f"{value!r} is no method; {nearest(name, METHOD_NAMES)}")
+    return name
+
+
+def _pattern(value: Any) -> Any:
+    text = str(value)
+    if text in ("weights", "rows", "columns") or re.fullmatch(r"\d+:\d+|blocks:\d+x\d+", text):
+        return text
+    raise ValueError(
+        f"{text!r} is no pattern; expected weights, rows, columns, 2:4 (n kept of m) or blocks:4x1"
+    )
+
+
+class PruneRequest(BaseModel):
+    """Everything that decides the result of `secateur prune`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: str
+    method: Annotated[str, BeforeValidator(_method)] = "magnitude"
+    sparsity: Annotated[float | None, BeforeValidator(_fraction), Field(ge=0, le=1)] = None
+    nonzero: Annotated[int | None, Field(ge=0)] = None
+    tau: Annotated[float | None, Field(ge=0, allow_inf_nan=False)] = None
+    percentile: Annotated[float | None, Field(ge=0, le=100)] = None
+    pattern: Annotated[str, BeforeValidator(_pattern)] = "weights"
+    allocate: Literal["per-row", "per-layer", "global"] | None = None
+    only: tuple[str, ...] = ()
+    skip: tuple[str, ...] = ()
+    data: str | None = None
+    samples: Annotated[int, Field(ge=1)] = 128
+    context: Annotated[int | None, Field(ge=2)] = None
+    evaluate: str | None = None
+    labelled: str | None = None
+    evaluate_tokens: Annotated[int, Field(ge=2)] = 32_768
+    seed: Annotated[int, Field(ge=0)] = 0
+    dtype: str = "float32"
+    device: str = "cpu"
+
+
+def request(given: dict[str, Any]) -> PruneRequest:
+    """Check what was asked for.
+
+    Raises:
+        UsageError: an unknown key, a wrong type, a value out of range, naming the field, what was expected
+            and, for words, the nearest known one.
+    """
+    try:
+        return PruneRequest(**given)
+    except ValidationError as error:
+        raise UsageError("; ".join(_said(problem) for problem in error.errors())) from None
+
+
+def _said(problem: Any) -> str:
+    name = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        return f"{name} is no setting; {nearest(name, PruneRequest.model_fields)}"
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "value_error":
+        return f"{name}: {message}" if not message.startswith(name) else message
+    return f"{name}: {message}, got {problem['input']!r}"
+
+
+def build_recipe(asked: PruneRequest) -> Recipe:
+    """The recipe that a request names.
+
+    Raises:
+        UsageError: settings that do not belong together.
+    """
+    from secateur import recipes
+    from secateur.allocate import globally, per_layer, per_row
+
+    for method, setting in (("threshold", "tau"), ("percentile", "percentile")):
+        value = getattr(asked, setting)
+        if asked.method == method and value is None:
+            raise UsageError(f"method {method} needs --{setting}")
+        if asked.method != method and value is not None:
+            raise UsageError(f"--{setting} belongs to method {method}, got method {asked.method}")
+    if asked.method == "threshold":
+        recipe = recipes.threshold(asked.tau)  # type: ignore[arg-type]
+    elif asked.method == "percentile":
+        recipe = recipes.percentile(asked.percentile)  # type: ignore[arg-type]
+    else:
+        recipe = recipes.METHODS[asked.method]
+    if asked.allocate is not None:
+        if asked.method in ("threshold", "percentile"):
+            raise UsageError(
+                f"method {asked.method} decides for itself how much each layer pays; leave --allocate out"
+            )
+        recipe = replace(
+            recipe, allocate={"per-row": per_row, "per-layer": per_layer, "global": globally}[asked.allocate]
+        )
+    return replace(recipe, pattern=_pattern_of(asked.pattern))
+
+
+def _pattern_of(text: str) -> Any:
+    from secateur.pattern import NM, Blocks, Columns, Rows, Weights
+
+    if text.startswith("blocks:"):
+        rows, columns = text.removeprefix("blocks:").split("x")
+        return Blocks(int(rows), int(columns))
+    if ":" in text:
+        n, m = text.split(":")
+        return NM(int(n), int(m))
+    return {"weights": Weights(), "rows": Rows(), "columns": Columns()}[text]
+
+
+def spec_name(spec: str) -> str:
+    """What a model or data source is called in results: its last path component, never a path of this machine.
+
+    Example:
+        >>> spec_name("/home/me/models/gpt2/"), spec_name("net.py:build")
+        ('gpt2', 'net.py:build')
+    """
+    return Path(spec).name or spec
