@@ -161,6 +161,46 @@ def embedding(step: Step) -> Dims:
     return step.dims("indices") + weight[1:]
 
 
+@rule("embedding_bag _embedding_bag _embedding_bag_forward_only")
+def embedding_bag(step: Step) -> Any:
+    """Sums of rows chosen by value."""
+    weight = step.dims("weight")
+    step.freeze([weight[0]], "rows are chosen by index")
+    step.zeros("any", step["weight"])
+    first, *others = step.value()
+    why = "rows are chosen by index"
+    return [
+        (step.fresh_frozen(first.shape[:1], why)[0], weight[1]),
+        *(step.fresh_frozen(v.shape, why) for v in others),
+    ]
+
+
+@rule("cosine_similarity")
+def cosine_similarity(step: Step) -> Dims:
+    """Product of two directions: both have to be zero at removed units."""
+    a, b = step["x1"], step["x2"]
+    dims = step.broadcast([step.dims(a), step.dims(b)])
+    at = step.axis(step["dim"], len(dims))
+    step.contract(dims[at], a)
+    step.contract(dims[at], b)
+    step.zeros("any", a, b)
+    return dims[:at] + dims[at + 1 :]
+
+
+@rule("bilinear")
+def bilinear(step: Step) -> Dims:
+    """x1 W x2 for every output."""
+    a, b, weight = step.dims("input1"), step.dims("input2"), step.dims("weight")
+    step.unify(a[-1], weight[1])
+    step.unify(b[-1], weight[2])
+    step.contract(a[-1], step["input1"], step["weight"])
+    step.contract(b[-1], step["input2"], step["weight"])
+    if step["bias"] is not None:
+        step.unify(weight[0], step.dims("bias")[0])
+    step.zeros("product", step["bias"], (step["weight"], weight[:1]))
+    return (*step.broadcast([a[:-1], b[:-1]]), weight[0])
+
+
 @rule("scaled_dot_product_attention")
 def attention(step: Step) -> Dims:
     """softmax(q kᵀ) v: positions stay, q and k share their width, heads are batch dimensions."""
@@ -213,7 +253,9 @@ def recurrent(step: Step) -> Any:
     hidden = step.dims(states[-1])[-1]
     output = step.dims(states[0])[-1]
     projected = label_size(hidden) != label_size(output)
-    if not projected:
+    if projected:
+        step.freeze([hidden, output], "an LSTM tells its projection by two different widths")
+    else:
         step.unify(hidden, output)
     each = (4 if step["has_biases"] else 2) + (1 if projected else 0)
     parameters, directions = list(step["params"]), 2 if step["bidirectional"] else 1
@@ -231,6 +273,21 @@ def recurrent(step: Step) -> Any:
     step.zeros("all", *states)
     tails = [step.dims(state) for state in states]
     return [(*dims[:-1], inputs), *tails]
+
+
+@rule("lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell")
+def cell(step: Step) -> Any:
+    """One step of a recurrent layer."""
+    gates = {"lstm_cell": 4, "gru_cell": 3}.get(str(step.node.target).split(".")[1], 1)
+    states = list(step["hx"]) if gates == 4 else [step["hx"]]
+    hidden = step.dims(states[0])[-1]
+    for state in states[1:]:
+        step.unify(hidden, step.dims(state)[-1])
+    weights = [step[name] for name in ("w_ih", "w_hh", "b_ih", "b_hh") if step[name] is not None]
+    _cell(step, weights, gates, step.dims("input")[-1], hidden, hidden)
+    step.zeros("all", *states)
+    dims = (*step.dims("input")[:-1], hidden)
+    return [dims, dims] if gates == 4 else dims
 
 
 def _cell(step: Step, weights: list[Any], gates: int, inputs: Label, hidden: Label, output: Label) -> None:

@@ -103,7 +103,8 @@ def _prelu(step: Step) -> Dims:
 
 @rule(
     "alias detach detach_ contiguous clone to _to_copy lift_fresh_copy lift_fresh type_as dropout dropout_ "
-    "alpha_dropout feature_dropout positive prims.convert_element_type resolve_conj resolve_neg"
+    "alpha_dropout feature_dropout positive real imag conj _conj conj_physical "
+    "prims.convert_element_type resolve_conj resolve_neg"
 )
 def identity(step: Step) -> Dims:
     """A copy, a cast or another name of the same tensor."""

@@ -148,13 +148,15 @@ def group_norm(step: Step) -> Dims:
 
 @rule("_weight_norm _weight_norm_interface")
 def weight_norm(step: Step) -> Any:
-    """v·g/‖v‖ over all dimensions but one: exact, and zero where g is."""
+    """v·g/‖v‖ over all dimensions but one: exact over the others; a masked slice of that one is 0/0."""
     if isinstance(step.value(), (tuple, list)):
         return Unruled("aten._weight_norm_interface")
     v, g = step.dims("v"), step.dims("g")
     for a, b in zip(v, g, strict=True):
         if a and b:
             step.unify(a, b)
+    why = "a masked slice has no direction: bake the weight norm in before pruning"
+    step.freeze(g, why)
     for a, b in zip(v, g, strict=True):
         if not b:
             step.contract(a, step["v"])

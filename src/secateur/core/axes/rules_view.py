@@ -248,6 +248,22 @@ def channel_shuffle(step: Step) -> Dims:
     return (dims[0], b + a, *dims[2:])
 
 
+@rule("view_as_complex")
+def view_as_complex(step: Step) -> Dims:
+    """Pairs become numbers."""
+    dims = step.dims("self")
+    step.freeze(dims[-1:], "real and imaginary part")
+    step.same()
+    return dims[:-1]
+
+
+@rule("view_as_real")
+def view_as_real(step: Step) -> Dims:
+    """Numbers become pairs."""
+    step.same()
+    return (*step.dims("self"), *step.fresh_frozen([2], "real and imaginary part"))
+
+
 @rule("diagonal unfold as_strided")
 def positions(step: Step) -> Any:
     """Windows and diagonals are about positions of the dimensions they name."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
@@ -43,7 +44,8 @@ def export(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
         with torch.no_grad(), evaluating(model), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             program = torch.export.export(model, tuple(args), dict(kwargs), strict=False)
-            module = program.module(check_guards=False)
+            module: fx.GraphModule = program.module(check_guards=False)
+            _inline(module)
     except Exception as error:
         words = str(error).strip().split("\n")[0][:300] or type(error).__name__
         raise UsageError(
@@ -53,6 +55,26 @@ def export(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
         ) from error
     module.graph.eliminate_dead_code()  # a tensor made only for its shape ties nothing
     return module
+
+
+def _inline(module: fx.GraphModule) -> None:
+    """Open regions under no_grad and switched-off autocast: they change nothing that is computed here."""
+    for node in list(module.graph.nodes):
+        name = str(getattr(node.target, "__name__", node.target))
+        if name == "wrap_with_set_grad_enabled":
+            body, inputs = node.args[1], node.args[2:]
+        elif name == "wrap_with_autocast" and node.args[2] is False:
+            body, inputs = node.args[4], node.args[5:]
+        else:
+            continue
+        region = attribute(module, str(body.target))
+        holes = [inner for inner in region.graph.nodes if inner.op == "placeholder"]
+        with module.graph.inserting_before(node):
+            results = module.graph.graph_copy(region.graph, dict(zip(holes, inputs, strict=True)))
+        for user in list(node.users):
+            user.replace_all_uses_with(results[user.args[1]])  # type: ignore[index]
+            module.graph.erase_node(user)
+        module.graph.erase_node(node)
 
 
 def select_output(module: fx.GraphModule, output: str | Callable[[Any], Any] | None) -> None:
@@ -111,7 +133,7 @@ def _identity(tensor: torch.Tensor) -> Any:
 def label_graph(module: fx.GraphModule, model: nn.Module) -> tuple[Trace, dict[str, fx.Node]]:
     """Visit every node; the trace, and for each parameter or buffer name the node that holds its labels."""
     trace = Trace()
-    ties = tied(model)
+    ties, partly = tied(model), overlaps(model)
     shared: dict[str, Any] = {}
     holders: dict[str, fx.Node] = {}
     for node in module.graph.nodes:
@@ -120,7 +142,9 @@ def label_graph(module: fx.GraphModule, model: nn.Module) -> tuple[Trace, dict[s
             if isinstance(value, torch.Tensor):
                 names = ties.get(str(node.target), (str(node.target),))
                 node.meta["val"] = value
-                trace.dims[node] = shared.setdefault(names[0], _attribute_dims(trace, node, value, ties))
+                trace.dims[node] = shared.setdefault(
+                    names[0], _attribute_dims(trace, node, value, ties, partly)
+                )
                 if str(node.target) in ties and (node.users or names[0] not in holders):
                     holders[names[0]] = node
         elif node.op == "placeholder":
@@ -139,9 +163,36 @@ def label_graph(module: fx.GraphModule, model: nn.Module) -> tuple[Trace, dict[s
     return trace, {name: node for name, node in holders.items() if node.users}
 
 
-def _attribute_dims(trace: Trace, node: fx.Node, value: torch.Tensor, ties: dict[str, tuple[str, ...]]) -> Any:
+def overlaps(model: nn.Module) -> set[str]:
+    """Names of tensors that share only a part of their memory with another."""
+    spans: dict[Any, dict[Any, list[str]]] = {}
+    for name, tensor in [
+        *model.named_parameters(remove_duplicate=False),
+        *model.named_buffers(remove_duplicate=False),
+    ]:
+        identity = _identity(tensor)
+        if isinstance(identity, tuple):
+            spans.setdefault(identity[0], {}).setdefault(identity, []).append(name)
+    out: set[str] = set()
+    for views in spans.values():
+        reach: list[tuple[int, int, list[str]]] = []
+        for (_, offset, shape, stride), names in views.items():
+            last = sum((n - 1) * s for n, s in zip(shape, stride, strict=True)) if all(shape) else -1
+            reach.append((offset, offset + last, names))
+        reach.sort(key=lambda span: span[:2])
+        for (_, stop, names), (start, _, others) in itertools.pairwise(reach):
+            if start <= stop:
+                out.update(names, others)
+    return out
+
+
+def _attribute_dims(
+    trace: Trace, node: fx.Node, value: torch.Tensor, ties: dict[str, tuple[str, ...]], overlapping: set[str]
+) -> Any:
     why = None
-    if not value.is_floating_point():
+    if str(node.target) in overlapping:
+        why = Reason("shares a part of its memory with another tensor", "constant", str(node.target))
+    elif not (value.is_floating_point() or value.is_complex()):
         why = Reason("a table of positions", "constant", str(node.target))
     elif str(node.target) not in ties:
         why = Reason("a constant made in the forward", "constant", str(node.target))
