@@ -120,7 +120,7 @@ def hostile() -> str:
                 reference_name=name,
                 caption=name,
             )
-            for name in HOSTILE[:2]
+            for name in HOSTILE[:3]
         ],
         tables=[Table(first, HOSTILE, [HOSTILE, HOSTILE], first)],
         notes=HOSTILE,

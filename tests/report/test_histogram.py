@@ -236,3 +236,19 @@ def test_a_damaged_histogram(change, message):
     stored = histogram(torch.tensor([0.0, -0.25, 0.26, 0.75])).to_dict() | change
     with pytest.raises(InputError, match=f"^stored histogram: {message}"):
         Histogram.from_dict(stored)
+
+
+@pytest.mark.shared
+def test_every_layer_of_a_real_model(shared):
+    from safetensors.torch import load_file
+
+    weights = load_file(shared / "models" / "stories260K" / "model.safetensors")
+    for name, weight in weights.items():
+        counted = histogram(weight, name=name)
+        assert counted.n == weight.numel()
+        edge = counted.grid.edge(len(counted.magnitudes) // 2)
+        below = counted.count_below(edge)
+        assert (below.error, below.low) == (0, int((weight.abs() < edge).sum()))
+        pruned = histogram(weight.masked_fill(weight.abs() < edge, 0.0), name=name)
+        assert pruned.zeros == below.low
+        assert sum(pruned.magnitudes) == counted.n - below.low

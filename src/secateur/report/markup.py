@@ -5,12 +5,14 @@ from __future__ import annotations
 import html
 import json
 import math
+import re
 import unicodedata
 from typing import Any
 
 __all__ = ["Html", "data_block", "join", "named", "plain", "shown", "tag"]
 
 _LONGEST_NAME, _LONGEST_TEXT = 160, 10_000
+_LONG_WORD = re.compile(rf"\S{{{_LONGEST_NAME + 1},}}")
 _BIDI = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 _VOID = frozenset({"br", "hr", "img", "input", "link", "meta"})
 
@@ -31,11 +33,13 @@ def shown(text: object) -> str:
         >>> print(shown("a" + chr(0x202E) + "b"))
         a\\u202eb
     """
-    cut = str(text)
-    if len(cut) > _LONGEST_NAME:
-        side = (_LONGEST_NAME - 1) // 2
-        cut = f"{cut[:side]}…{cut[-side:]}"
-    return "".join(_escape(c) if _hidden(c) else c for c in cut)
+    return "".join(_escape(c) if _hidden(c) else c for c in _cut(str(text)))
+
+
+def _cut(text: str) -> str:
+    """Text without its middle where it is longer than a name may be."""
+    side = (_LONGEST_NAME - 1) // 2
+    return text if len(text) <= _LONGEST_NAME else f"{text[:side]}…{text[-side:]}"
 
 
 def _hidden(character: str) -> bool:
@@ -47,10 +51,13 @@ def _escape(character: str) -> str:
 
 
 def plain(text: object) -> Html:
-    """Text as HTML that shows it literally, hidden characters but line ends escaped; `Html` stays as it is."""
+    """Text as HTML that shows it literally; `Html` stays as it is.
+
+    Hidden characters but line ends become their escapes, and words beyond 160 characters lose their middle.
+    """
     if isinstance(text, Html):
         return text
-    cut = str(text)[:_LONGEST_TEXT]
+    cut = _LONG_WORD.sub(lambda word: _cut(word[0]), str(text)[:_LONGEST_TEXT])
     cut = "".join(_escape(c) if _hidden(c) and c not in "\n\t" else c for c in cut)
     return Html(html.escape(cut, quote=True))
 

@@ -22,6 +22,8 @@ from .weights import Stage, histogram_section
 
 __all__ = ["Highlight", "document", "page"]
 
+_SCRIPTS = ("common.js", "bars.js", "lines.js", "histogram.js", "start.js")
+
 
 @dataclass(frozen=True)
 class Highlight:
@@ -99,7 +101,11 @@ def document(
     for anchor in anchors:
         if anchors.count(anchor) > 1:
             raise UsageError(f"{anchors.count(anchor)} sections have the anchor {anchor!r}. Give each its own.")
-    scripts = [_plotly(), _asset("page.js")] if any("<figure" in section.body for section in sections) else []
+    scripts = (
+        [_plotly(), "".join(map(_asset, _SCRIPTS))]
+        if any("<figure" in section.body for section in sections)
+        else []
+    )
     head = tag(
         "head",
         tag("meta", charset="utf-8"),
@@ -170,7 +176,8 @@ def _highlights(
         text, _ = row.change(1)
         before = f"{variants[0]} {row.text(0)}" if row.cells[0] is not None else ""
         label = f"{row.title}, {told}" if told else row.title
-        detail = ", ".join(part for part in (before, text) if part).replace(" %", "\u00a0%")
+        detail = ", ".join(part for part in (before, text) if part)
+        detail = detail.replace(" %", "\u00a0%").replace("≈ ", "≈\u00a0")
         tiles.append(Highlight(label, row.text(1), detail))
     return tiles
 

@@ -1,159 +1,7 @@
-"use strict";
-// Draws the charts of a report from the JSON blocks beside them. Names are data: they reach the page as text
-// nodes, or through `literal` where plotly would read them as markup.
-(() => {
-  const root = document.documentElement;
-  const color = (name) => getComputedStyle(root).getPropertyValue(`--${name}`).trim();
-  const series = (at) => color(`series-${at % 6}`);
-  const dash = (at) => ["solid", "7px,4px", "2px,3px", "8px,3px,2px,3px", "14px,5px"][Math.max(0, at - 1) % 5];
-  const symbol = (at) => ["circle", "square", "diamond", "triangle-up", "cross"][Math.max(0, at - 1) % 5];
-  const literal = (text) =>
-    String(text).replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
-  const faded = (hex, part) => hex + Math.round(part * 255).toString(16).padStart(2, "0");
-  const whole = (value) => value.toLocaleString("en-US");
-  const digits = (value) =>
-    value === 0 ? "0" : String(Number(value.toPrecision(4))).replace("-", "\u2212");
-  const percent = (part) =>
-    part === 0 || part === 1 ? `${100 * part} %`
-      : part < 0.0005 ? "< 0.1 %" : part >= 0.9995 ? "> 99.9 %" : `${(100 * part).toFixed(1)} %`;
+// Histograms of one layer's weights, its stages laid over each other, and thumbnails of all layers.
+{
+  const { axis, color, dash, digits, element, faded, keep, literal, percent, plot, series, state, symbol, title, whole } = charts;
 
-  const element = (name, text, attributes = {}) => {
-    const made = document.createElement(name);
-    if (text !== null) made.textContent = text;
-    for (const key in attributes) made.setAttribute(key, attributes[key]);
-    return made;
-  };
-
-  // The state of the page is in its address, as #anchor=value&anchor.option=value.
-  const state = () => new URLSearchParams(location.hash.includes("=") ? location.hash.slice(1) : "");
-  const keep = (key, value) => {
-    const held = state();
-    if (value === null) held.delete(key); else held.set(key, value);
-    history.replaceState(null, "", `#${held}`);
-  };
-
-  const axis = (more) => ({
-    fixedrange: true, gridcolor: color("grid"), zerolinecolor: color("grid"), linecolor: color("line"),
-    tickcolor: color("line"), tickfont: { color: color("soft") }, automargin: true, ...more,
-  });
-  const title = (text) => ({ text: literal(text), standoff: 10, font: { color: color("soft"), size: 13 } });
-  const plot = (room, traces, layout) =>
-    Plotly.react(room, traces, {
-      autosize: true, margin: { l: 48, r: 16, t: 12, b: 40 }, showlegend: false, dragmode: false,
-      paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
-      font: { family: getComputedStyle(document.body).fontFamily, size: 13, color: color("ink") },
-      hoverlabel: { bgcolor: color("raised"), bordercolor: color("line"), font: { color: color("ink") } },
-      ...layout,
-    }, { displayModeBar: false, responsive: false, scrollZoom: false, doubleClick: false });
-
-  const clipped = (text, most) =>
-    text.length <= most ? text : `…${text.slice(text.length - most + 1)}`;
-
-  // --- sparsity of each layer -------------------------------------------------------------------------------
-  const bars = (figure, data) => {
-    const room = figure.querySelector(".chart");
-    const patterns = ["", "/", ".", "|", "\\", "-"];
-    const draw = () => {
-      const narrow = room.clientWidth < 560;
-      const many = data.names.length;
-      const at = data.names.map((_, index) => index);
-      const part = at.map((index) => (data.weights[index] ? data.zeros[index] / data.weights[index] : 0));
-      const traces = data.role_names.map((role, group) => {
-        const own = at.filter((index) => data.roles[index] === group);
-        return {
-          type: "bar", orientation: "h", width: 0.62, y: own, x: own.map((index) => part[index]),
-          text: own.map((index) => `\u00a0${percent(part[index])}`), textposition: "outside", cliponaxis: false,
-          textfont: { size: 12, color: color("soft") },
-          marker: {
-            color: series(group + 1), line: { width: group ? 1 : 0, color: series(group + 1) },
-            pattern: { shape: patterns[group % 6], size: 5, solidity: 0.45, fgcolor: series(group + 1), bgcolor: color("paper") },
-          },
-          hovertext: own.map((index) => `${literal(data.names[index])}<br>${whole(data.zeros[index])} of ` +
-            `${whole(data.weights[index])} weights are zero<br>${literal(role)}`),
-          hovertemplate: "%{hovertext}<extra></extra>",
-        };
-      });
-      plot(room, traces, {
-        height: 64 + 24 * many, barmode: "overlay", hovermode: "closest",
-        margin: { l: 8, r: 56, t: 28, b: 8 },
-        xaxis: axis({ range: [0, 1], tickformat: ".0%", side: "top", nticks: narrow ? 3 : 6, automargin: false }),
-        yaxis: axis({
-          range: [many - 0.4, -0.6], tickvals: at, showgrid: false, zeroline: false, ticks: "",
-          ticktext: data.short.map((name) => literal(clipped(name, narrow ? 18 : 44)) + " "),
-        }),
-        shapes: [{
-          type: "line", x0: data.total, x1: data.total, yref: "paper", y0: 0, y1: 1, layer: "below",
-          line: { color: color("faint"), width: 1, dash: "4px,3px" },
-        }],
-      });
-    };
-    return draw;
-  };
-
-  // Ticks at 1, 2 and 5 times powers of ten (fewer over many decades), written out.
-  const decades = (low, high) => {
-    const first = Math.floor(Math.log10(low)), last = Math.ceil(Math.log10(high));
-    const steps = last - first > 3 ? [1] : [1, 2, 5];
-    const values = [];
-    for (let power = first; power <= last; power++) for (const step of steps) values.push(step * 10 ** power);
-    return { tickvals: values, ticktext: values.map((value) => value.toLocaleString("en-US", { maximumSignificantDigits: 1 })) };
-  };
-
-  // --- lines over two axes ----------------------------------------------------------------------------------
-  const lines = (figure, data, anchor) => {
-    const room = figure.querySelector(".chart");
-    const box = figure.querySelector("[data-option=log]");
-    const held = state().get(`${anchor}.log`);
-    if (held !== null) box.checked = held === "1";
-    box.addEventListener("change", () => { keep(`${anchor}.log`, box.checked ? "1" : "0"); draw(); });
-    const draw = () => {
-      const narrow = room.clientWidth < 560;
-      const traces = data.lines.map((line, at) => ({
-        type: "scatter", mode: "lines+markers",
-        x: line.points.map((point) => point[0]), y: line.points.map((point) => point[1]),
-        error_y: line.points.some((point) => point[2] !== null) ? {
-          type: "data", symmetric: false, thickness: 1.2, width: 3, color: series(at + 1),
-          array: line.points.map((point) => (point[3] === null ? 0 : point[3] - point[1])),
-          arrayminus: line.points.map((point) => (point[2] === null ? 0 : point[1] - point[2])),
-        } : undefined,
-        line: { color: series(at + 1), width: 2.25, dash: dash(at + 1) },
-        marker: { color: series(at + 1), size: 10, symbol: symbol(at + 1), line: { width: 1.5, color: color("paper") } },
-        hovertext: line.points.map((point) => literal(line.name) + ": " + digits(point[1]) + (point[4] ? ` (${literal(point[4])})` : "")),
-        hovertemplate: "%{hovertext}<extra></extra>",
-      }));
-      const shapes = [], annotations = [];
-      const points = data.lines.flatMap((line) => line.points);
-      const places = [...new Set(points.map((point) => point[0]))].sort((a, b) => a - b);
-      const values = points.flatMap((point) => point.slice(1, 4)).concat(data.reference).filter((value) => value > 0);
-      if (data.reference !== null) {
-        shapes.push({
-          type: "line", xref: "paper", x0: 0, x1: 1, y0: data.reference, y1: data.reference,
-          line: { color: color("soft"), width: 1.5, dash: "4px,3px" },
-        });
-        annotations.push({
-          xref: "paper", x: 1, y: box.checked ? Math.log10(data.reference) : data.reference, showarrow: false,
-          text: `${literal(data.reference_name)} ${digits(data.reference)}`, xanchor: "right", yanchor: "bottom",
-          font: { size: 12, color: color("soft") },
-        });
-        // Invisible, so that the axis reaches the line.
-        traces.push({
-          type: "scatter", mode: "markers", x: [places[0] ?? 0], y: [data.reference],
-          marker: { opacity: 0 }, hoverinfo: "skip",
-        });
-      }
-      plot(room, traces, {
-        height: narrow ? 300 : 400, hovermode: "x unified", shapes, annotations,
-        margin: { l: 40, r: 16, t: 16, b: 40 },
-        xaxis: axis({ title: title(data.x_label), tickformat: data.x_percent ? ".3~%" : "", showgrid: false, ticks: "outside",
-          ...(places.length < (narrow ? 6 : 12) ? { tickvals: places } : {}) }),
-        yaxis: axis({ title: title(data.y_label), type: box.checked ? "log" : "linear", zeroline: false,
-          ...(box.checked ? decades(Math.min(...values), Math.max(...values)) : { rangemode: "tozero", nticks: 6 }) }),
-      });
-    };
-    return draw;
-  };
-
-  // --- histograms -------------------------------------------------------------------------------------------
   // Counts are base64 of variable-length integers; a zero is followed by how many zeros follow it.
   const unpack = (text) => {
     const bytes = atob(text);
@@ -222,7 +70,7 @@
     return { width, half, counts };
   };
 
-  const histogram = (figure, data, anchor) => {
+  charts.kinds.histogram = (figure, data, anchor) => {
     const room = figure.querySelector(".chart");
     const select = figure.querySelector("select");
     const boxes = [...figure.querySelectorAll("[data-stage]")];
@@ -391,25 +239,4 @@
     overview();
     return draw;
   };
-
-  // --- all of them ------------------------------------------------------------------------------------------
-  const kinds = { bars, lines, histogram };
-  const drawn = [];
-  for (const figure of document.querySelectorAll("figure[data-chart]")) {
-    const { chart, anchor } = figure.dataset;
-    const draw = kinds[chart](figure, JSON.parse(document.getElementById(`${anchor}-data`).textContent), anchor);
-    draw();
-    drawn.push(draw);
-  }
-  const redraw = () => drawn.forEach((draw) => draw());
-  let width = root.clientWidth, waiting = 0;
-  window.addEventListener("resize", () => {
-    if (root.clientWidth === width) return;
-    width = root.clientWidth;
-    cancelAnimationFrame(waiting);
-    waiting = requestAnimationFrame(redraw);
-  });
-  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);
-  window.addEventListener("beforeprint", () => { root.dataset.print = ""; redraw(); });
-  window.addEventListener("afterprint", () => { delete root.dataset.print; redraw(); });
-})();
+}
