@@ -37,7 +37,7 @@ def perplexity(
 ) -> Measurement:
     """exp of the mean negative log-likelihood per judged token (per word under `lm-eval`).
 
-    Three protocols give three different number_format for one model; the measurement says which it is.
+    Three protocols give three different numbers for one model; the measurement says which it is.
 
     * `windows`: windows of `context` tokens that do not overlap. The first token of each is not judged, the
       last window may be shorter (`drop_last` leaves it out, as the code of the pruning papers does).
@@ -76,12 +76,7 @@ def perplexity(
         mean loss of every window by its judged tokens minus one, right for the first window only (in later
         ones the shift hides no judged token); here each window counts with the tokens it judges.
     """
-    if protocol not in PROTOCOLS:
-        raise UsageError(f"unknown protocol {protocol!r}; {nearest(str(protocol), PROTOCOLS)}")
-    if stride is not None and protocol != "stride":
-        raise UsageError(f'protocol "{protocol}" has no stride; leave stride= out or use protocol="stride"')
-    if drop_last and protocol != "windows":
-        raise UsageError(f'protocol "{protocol}" has no drop_last; it belongs to protocol="windows"')
+    _check_options(protocol, stride, drop_last)
     if protocol == "lm-eval":
         return loglikelihood_rolling(
             model, data, tokenizer, context=context, batch_size=batch_size, dataset=dataset, progress=progress
@@ -179,6 +174,15 @@ def loglikelihood_rolling(
         "byte_perplexity": Measurement("byte_perplexity", _exp(total / size), "1", conditions),
         "bits_per_byte": Measurement("bits_per_byte", total / size / math.log(2), "bits", conditions),
     }
+
+
+def _check_options(protocol: str, stride: int | None, drop_last: bool) -> None:
+    if protocol not in PROTOCOLS:
+        raise UsageError(f"unknown protocol {protocol!r}; {nearest(str(protocol), PROTOCOLS)}")
+    if stride is not None and protocol != "stride":
+        raise UsageError(f'protocol "{protocol}" has no stride; leave stride= out or use protocol="stride"')
+    if drop_last and protocol != "windows":
+        raise UsageError(f'protocol "{protocol}" has no drop_last; it belongs to protocol="windows"')
 
 
 def _stride(context: int, asked: int | None) -> int:
