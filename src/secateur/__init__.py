@@ -41,7 +41,36 @@ _HOME = {
     "wanda_l1": "secateur.recipes",
 }
 
-__all__ = sorted([*_HOME, "__version__"])
+__all__ = [
+    "Blocks",
+    "Columns",
+    "Masks",
+    "Measurement",
+    "NM",
+    "Percentile",
+    "Plan",
+    "Recipe",
+    "Rows",
+    "Threshold",
+    "Weights",
+    "__version__",
+    "activation",
+    "global_magnitude",
+    "globally",
+    "magnitude",
+    "per_layer",
+    "per_row",
+    "percentile",
+    "plan",
+    "prune_",
+    "random",
+    "ria",
+    "sparsity",
+    "threshold",
+    "undo_",
+    "wanda",
+    "wanda_l1",
+]
 
 if TYPE_CHECKING:
     from secateur.allocate import Percentile, Threshold, globally, per_layer, per_row

@@ -275,7 +275,8 @@ def _check_total(todo: Plan, candidates: Mapping[str, Candidates], counts: Mappi
     unit = max(layer.cells for layer in candidates.values())
     if abs(kept - todo.keep) >= max(unit, 1):
         raise UsageError(
-            f"{todo.recipe}: sparsity {todo.sparsity:.4f} cannot be reached in whole units; nearest {1 - kept / todo.size:.4f}"
+            f"{todo.recipe}: sparsity {todo.sparsity:.4f} cannot be reached in whole units; "
+            f"nearest {1 - kept / todo.size:.4f}"
         )
 
 

@@ -43,7 +43,7 @@ class Recipe:
     """
 
     score: Callable[..., Any]
-    pattern: Any = Weights()
+    pattern: Any = Weights()  # noqa: RUF009 - frozen, so it may be shared
     allocate: Callable[..., Any] = per_layer
 
     def __post_init__(self):
