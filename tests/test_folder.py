@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import shutil
 import signal
@@ -275,6 +276,25 @@ def test_one_process_at_a_time_also_within_one_process(tmp_path: Path) -> None:
             new_folder(tmp_path / "out", "overwrite").__enter__()
         assert caught.value.exit_code == 7
         assert folder.is_dir()
+
+
+def test_a_lock_whose_file_vanished_before_it_was_held_is_no_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The holder before us removes the file between our open and our lock; a third process makes a new one."""
+    real, calls = fcntl.flock, []
+
+    def flock(descriptor: int, operation: int) -> None:
+        calls.append(descriptor)
+        if len(calls) == 1:
+            next(tmp_path.glob("*lock")).unlink()
+        real(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with new_folder(tmp_path / "out"):
+        assert len(calls) == 2
+        with pytest.raises(FolderInUseError):
+            new_folder(tmp_path / "out").__enter__()
 
 
 def test_of_eight_processes_one_wins(tmp_path: Path) -> None:
