@@ -70,9 +70,7 @@ def tokens(
         if len(ids) < context:
             short += [ids] if ids else []
             continue
-        first = int(torch.randint(len(ids) % context + 1, (1,), generator=generator))
-        starts = first + context * torch.randperm((len(ids) - first) // context, generator=generator)
-        long.append([ids[start : start + context] for start in starts.tolist()])
+        long.append(_windows(ids, context, generator))
         if len(long) == samples:
             break
     turns = itertools.chain.from_iterable(itertools.zip_longest(*long))
@@ -201,6 +199,13 @@ def read_batches(spec: str, *, seed: int = 0, limit: int | None = None) -> list[
     if not found:
         raise UsageError(f"{path}:{name} gave no batches; it must give at least one.")
     return found
+
+
+def _windows(ids: list[int], context: int, generator: torch.Generator) -> list[list[int]]:
+    """Cut a document from a random start into windows that do not overlap, in random order."""
+    first = int(torch.randint(len(ids) % context + 1, (1,), generator=generator))
+    starts = first + context * torch.randperm((len(ids) - first) // context, generator=generator)
+    return [ids[start : start + context] for start in starts.tolist()]
 
 
 def _written(

@@ -105,23 +105,11 @@ def load(
     else:
         folder = _folder(text, offline, allow_pickle, trust_remote_code)
         checkpoint = read_checkpoint(folder, allow_pickle=allow_pickle)
+        options = {"trust_remote_code": trust_remote_code, "drop_unexpected": drop_unexpected}
         with own.seeded(seed):
-            model, tokenizer = pretrained.build(
-                checkpoint,
-                dtype=kind or torch.float32,
-                trust_remote_code=trust_remote_code,
-                drop_unexpected=drop_unexpected,
-            )
-        loaded = Loaded(
-            model,
-            tokenizer,
-            text,
-            "transformers",
-            checkpoint.fingerprint,
-            folder,
-            checkpoint.files,
-            checkpoint.dtype,
-        )
+            model, tokenizer = pretrained.build(checkpoint, dtype=kind or torch.float32, **options)
+        mark, files = checkpoint.fingerprint, checkpoint.files
+        loaded = Loaded(model, tokenizer, text, "transformers", mark, folder, files, checkpoint.dtype)
     try:
         loaded.model.to(where)
     except (RuntimeError, NotImplementedError) as error:
