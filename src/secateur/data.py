@@ -32,9 +32,9 @@ def tokens(
 ) -> list[dict[str, Tensor]]:
     """Draw calibration windows from documents.
 
-    Each document is cut into windows of `context` tokens that do not overlap, from a random start. Documents
-    take turns in random order, each giving a random one of its windows, so many documents are heard before
-    one is heard twice and no token is heard twice. Documents shorter than a window come after all windows.
+    Each document is cut from a random start into windows of `context` tokens that do not overlap. Documents
+    take turns in random order, each giving a random one of its windows, so no token is drawn twice; documents
+    shorter than a window come after all windows.
 
     Args:
         texts: documents, encoded one by one as the tokenizer does by default.
@@ -42,7 +42,7 @@ def tokens(
         context: tokens in a window, at least 1.
         samples: number of windows, at least 1.
         seed: of the draw; the global generators are not touched.
-        batch: windows in a batch; the last one may be smaller.
+        batch: windows in a batch, fewer in the last one.
         model: when given, its vocabulary and positions are compared with the tokens.
 
     Returns:
@@ -53,11 +53,10 @@ def tokens(
         UsageError: a number out of range, less text than asked for, or a model that does not fit.
 
     Cost:
-        Encodes documents until `samples` of them are longer than a window, in the worst case all.
+        Encodes documents until `samples` of them hold a window, in the worst case all.
 
     Source:
-        As the calibration sets of Sun et al. 2023, "A Simple and Effective Pruning Approach for Large
-        Language Models" (random windows of random documents), but without overlap and without repetition.
+        Calibration as in Sun et al. 2023 (Wanda): random windows of random documents; here without repetition.
     """
     _at_least_one(context=context, samples=samples, batch=batch)
     generator = torch.Generator().manual_seed(seed)
