@@ -61,8 +61,7 @@ def tokens(
     _at_least_one(context=context, samples=samples, batch=batch)
     generator = torch.Generator().manual_seed(seed)
     long: list[list[list[int]]] = []
-    short: list[list[int]] = []
-    count = 0
+    short, count = [], 0
     for index in torch.randperm(len(texts), generator=generator).tolist():
         ids = _encode(texts[index], tokenizer)
         count += len(ids)
