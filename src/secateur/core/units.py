@@ -29,6 +29,8 @@ from secateur.errors import UsageError, nearest
 
 __all__ = ["Analysis", "Frozen", "Member", "Units", "analyse", "masked_program", "pruned_program"]
 
+Keep = Mapping[str, Iterable[int] | Tensor]  # axis name -> indices of the units that stay
+
 
 @dataclass(frozen=True, eq=False)
 class Member:
@@ -127,7 +129,7 @@ class Analysis:
         known = [units.name for units in self.units]
         raise UsageError(f"{name!r} is none of the {len(known)} prunable axes; {nearest(name, known)}.")
 
-    def kept_indices(self, keep: Mapping[str, Iterable[int]]) -> dict[str, tuple[Tensor | None, ...]]:
+    def kept_indices(self, keep: Keep) -> dict[str, tuple[Tensor | None, ...]]:
         """For every tensor that loses something: the kept indices of each dimension, None where all stay."""
         leaves = _leaves(self, keep)
         out: dict[str, tuple[Tensor | None, ...]] = {}
@@ -176,7 +178,7 @@ def analyse(
     module = export(model, tuple(args), kwargs or {})
     select_output(module, output)
     trace, holders = label_graph(module, model)
-    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    parameters = dict.fromkeys(name for name, _ in model.named_parameters(remove_duplicate=False))
     check_zeros(trace, {node for name, node in _holding(module, trace) if name in parameters})
     ties = tied(model)
     units, frozen = _collect(trace, holders, ties, parameters, module)
@@ -192,7 +194,7 @@ def _holding(module: fx.GraphModule, trace: Trace) -> list[tuple[str, fx.Node]]:
 
 
 def _collect(
-    trace: Trace, holders: Mapping[str, fx.Node], ties: Mapping[str, tuple[str, ...]], parameters: set[str],
+    trace: Trace, holders: Mapping[str, fx.Node], ties: Mapping[str, tuple[str, ...]], parameters: Mapping[str, Any],
     module: fx.GraphModule,
 ) -> tuple[tuple[Units, ...], tuple[Frozen, ...]]:  # fmt: skip
     members: dict[Atom, list[Member]] = {}
@@ -262,7 +264,7 @@ def _facts(
     return live, approximate, constants
 
 
-def _leaves(analysis: Analysis, keep: Mapping[str, Iterable[int]]) -> dict[Atom, Tensor]:
+def _leaves(analysis: Analysis, keep: Keep) -> dict[Atom, Tensor]:
     out: dict[Atom, Tensor] = {}
     for name, kept in keep.items():
         units = analysis[name]
@@ -283,7 +285,7 @@ def _leaves(analysis: Analysis, keep: Mapping[str, Iterable[int]]) -> dict[Atom,
     return out
 
 
-def pruned_program(analysis: Analysis, keep: Mapping[str, Iterable[int]]) -> fx.GraphModule:
+def pruned_program(analysis: Analysis, keep: Keep) -> fx.GraphModule:
     """The model's computation with only the kept units: smaller tensors, the same operators.
 
     Args:
@@ -303,7 +305,7 @@ def pruned_program(analysis: Analysis, keep: Mapping[str, Iterable[int]]) -> fx.
     return narrow_module(analysis.program, analysis.trace, _leaves(analysis, keep))
 
 
-def masked_program(analysis: Analysis, keep: Mapping[str, Iterable[int]]) -> fx.GraphModule:
+def masked_program(analysis: Analysis, keep: Keep) -> fx.GraphModule:
     """The whole model with zeros in the parameters of removed units, and norms over the survivors.
 
     What `pruned_program` has to equal. On axes that are exact it is the eager model with zeroed parameters.

@@ -45,6 +45,8 @@ def coordinates(axes: Axes, label: Label) -> dict[Atom, list[Int[Tensor, " size"
     """
     out: dict[Atom, list[Tensor]] = {}
     before, total = 1, size_of(label)
+    if total == 0:
+        return {}
     for atom in label:
         top = axes.root(atom)
         after = total // (before * top.size)

@@ -107,6 +107,9 @@ class Trace:
         found = RULES.get(name)
         if found is None and isinstance(node.target, torch._ops.OpOverload):
             found = RULES["aten.pointwise"] if torch.Tag.pointwise in node.target.tags else None
+        if found is None and not step.has_tensors():
+            self.dims[node] = None
+            return
         if found is None or (name not in EMPTY_ALLOWED and step.is_empty()):
             if found is None:
                 self.unruled.setdefault(name, step.module)
@@ -203,12 +206,18 @@ class Step:
         """Input nodes that are single tensors."""
         return [n for n in self.node.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor)]
 
-    def is_empty(self) -> bool:
-        """Whether a tensor without elements is involved."""
+    def _values(self) -> list[Any]:
         value = self.value()
         outs = list(value) if isinstance(value, (tuple, list)) else [value]
-        ins = [n.meta.get("val") for n in self.node.all_input_nodes]
-        return any(isinstance(v, torch.Tensor) and v.numel() == 0 for v in outs + ins)
+        return outs + [n.meta.get("val") for n in self.node.all_input_nodes]
+
+    def has_tensors(self) -> bool:
+        """Whether a tensor is involved; arithmetic on numbers is none of our business."""
+        return any(isinstance(value, torch.Tensor) for value in self._values())
+
+    def is_empty(self) -> bool:
+        """Whether a tensor without elements is involved."""
+        return any(isinstance(v, torch.Tensor) and v.numel() == 0 for v in self._values())
 
     @staticmethod
     def each(dims: Any) -> Iterable[Dims]:

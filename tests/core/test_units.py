@@ -1,0 +1,384 @@
+"""The axis analysis against eager models: what is pruned equals what is masked, or is refused by name."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+
+from secateur.core.units import Analysis, analyse, masked_program, pruned_program
+from secateur.errors import UsageError
+
+BENCH = str(Path(__file__).resolve().parents[2] / "bench")
+
+
+@pytest.fixture(scope="module")
+def bench():
+    """The measuring script of the architecture table."""
+    sys.path.insert(0, BENCH)
+    try:
+        import architectures
+
+        yield architectures
+    finally:
+        sys.path.remove(BENCH)
+
+
+FEW = ["resnet", "densenet", "vgg-flatten", "shufflenet", "c2f-yolo", "decoder", "lstm-2-bidirectional", "gru"]
+HF = ["gpt2", "llama-gqa-tied", "phi3"]
+
+
+def _measured(bench, name: str, seeds: int):
+    row = bench.Row(name)
+    for seed in range(seeds):
+        analysis = bench.measure(row, seed)
+    return row, analysis
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_pruned_equals_masked(bench, name: str) -> None:
+    row, _ = _measured(bench, name, 2)
+    assert row.verdict == "equal", row
+    assert row.axes >= 2
+    assert row.removed > 0.2
+
+
+@pytest.mark.parametrize("name", HF)
+def test_pruned_equals_masked_on_transformers(bench, name: str) -> None:
+    row, _ = _measured(bench, name, 1)
+    assert row.verdict == "equal", row
+    assert row.removed > 0.2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(2))
+def test_every_architecture_is_equal_or_refused_by_name(bench, seed: int) -> None:
+    import zoo
+
+    for name in zoo.names():
+        row = bench.Row(name)
+        bench.measure(row, seed)
+        assert row.verdict == "equal", row
+
+
+class Net(nn.Module):
+    """Submodules, and a function for the forward."""
+
+    def __init__(self, forward, **parts) -> None:
+        super().__init__()
+        self.computation = forward
+        for name, part in parts.items():
+            setattr(self, name, part)
+
+    def forward(self, *args):
+        return self.computation(self, *args)
+
+
+X = torch.randn(2, 5, 7, dtype=torch.float64)
+IMAGE = torch.randn(2, 3, 9, 9, dtype=torch.float64)
+A, B = nn.Linear(7, 12), nn.Linear(12, 3)
+
+
+def linear(inputs: int, outputs: int, **options: bool) -> nn.Linear:
+    return nn.Linear(inputs, outputs, **options)
+
+
+def write_inside(s: Net, x: Tensor) -> Tensor:
+    y = s.a(x)
+    y[..., :4].add_(1)
+    return y.sum(-1)
+
+
+PRUNABLE = {
+    "relu before a sum": (Net(lambda s, x: s.a(x).relu().sum(-1), a=linear(7, 12)), X, [12]),
+    "one zero factor is enough": (Net(lambda s, x: s.a(x) @ s.a(x).exp().mT, a=linear(7, 12)), X, [12]),
+    "sigmoid before a linear layer": (Net(lambda s, x: s.b(s.a(x).sigmoid()), a=A, b=B), X, [12]),
+    "unwrapped parameter": (
+        Net(lambda s, x: s.b((x @ s.w).relu() * s.c), b=B,
+            w=nn.Parameter(torch.randn(7, 12)), c=nn.Parameter(torch.randn(12))), X, [12],
+    ),
+    "normalised to length one": (Net(lambda s, x: s.b(F.normalize(s.a(x), dim=-1)), a=A, b=B), X, [12]),
+    "weight used twice": (Net(lambda s, x: s.b(s.h(s.h(s.a(x)))), a=A, h=linear(12, 12), b=B), X, [12]),
+    "weight and its transpose": (Net(lambda s, x: s.a(x).relu() @ s.a.weight, a=A), X, [12]),
+    "gated halves": (Net(lambda s, x: s.b(F.glu(s.a(x))), a=linear(7, 24), b=B), X, [12]),
+    "interleaved pairs": (
+        Net(lambda s, x: s.b(s.a(x)[..., ::2] * s.a(x)[..., 1::2]), a=linear(7, 6), b=linear(3, 3)), X, [3],
+    ),
+    "overlapping slices": (Net(lambda s, x: s.b(s.a(x)[..., :8] + s.a(x)[..., 4:]), a=A, b=linear(8, 3)), X, [4]),
+    "written inside, partly": (Net(write_inside, a=linear(7, 12)), X, [8]),
+    "positions made in the forward": (
+        Net(lambda s, x: s.b(s.a(x) * torch.arange(1, 13)), a=A, b=B), X, [12],
+    ),
+    "squeeze and excite": (
+        Net(
+            lambda s, x: s.d((y := s.c(x)) * s.g(s.f(y.mean((2, 3))).relu()).sigmoid()[:, :, None, None]),
+            c=nn.Conv2d(3, 12, 3), f=linear(12, 5), g=linear(5, 12), d=nn.Conv2d(12, 4, 1),
+        ), IMAGE, [5, 12],
+    ),
+    "depthwise with a multiplier": (
+        Net(lambda s, x: s.d(s.g(s.c(x))), c=nn.Conv2d(3, 6, 3), g=nn.Conv2d(6, 12, 3, groups=6),
+            d=nn.Conv2d(12, 4, 1)), IMAGE, [2, 6],
+    ),
+    "grouped transposed convolution": (
+        Net(
+            lambda s, x: s.d(s.g(s.c(x))),
+            c=nn.Conv2d(3, 6, 3), g=nn.ConvTranspose2d(6, 12, 2, 2, groups=3), d=nn.Conv2d(12, 4, 1),
+        ), IMAGE, [2, 3, 4],
+    ),
+    "grouped-query attention": (
+        Net(
+            lambda s, x: s.o(
+                F.scaled_dot_product_attention(
+                    s.q(x).view(2, 5, 6, 4).transpose(1, 2), s.k(x).view(2, 5, 2, 4).transpose(1, 2),
+                    s.v(x).view(2, 5, 2, 4).transpose(1, 2), enable_gqa=True,
+                ).transpose(1, 2).flatten(2)
+            ), q=linear(7, 24), k=linear(7, 8), v=linear(7, 8), o=linear(24, 3),
+        ), X, [2, 3, 4, 4],
+    ),
+    "multi-head attention module": (
+        Net(lambda s, x: s.b(s.m(y := s.a(x), y, y)[0]), a=A, m=nn.MultiheadAttention(12, 3, batch_first=True), b=B),
+        X, [3, 4, 12, 12],
+    ),
+    "no_grad region": (Net(lambda s, x: s.b(torch.no_grad()(s.a)(x).relu()), a=A, b=B), X, [12]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PRUNABLE)
+def test_axes_found_and_equal_to_the_eager_model(bench, name: str) -> None:
+    model, x, sizes = PRUNABLE[name]
+    model = model.double().eval()
+    analysis = analyse(model, (x,))
+    assert sorted(units.size for units in analysis.units) == sizes, analysis.units
+    assert not analysis.unruled
+    for seed in range(3):
+        keep = bench.keep_at_random(analysis, torch.Generator().manual_seed(seed), exact_only=True)
+        pruned, masked = pruned_program(analysis, keep)(x), bench.zeroed(model, analysis, keep)(x)
+        torch.testing.assert_close(pruned, masked, rtol=1e-9, atol=1e-9)
+        keep = bench.keep_at_random(analysis, torch.Generator().manual_seed(seed))
+        torch.testing.assert_close(
+            pruned_program(analysis, keep)(x), masked_program(analysis, keep)(x), rtol=1e-9, atol=1e-9
+        )
+
+
+SUMMED = "summed over where masked units are not zero"
+REFUSED = {
+    "sigmoid before a sum": (Net(lambda s, x: s.a(x).sigmoid().sum(-1), a=linear(7, 12)), X, SUMMED),
+    "constant before a sum": (Net(lambda s, x: (s.a(x) + 1).sum(-1), a=linear(7, 12)), X, SUMMED),
+    "both factors not zero": (Net(lambda s, x: s.a(x).exp() @ s.a(x).exp().mT, a=linear(7, 12)), X, SUMMED),
+    "written inside": (
+        Net(lambda s, x: (y := s.a(x), y.view(2, 5, 3, 4).add_(1), y.sum(-1))[2], a=linear(7, 12)), X, SUMMED,
+    ),
+    "batch norm without weights": (
+        Net(lambda s, x: s.n(s.c(x)).sum(1), c=nn.Conv2d(3, 12, 3), n=nn.BatchNorm2d(12, affine=False)), IMAGE, SUMMED,
+    ),
+    "softmax": (Net(lambda s, x: s.b(s.a(x).softmax(-1)), a=A, b=B), X, "softmax over it (aten.softmax)"),
+    "sort": (Net(lambda s, x: s.b(s.a(x).sort(-1)[0]), a=A, b=B), X, "sort over it (aten.sort)"),
+    "cumulative sum": (Net(lambda s, x: s.b(s.a(x).cumsum(-1)), a=A, b=B), X, "cumsum over it (aten.cumsum)"),
+    "maximum": (Net(lambda s, x: s.a(x).amax(-1), a=linear(7, 12)), X, "amax over it (aten.amax)"),
+    "division of zeros": (
+        Net(lambda s, x: s.b(s.a(x) / s.c(x)), a=A, b=B, c=linear(7, 12)), X, "masked units divide by zero",
+    ),
+    "mixed heads": (
+        Net(lambda s, x: s.b(s.a(x).view(2, 5, 4, 6).flatten(2) + s.c(x).view(2, 5, 6, 4).flatten(2)), a=linear(7, 24),
+            b=linear(24, 3), c=linear(7, 24)), X, None,
+    ),
+    "transposed heads": (
+        Net(lambda s, x: s.b(s.a(x).view(2, 5, 4, 6).mT.flatten(2) + s.a(x)), a=linear(7, 24), b=linear(24, 3)), X,
+        "cannot be aligned (aten.add)",
+    ),
+    "chosen by index": (
+        Net(lambda s, x: s.b(s.a(x)[..., [0, 2, 5]]), a=A, b=linear(3, 3)), X, "positions are chosen by index",
+    ),
+    "rolled": (Net(lambda s, x: s.b(s.a(x).roll(1, -1)), a=A, b=B), X, "positions change places (aten.roll)"),
+    "operator without a rule": (
+        Net(lambda s, x: s.b(torch.fft.fft(s.a(x)).real), a=A, b=B), X, "no rule for this operator (aten.fft_fft)",
+    ),
+    "weight norm": (
+        Net(lambda s, x: s.b(s.a(x)), a=nn.utils.parametrizations.weight_norm(linear(7, 12)), b=B), X,
+        "a masked slice has no direction: bake the weight norm in before pruning",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_pruned_is_frozen_with_its_reason(name: str) -> None:
+    model, x, text = REFUSED[name]
+    model = model.double().eval()
+    analysis = analyse(model, (x,))
+    assert not [units for units in analysis.units if units.size in (12, 24)]
+    if text is not None:
+        assert any(text in str(frozen.reason) for frozen in analysis.frozen), [str(f.reason) for f in analysis.frozen]
+    torch.testing.assert_close(analysis.program(x), model(x), rtol=0, atol=0)
+
+
+def tiny_llama(**changed: int) -> tuple[nn.Module, Tensor]:
+    transformers = pytest.importorskip("transformers")
+    sizes = {
+        "vocab_size": 53, "hidden_size": 24, "intermediate_size": 30, "num_hidden_layers": 2, "head_dim": 6,
+        "num_attention_heads": 12, "num_key_value_heads": 4, "tie_word_embeddings": True, "pad_token_id": 0,
+    }  # fmt: skip
+    config = transformers.LlamaConfig(**(sizes | changed), attn_implementation="eager")
+    return transformers.LlamaForCausalLM(config).eval(), torch.randint(3, 53, (2, 9))
+
+
+def test_a_really_smaller_llama_with_the_kept_slices_computes_the_pruned_program() -> None:
+    """The strongest oracle: no mask and no graph, a model of the same class built with the smaller sizes."""
+    model, ids = tiny_llama()
+    analysis = analyse(model, (ids,), {"use_cache": False}, output="logits")
+    wanted = {"hidden": range(0, 24, 2), "feed-forward unit": range(20), "KV group": [0, 3]}
+    keep = {units.name: wanted[units.kind] for units in analysis.units if units.kind in wanted}
+    assert len(keep) == 5
+    small, _ = tiny_llama(hidden_size=12, intermediate_size=20, num_attention_heads=6, num_key_value_heads=2)
+    index = analysis.kept_indices(keep)
+    state = {}
+    for name, value in model.state_dict().items():
+        for dim, kept in enumerate(index.get(name, ())):
+            value = value if kept is None else value.index_select(dim, kept)
+        state[name] = value
+    small.load_state_dict(state)
+    assert small.lm_head.weight is small.model.embed_tokens.weight
+    torch.testing.assert_close(pruned_program(analysis, keep)(ids, use_cache=False), small(ids, use_cache=False).logits)
+
+
+def test_a_llama_has_the_axes_its_computation_asks_for() -> None:
+    model, ids = tiny_llama()
+    analysis = analyse(model, (ids,), {"use_cache": False}, output="logits")
+    found = {(units.kind, units.size) for units in analysis.units}
+    assert found == {
+        ("hidden", 24), ("feed-forward unit", 30), ("KV group", 4), ("query head", 3), ("rotary pair", 3),
+        ("v dimension", 6),
+    }  # fmt: skip
+    groups = analysis["KV groups of model.layers.0.self_attn"]
+    assert [(member.name.split(".")[-2], member.dim) for member in groups.members] == [
+        ("q_proj", 0), ("k_proj", 0), ("v_proj", 0), ("o_proj", 1),
+    ]  # fmt: skip
+    assert groups.members[1].indices[1].tolist() == [6, 7, 8, 9, 10, 11]
+    assert groups.exact
+    hidden = analysis["hidden dimensions of model"]
+    assert not hidden.exact
+    assert hidden.reason == "mean over it"
+    assert hidden.members[0].aliases in {("lm_head.weight",), ("model.embed_tokens.weight",)}
+    pairs = analysis["rotary pairs of model.layers.0-1.self_attn"]
+    assert pairs.members[0].indices[0, :2].tolist() == [0, 3]
+    assert "model.rotary_emb.inv_freq" in {member.name for member in pairs.members}
+    assert any("rows are chosen by index" in str(frozen.reason) for frozen in analysis.frozen)
+
+
+def test_a_smaller_lstm_with_the_kept_slices_computes_the_pruned_program() -> None:
+    model = Net(lambda s, x: s.head(s.rnn(x)[0]), rnn=nn.LSTM(7, 10, 2, batch_first=True), head=nn.Linear(10, 3))
+    x = torch.randn(2, 5, 7)
+    analysis = analyse(model, (x,))
+    (units,) = analysis.units
+    assert (units.kind, units.size, units.width) == ("recurrent unit", 10, 4)
+    keep = {units.name: [0, 2, 3, 9]}
+    index = analysis.kept_indices(keep)
+    small = Net(model.computation, rnn=nn.LSTM(7, 4, 2, batch_first=True), head=nn.Linear(4, 3))
+    state = {}
+    for name, value in model.state_dict().items():
+        for dim, kept in enumerate(index.get(name, ())):
+            value = value if kept is None else value.index_select(dim, kept)
+        state[name] = value
+    small.load_state_dict(state)
+    torch.testing.assert_close(pruned_program(analysis, keep)(x), small(x))
+
+
+def mlp() -> tuple[nn.Module, Analysis]:
+    model = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2))
+    return model, analyse(model, (torch.zeros(4, 3),))
+
+
+def test_pruning_leaves_the_model_its_mode_and_its_tensors() -> None:
+    model = nn.Sequential(nn.Linear(3, 8), nn.Dropout(0.5), nn.BatchNorm1d(8), nn.Linear(8, 2)).train()
+    model[2].eval()
+    model[0].weight.requires_grad_(False)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    analysis = analyse(model, (torch.randn(4, 3),))
+    small = pruned_program(analysis, {analysis.units[0].name: [1, 5]})
+    assert [module.training for module in model] == [True, True, False, True]
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])
+    assert set(small.state_dict()) <= set(before)
+    assert small.get_parameter("0.weight").shape == (2, 3)
+    assert not small.get_parameter("0.weight").requires_grad
+    assert small.get_parameter("3.weight").requires_grad
+    assert small.get_buffer("2.running_mean").shape == (2,)
+
+
+def test_nothing_kept_back_is_the_model_itself() -> None:
+    model, analysis = mlp()
+    x = torch.randn(4, 3)
+    assert torch.equal(pruned_program(analysis, {})(x), model(x))
+    assert torch.equal(pruned_program(analysis, {"feed-forward units of 0,2": range(8)})(x), model(x))
+    assert analysis.kept_indices({"feed-forward units of 0,2": range(8)}) == {}
+
+
+def test_meta_models_are_analysed_without_memory() -> None:
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(3, 10**6), nn.ReLU(), nn.Linear(10**6, 2))
+    analysis = analyse(model, (torch.zeros(4, 3, device="meta"),))
+    assert [units.size for units in analysis.units] == [10**6]
+
+
+def test_parts_of_the_output_that_do_not_matter_do_not_freeze() -> None:
+    model = Net(lambda s, x: {"logits": s.b(y := s.a(x)), "hidden": y}, a=A, b=B).float()
+    x = X.float()
+    assert analyse(model, (x,)).units == ()
+    for output in ("logits", lambda result: result["logits"]):
+        analysis = analyse(model, (x,), output=output)
+        (units,) = analysis.units
+        assert pruned_program(analysis, {units.name: [0]})(x).shape == (2, 5, 3)
+
+
+def test_parameters_the_example_never_touches_are_named() -> None:
+    model = Net(lambda s, x: s.b(s.a(x)), a=A, b=B, idle=nn.Linear(2, 2)).float()
+    assert analyse(model, (X.float(),)).unused == ("idle.weight", "idle.bias")
+
+
+def test_tensors_that_share_a_part_of_their_memory_are_frozen() -> None:
+    table = torch.randn(24, 7)
+    model = Net(
+        lambda s, x: s.b((x @ s.head.T).relu()) + (x @ s.whole.T).sum(-1, keepdim=True),
+        b=nn.Linear(12, 3), whole=nn.Parameter(table), head=nn.Parameter(table[:12]),
+    )  # fmt: skip
+    analysis = analyse(model, (X.float(),))
+    assert analysis.units == ()
+    assert any("shares a part of its memory" in str(frozen.reason) for frozen in analysis.frozen)
+
+
+def test_unknown_axis_names_the_nearest() -> None:
+    _, analysis = mlp()
+    with pytest.raises(UsageError, match="none of the 1 prunable axes; nearest: feed-forward units of 0,2"):
+        pruned_program(analysis, {"feed-forward units of 0": [1]})
+
+
+@pytest.mark.parametrize(
+    ("kept", "words"),
+    [
+        ([], "no unit is left of 8; keep at least one"),
+        ([0, 8], "kept units run from 0 to 8, expected 0 to 7"),
+        ([-1, 2], "kept units run from -1 to 2, expected 0 to 7"),
+        ([3, 3], "a unit is kept twice"),
+    ],
+)
+def test_wrong_kept_units_are_refused(kept: list[int], words: str) -> None:
+    _, analysis = mlp()
+    with pytest.raises(UsageError, match=words):
+        masked_program(analysis, {"feed-forward units of 0,2": kept})
+
+
+def test_a_forward_that_depends_on_values_is_refused_with_the_tracers_words() -> None:
+    model = Net(lambda s, x: s.a(x) if x.sum() > 0 else x, a=nn.Linear(7, 7))
+    with pytest.raises(UsageError, match=r"Net: torch\.export cannot trace the forward with this example: "):
+        analyse(model, (X.float(),))
+
+
+def test_an_output_that_is_not_there_is_refused() -> None:
+    model = Net(lambda s, x: {"logits": s.a(x)}, a=nn.Linear(7, 7))
+    with pytest.raises(UsageError, match="output 'scores' is not in the model's output; it has: logits"):
+        analyse(model, (X.float(),), output="scores")
+    with pytest.raises(UsageError, match="picks no tensor"):
+        analyse(model, (X.float(),), output=lambda result: 3)
