@@ -17,6 +17,7 @@ from secateur.core.statistics import STATISTICS, gather
 from secateur.core.where import Layer, Only, select
 from secateur.errors import NumericError, UsageError, nearest
 from secateur.recipes import Recipe, magnitude
+from secateur.target import check_arguments, shape_of, weights_to_keep
 
 __all__ = ["Plan", "plan", "prune_"]
 
@@ -70,10 +71,11 @@ def plan(
         UsageError: a sparsity out of range, a pattern that does not fit a layer, nothing to prune, a tied
             tensor, an unknown statistic.
     """
+    check_arguments(sparsity, recipe, nonzero)
     selection = select(model, only, skip)
     for layer in selection.chosen:
-        _shape_of(recipe, layer)
-    keep = _keep(model, selection.chosen, recipe, sparsity, nonzero)
+        shape_of(recipe, layer)
+    keep = weights_to_keep(model, selection.chosen, recipe, sparsity, nonzero)
     return Plan(recipe, selection.chosen, selection.left_out, keep, _statistics_of(recipe.score))
 
 
@@ -113,8 +115,9 @@ def prune_(
         UsageError: see `plan`; also missing data, or a target that cannot be reached exactly.
         NumericError: NaN or Inf in weights, activations or scores, naming the layer.
 
-    Cost: one forward pass of the data if the score needs them; scores are computed a layer at a time, up to
-        four times for `globally`; extra memory one layer's scores and one byte a weight for the masks.
+    Cost: one forward pass of the data if the score needs them; scores are computed a layer at a time, once
+        where counts do not depend on them, three times for `globally`; extra memory one layer's scores and one
+        byte a weight for the masks.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
@@ -124,16 +127,18 @@ def prune_(
     todo = plan(model, sparsity, recipe, nonzero=nonzero, only=only, skip=skip)
     layers = {layer.name: layer for layer in todo.layers}
     _check_masks(masks, layers)
+    _check_weights(todo.layers)
     statistics = _gather(model, todo, data)
     candidates = {
-        name: _candidates(recipe, layer, statistics.get(name, {}), masks, seed, zeros_last=nonzero is not None)
+        name: _candidates(todo, layer, statistics.get(name, {}), masks, seed, zeros_last=nonzero is not None)
         for name, layer in layers.items()
     }
     counts = recipe.allocation(candidates, todo.keep or 0)
     _check_total(todo, candidates, counts)
     kept = {name: _mask(recipe, layers[name], candidates[name], counts[name]) for name in layers}
+    _check_stays_pruned(kept, masks)
     if nonzero is not None:
-        _check_nonzero(model, layers, kept, nonzero)
+        _check_nonzero(layers, kept, nonzero)
     originals = {name: layers[name].weight.detach().clone() for name in layers} if keep_originals else None
     result = Masks(kept, originals)
     result.apply_(model)
@@ -142,7 +147,10 @@ def prune_(
 
 def _statistics_of(score: Callable[..., Any]) -> tuple[str, ...]:
     """The parameter names of a score, after the weight, say what it needs to know."""
-    names = tuple(inspect.signature(score).parameters)[1:]
+    try:
+        names = tuple(inspect.signature(score).parameters)[1:]
+    except (TypeError, ValueError):
+        raise UsageError(f"score {score!r} is no function of (weight, <statistics by name>)") from None
     known = (*STATISTICS, "generator")
     for name in names:
         if name not in known:
@@ -151,65 +159,6 @@ def _statistics_of(score: Callable[..., Any]) -> tuple[str, ...]:
                 f"{nearest(name, known)}"
             )
     return names
-
-
-def _keep(
-    model: nn.Module, layers: tuple[Layer, ...], recipe: Recipe, sparsity: float | None, nonzero: int | None
-) -> int | None:
-    """The target as an integer: weights kept in all chosen layers; None when the recipe decides."""
-    size = sum(layer.size for layer in layers)
-    decides = recipe.fixed_by_pattern or getattr(recipe.allocate, "decides", False)
-    if nonzero is not None:
-        if sparsity is not None or decides:
-            raise UsageError(
-                "nonzero fixes the count; give it without a sparsity and with a recipe that can follow it"
-            )
-        return _keep_of_nonzero(model, layers, recipe, nonzero)
-    if recipe.fixed_by_pattern:
-        own = recipe.pattern.sparsity
-        if sparsity is not None and abs(sparsity - own) > 1e-9:
-            raise UsageError(
-                f"{recipe.pattern} fixes the sparsity at {own:g}, got {sparsity:g}; leave the sparsity out"
-            )
-        return size - round(size * own)
-    if decides:
-        if sparsity is not None:
-            raise UsageError(
-                f"{recipe.allocate!r} decides how much is cut, got sparsity {sparsity:g} as well; leave it out"
-            )
-        return None
-    if sparsity is None:
-        raise UsageError("no sparsity given; say how many of the weights are to become zero, e.g. 0.5")
-    if not 0 <= sparsity <= 1:
-        hint = f" Did you mean {sparsity / 100:g}?" if 1 < sparsity <= 100 else ""
-        raise UsageError(f"sparsity {sparsity:g} is not in [0, 1].{hint}")
-    return size - round(size * sparsity)
-
-
-def _keep_of_nonzero(model: nn.Module, layers: tuple[Layer, ...], recipe: Recipe, nonzero: int) -> int:
-    if any(layer.size != _shape_of(recipe, layer)[0] * _shape_of(recipe, layer)[1] for layer in layers):
-        raise UsageError(f"an exact number of non-zeros needs single weights as units, got {recipe.pattern}")
-    chosen = {id(layer.weight) for layer in layers}
-    others = sum(int(torch.count_nonzero(p)) for p in model.parameters() if id(p) not in chosen)
-    own = sum(int(torch.count_nonzero(layer.weight)) for layer in layers)
-    if not others <= nonzero <= others + own:
-        raise UsageError(
-            f"{nonzero:,} non-zero parameters cannot be reached: the chosen layers hold {own:,} of the model's "
-            f"{others + own:,}, so {others:,} to {others + own:,} are possible. Choose other layers or another number"
-        )
-    return nonzero - others
-
-
-def _shape_of(recipe: Recipe, layer: Layer) -> tuple[int, int]:
-    """`(competition, unit)` of a layer; patterns are tried on a tensor without storage."""
-    part, out, columns = layer.layout.shape
-    try:
-        pooled = recipe.pattern.pool(torch.empty(part * out, columns, device="meta"))
-    except UsageError as error:
-        raise UsageError(
-            f'{layer.path}: {error}. Skip it with skip="{layer.path}" or choose another pattern'
-        ) from None
-    return pooled.shape[0], pooled.shape[1]
 
 
 def _gather(model: nn.Module, todo: Plan, data: Iterable[Any] | None) -> dict[str, dict[str, Tensor]]:
@@ -224,32 +173,51 @@ def _gather(model: nn.Module, todo: Plan, data: Iterable[Any] | None) -> dict[st
 
 
 def _candidates(
-    recipe: Recipe, layer: Layer, known: Mapping[str, Tensor], masks: Masks | None, seed: int, zeros_last: bool
+    todo: Plan, layer: Layer, known: Mapping[str, Tensor], masks: Masks | None, seed: int, zeros_last: bool
 ) -> Candidates:
     """The units of one layer, their scores computed when asked for."""
     part, out, columns = layer.layout.shape
-    shape = _shape_of(recipe, layer)
-    wanted = _statistics_of(recipe.score)
+    pattern = todo.recipe.pattern
+    shape = shape_of(todo.recipe, layer)
 
     def scores() -> Tensor:
         matrices = layer.layout.to_matrices(layer.weight.detach()).float()
-        generator = torch.Generator().manual_seed(_seed_of(seed, layer.name))
-        given = [{n: generator if n == "generator" else known[n][p] for n in wanted} for p in range(part)]
-        scored = [recipe.score(matrices[p], **given[p]) for p in range(part)]
-        whole = scored[0] if part == 1 else torch.cat(list(scored))
-        if not bool(whole.isfinite().all()):
-            raise NumericError(
-                f"{layer.name}: NaN or Inf among its scores; look at its weights and at the data"
-            )
-        units = recipe.pattern.pool(whole)
+        inputs: dict[str, Any] = {name: values.to(matrices.device) for name, values in known.items()}
+        if "generator" in todo.statistics:
+            inputs["generator"] = [torch.Generator().manual_seed(_seed_of(seed, layer.name))] * part
+        scored = [
+            _score(todo, layer, matrices[p], {name: inputs[name][p] for name in todo.statistics})
+            for p in range(part)
+        ]
+        whole = scored[0] if part == 1 else torch.cat(scored)
+        units = pattern.pool(whole)
         if zeros_last:
             units = units.masked_fill(matrices.reshape(whole.shape) == 0, -float("inf"))
         if masks is not None and layer.name in masks:
             pruned = ~layer.layout.to_matrices(masks[layer.name]).reshape(part * out, columns)
-            units = units.masked_fill(recipe.pattern.pool(pruned.float()).to(units.device) == 1, -float("inf"))
+            units = units.masked_fill(pattern.pool(pruned.float()).to(units.device) == 1, -float("inf"))
         return units
 
     return Candidates(shape, layer.size // (shape[0] * shape[1]), scores)
+
+
+def _score(todo: Plan, layer: Layer, matrix: Tensor, given: dict[str, Any]) -> Tensor:
+    """One matrix's scores; anybody may have written the score, so what it returns is checked."""
+    result = todo.recipe.score(matrix, **given)
+    if not isinstance(result, Tensor) or result.shape != matrix.shape:
+        got = tuple(result.shape) if isinstance(result, Tensor) else type(result).__name__
+        raise UsageError(
+            f"{layer.name}: score {todo.recipe.describe()['score']!r} is to return one number for each of the weights, "
+            f"shape {tuple(matrix.shape)}, got {got}"
+        )
+    result = result.detach().float()
+    if not _finite(result):
+        raise NumericError(f"{layer.name}: NaN or Inf among its scores; look at its weights and at the data")
+    return result
+
+
+def _finite(values: Tensor) -> bool:
+    return all(bool(end.isfinite()) for end in values.aminmax())  # ten times faster than isfinite().all()
 
 
 def _seed_of(seed: int, name: str) -> int:
@@ -265,12 +233,23 @@ def _check_masks(masks: Masks | None, layers: Mapping[str, Layer]) -> None:
         check_fits(name, mask, {name: layers[name].weight})
 
 
+def _check_weights(layers: Iterable[Layer]) -> None:
+    """Before the data run through the model, so that the layer named is the one that is ill."""
+    for layer in layers:
+        if layer.weight.is_meta:
+            raise UsageError(f"{layer.name} is on the meta device and has no values; load the weights first")
+        if not _finite(layer.weight.detach().float()):
+            raise NumericError(
+                f"{layer.name}: NaN or Inf among its weights, read as float32; it cannot be pruned"
+            )
+
+
 def _check_total(todo: Plan, candidates: Mapping[str, Candidates], counts: Mapping[str, Tensor]) -> None:
     """Exactly what was asked, or an error before anything is changed."""
     kept = sum(int(counts[name].sum()) * layer.cells for name, layer in candidates.items())
     if todo.keep is None:
         if kept == todo.size:
-            raise UsageError(f"{todo.recipe}: no weight is pruned by it; every score lies above. Raise tau")
+            raise UsageError(f"{todo.recipe}: no weight is pruned by it; every score lies above. Raise it")
         return
     unit = max(layer.cells for layer in candidates.values())
     if abs(kept - todo.keep) >= max(unit, 1):
@@ -291,9 +270,18 @@ def _mask(recipe: Recipe, layer: Layer, candidates: Candidates, counts: Tensor) 
     return layer.layout.from_matrices(whole.reshape(part, out, columns)).contiguous()
 
 
-def _check_nonzero(
-    model: nn.Module, layers: Mapping[str, Layer], kept: Mapping[str, Tensor], nonzero: int
-) -> None:
+def _check_stays_pruned(kept: Mapping[str, Tensor], masks: Masks | None) -> None:
+    """A lower share than the earlier masks took, or units that hold pruned and kept weights, would bring some back."""
+    for name, mask in (masks or {}).items():
+        back = int(torch.count_nonzero(kept[name] & ~mask.to(kept[name].device)))
+        if back:
+            raise UsageError(
+                f"{name}: {back:,} of the weights that the earlier masks prune would be kept again; ask for a higher "
+                "sparsity with the pattern and allocation of before, or leave masks out"
+            )
+
+
+def _check_nonzero(layers: Mapping[str, Layer], kept: Mapping[str, Tensor], nonzero: int) -> None:
     """Kept weights that happen to be zero would fall short of the promised number."""
     for name, mask in kept.items():
         idle = int(torch.count_nonzero(mask & (layers[name].weight == 0)))

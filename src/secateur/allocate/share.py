@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from secateur.core.select import Candidates, apportion, kth_smallest
+from secateur.core.select import Candidates, apportion, cut_by_part
 
 __all__ = ["globally", "per_layer", "per_row"]
 
@@ -57,7 +57,7 @@ def globally(layers: Mapping[str, Candidates], keep: int) -> Counts:
     """All units of all layers compete: one cut through the whole model.
 
     Exact, without sorting or concatenating when all units hold equally many weights (the scores are computed
-    anew in each of about four passes). Units of different sizes are ranked by their mean score
+    anew in each of about two passes). Units of different sizes are ranked by their mean score
     and taken until the asked number of weights is reached, within one unit.
     """
     if len({layer.cells for layer in layers.values()}) > 1:
@@ -67,14 +67,12 @@ def globally(layers: Mapping[str, Candidates], keep: int) -> Counts:
     cut = units - _rounded(keep, cells)
     if cut == 0:
         return {name: torch.tensor([layer.units]) for name, layer in layers.items()}
-    at = kth_smallest([layer.scores for layer in layers.values()], cut)
-    ties, counts = cut - at.below, {}
-    for name, layer in layers.items():
-        scores = layer.scores()
-        array = scores.numpy() if scores.device.type == "cpu" else scores.cpu().numpy()
-        equal = min(ties, int(np.count_nonzero(array == np.float32(at.value))))
-        ties -= equal
-        counts[name] = torch.tensor([layer.units - int(np.count_nonzero(array < np.float32(at.value))) - equal])
+    _, below, equal = cut_by_part([layer.scores for layer in layers.values()], cut)
+    ties, counts = cut - sum(below), {}
+    for (name, layer), under, at in zip(layers.items(), below, equal, strict=True):
+        tied = min(ties, at)
+        ties -= tied
+        counts[name] = torch.tensor([layer.units - under - tied])
     return counts
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from secateur.allocate.share import Counts, globally, per_layer
 from secateur.core.select import Candidates
-from secateur.errors import UsageError
+from secateur.errors import UsageError, nearest
 
 __all__ = ["Percentile", "Threshold"]
 
@@ -53,6 +53,12 @@ class Threshold:
 
     def __call__(self, layers: Mapping[str, Candidates], keep: int) -> Counts:
         """Kept units of each layer; `keep` plays no part."""
+        for pattern in self.tau if isinstance(self.tau, Mapping) else ():
+            if not any(fnmatchcase(name, pattern) for name in layers):
+                raise UsageError(
+                    f"the threshold for {pattern!r} matches none of the {len(layers)} layers; "
+                    f"{nearest(pattern, layers)}"
+                )
         return {name: torch.tensor([self._kept(name, layer.scores())]) for name, layer in layers.items()}
 
     def _kept(self, name: str, scores: Tensor) -> int:

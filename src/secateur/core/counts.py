@@ -7,9 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from secateur.core.masks import named_parameters
+from secateur.core.tied import same_tensor, tied_names
 from secateur.core.where import layers
 
-__all__ = ["Count", "Sparsity", "sparsity"]
+__all__ = ["Count", "Sparsity", "distinct_parameters", "sparsity"]
 
 
 @dataclass(frozen=True)
@@ -75,8 +77,26 @@ def sparsity(model: nn.Module) -> Sparsity:
         counted[layer.name] = _count(layer.weight)
         if layer.role != "embedding":
             prunable += counted[layer.name]
-    whole = sum((_count(p) for p in model.parameters()), Count(0, 0))
+    whole = sum((_count(p) for p in distinct_parameters(model).values()), Count(0, 0))
     return Sparsity(counted, prunable, whole)
+
+
+def distinct_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Every parameter once, under its first name; two parameter objects on the same memory are one, too.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False))
+        >>> model[1].weight = nn.Parameter(model[0].weight.data)
+        >>> list(distinct_parameters(model))
+        ['0.weight']
+    """
+    tied = tied_names(model)
+    found: dict[str, nn.Parameter] = {}
+    for name, parameter in named_parameters(model).items():
+        twins = (found[other] for other in tied.get(name, ()) if other in found)
+        if not any(same_tensor(parameter, twin) for twin in twins):
+            found[name] = parameter
+    return found
 
 
 def _count(tensor: torch.Tensor) -> Count:

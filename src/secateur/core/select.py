@@ -6,6 +6,7 @@ stable ascending sort.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -13,15 +14,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
-__all__ = ["Candidates", "Cut", "apportion", "kth_smallest", "smallest"]
+__all__ = ["Candidates", "Cut", "apportion", "cut_by_part", "kth_smallest", "smallest"]
 
 # Elements looked at in one go: large enough to hide Python, small enough to stay in the cache hierarchy
 # and to keep the extra memory of a 100-million-weight model at a few megabytes.
 CHUNK = 1 << 21
-SAMPLE = 1 << 19
+# A larger sample costs more to sort than its narrower bracket saves to rank.
+SAMPLE = 1 << 17
+# Irrational, so that samples do not fall in step with any layout.
+STRIDE = 1 + 5**0.5
 
 
 @dataclass(frozen=True)
@@ -61,23 +65,30 @@ class Cut:
 def kth_smallest(parts: Sequence[Callable[[], Tensor]], k: int) -> Cut:
     """The k-th smallest element (k from 1) of all tensors together, exactly.
 
-    A strided sample brackets the answer, one pass counts what lies below the bracket and collects what
-    lies inside it; the collected few are ranked. A bracket that misses, or that holds too many ties,
-    is narrowed and tried again, so the answer is exact for any data.
-
     Args:
-        parts: functions that return the tensors (float32, any shape, no NaN); each is called about three times.
+        parts: functions that return the tensors (float32, any shape, no NaN); each is called about twice.
         k: rank, 1 to the number of elements.
 
     Returns:
         The element and the number of elements strictly below it.
 
-    Cost: about three passes over the data; extra memory a few megabytes beside one tensor at a time.
+    Cost: about two passes over the data; extra memory a few megabytes beside one tensor at a time.
 
     Example:
         >>> parts = [lambda: torch.tensor([3.0, 1.0]), lambda: torch.tensor([1.0, 2.0])]
         >>> kth_smallest(parts, 3)
         Cut(value=2.0, below=2)
+    """
+    value, below, _ = cut_by_part(parts, k)
+    return Cut(value, sum(below))
+
+
+def cut_by_part(parts: Sequence[Callable[[], Tensor]], k: int) -> tuple[float, list[int], list[int]]:
+    """The k-th smallest element of all tensors together, and for each tensor how many lie below it and equal it.
+
+    A sample brackets the answer, one pass counts what lies below the bracket and collects what lies inside
+    it; the collected few are ranked. A bracket that misses, or that holds too many ties, is narrowed and
+    tried again, so the answer is exact for any data.
     """
     low, high = -float("inf"), float("inf")
     sample, total = _sample(parts, low, high)
@@ -89,41 +100,60 @@ def kth_smallest(parts: Sequence[Callable[[], Tensor]], k: int) -> Cut:
     while True:
         a, b = _bracket(sample, (k - below - 0.5) / inside, low, high, pivot)
         less, within, values = _count(parts, a, b)
-        if k <= less:
+        if k <= sum(less):
             high = float(np.nextafter(np.float32(a), np.float32(-np.inf)))
-            inside = less - below
-        elif k > less + within:
+            inside = sum(less) - below
+        elif k > sum(less) + sum(within):
             low = float(np.nextafter(np.float32(b), np.float32(np.inf)))
-            below, inside = less + within, inside - (less + within - below)
+            below, inside = sum(less) + sum(within), inside - (sum(less) + sum(within) - below)
         elif a == b:
-            return Cut(a, less)
+            return a, less, within
         elif values is not None:
-            value = float(torch.kthvalue(values, k - less).values)
-            return Cut(value, less + int((values < value).sum()))
+            value = float(torch.kthvalue(torch.cat(values), k - sum(less)).values)
+            under = [_true(part < value) for part in values]
+            equal = [_true(part == value) for part in values]
+            return value, [n + m for n, m in zip(less, under, strict=True)], equal
         else:
-            low, high, below, inside = a, b, less, within
+            low, high, below, inside = a, b, sum(less), sum(within)
             pivot = True
         sample, _ = _sample(parts, low, high)
 
 
-def _sample(parts: Sequence[Callable[[], Tensor]], low: float, high: float) -> tuple[Float[Tensor, " n"], int]:
-    """Some of the elements in [low, high], about half a million of them, sorted; and the number of all elements."""
-    taken, total = [], 0
+def _sample(
+    parts: Sequence[Callable[[], Tensor]], low: float, high: float
+) -> tuple[Float[np.ndarray, " n"], int]:
+    """Evenly spread elements of those in [low, high], sorted; and the number of all elements.
+
+    How many there are is known at the end only, so the sample is thinned on the way.
+    """
+    taken: list[Tensor] = []
+    total, seen, stride = 0, 0, 1.0
     for part in parts:
         flat = part().reshape(-1)
         total += flat.numel()
         if low > -float("inf") or high < float("inf"):
             flat = flat[(flat >= low) & (flat <= high)]
-        # an odd stride does not fall in step with power-of-two layouts
-        taken.append(flat[:: flat.numel() * len(parts) // SAMPLE | 1].float())
-    return torch.cat(taken).sort().values, total
+        seen += flat.numel()
+        while seen / stride > STRIDE * min(SAMPLE, seen ** (2 / 3) + 1):
+            stride *= STRIDE
+            taken = [_every(STRIDE, piece) for piece in taken]
+        taken.append(_every(stride, flat).float())
+    return np.sort(torch.cat(taken).cpu().numpy()), total
+
+
+def _every(stride: float, flat: Shaped[Tensor, " n"]) -> Shaped[Tensor, " m"]:
+    """A copy of one element in `stride`, from the first; a view would keep all of them in memory."""
+    if stride == 1.0:
+        return flat.clone()
+    places = (torch.arange(math.ceil(flat.numel() / stride), dtype=torch.float64) * stride).long()
+    return flat[places.clamp_(max=flat.numel() - 1).to(flat.device)]
 
 
 def _bracket(
-    sample: Float[Tensor, " n"], quantile: float, low: float, high: float, pivot: bool
+    sample: Float[np.ndarray, " n"], quantile: float, low: float, high: float, pivot: bool
 ) -> tuple[float, float]:
     """Sample values that enclose the quantile with five standard errors to spare; or, twice, the one at it."""
-    n = sample.numel()
+    n = len(sample)
     if pivot:
         at = float(sample[int(quantile * n)])
         return at, at
@@ -132,20 +162,26 @@ def _bracket(
     return (low if first < 0 else float(sample[first])), (high if last >= n else float(sample[last]))
 
 
-def _count(parts: Sequence[Callable[[], Tensor]], a: float, b: float) -> tuple[int, int, Tensor | None]:
-    """How many are below a, how many in [a, b], and those themselves unless they are too many."""
-    less = within = 0
+def _count(
+    parts: Sequence[Callable[[], Tensor]], a: float, b: float
+) -> tuple[list[int], list[int], list[Tensor] | None]:
+    """For each part how many are below a and how many in [a, b]; and those themselves unless they are too many."""
+    less, within = [], []
     values: list[Tensor] | None = []
     for part in parts:
+        counts, found = [0, 0], []
         for piece in part().reshape(-1).split(CHUNK):
             array = _array(piece)
-            less += _true(array < a)
-            inside = (array >= a) & (array <= b)
-            count = _true(inside)
-            within += count
-            if values is not None and count:
-                values = None if within > 2 * CHUNK else [*values, torch.as_tensor(array[inside]).float()]
-    return less, within, torch.cat(values) if values else None
+            under, upto = array < a, array <= b
+            counts[0] += _true(under)
+            counts[1] += _true(upto)
+            if values is not None:
+                found.append(torch.as_tensor(array[upto ^ under]).float())
+        less.append(counts[0])
+        within.append(counts[1] - counts[0])
+        if values is not None:
+            values = None if sum(within) > 2 * CHUNK else [*values, torch.cat(found)]
+    return less, within, values
 
 
 def _array(tensor: Tensor) -> Any:
@@ -199,7 +235,9 @@ def smallest(scores: Float[Tensor, "row unit"], counts: Int[Tensor, " row"]) -> 
         tensor([[False,  True,  True, False]])
     """
     rows, units = scores.shape
-    if rows == 1 or units > CHUNK:
+    if rows == 1:
+        return _smallest_in_row(scores[0], int(counts[0]))[None]
+    if units > CHUNK:
         return torch.stack([_smallest_in_row(scores[r], int(counts[r])) for r in range(rows)])
     if units <= 8:
         return _smallest_in_groups(scores, counts)
