@@ -160,7 +160,7 @@ def label_graph(module: fx.GraphModule, model: nn.Module) -> tuple[Trace, dict[s
                     why = Reason("an output of the model", "output", result.name)
                     for label in trace.dims.get(result) or ():
                         trace.axes.freeze(label, why)
-    return trace, {name: node for name, node in holders.items() if node.users}
+    return trace, {name: holders[name] for name in ties if name in holders and holders[name].users}
 
 
 def overlaps(model: nn.Module) -> set[str]:
