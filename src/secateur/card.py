@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 
 from secateur import __version__
 from secateur.core.masks import Masks
 from secateur.evaluate import Measurement
-from secateur.request import PruneRequest, spec_name
+from secateur.model import Loaded
+from secateur.request import spec_name
 
 __all__ = ["model_card"]
 
 
 def model_card(
-    asked: PruneRequest, plan: str, measurements: Mapping[str, Sequence[Measurement]], masks: Masks
+    loaded: Loaded, plan: str, measurements: Mapping[str, Sequence[Measurement]], masks: Masks
 ) -> str:
-    """Markdown with one table of all measurements; names from outside are quoted as code."""
-    name = spec_name(asked.model)
+    """Markdown with one table of all measurements; names from outside can neither leave their place nor be HTML."""
     lines = [
-        f"# {_code(name)}, pruned",
+        f"# {_code(spec_name(loaded.spec))}, pruned",
         "",
         f"{masks.zeros:,} of {masks.size:,} weights in {len(masks)} layers are zero "
-        f"(sparsity {masks.sparsity:.4f} of these layers), cut by secateur {__version__}: {plan}.",
+        f"(sparsity {masks.sparsity:.4f} of these layers), cut by secateur {__version__}: {_plain(plan)}.",
         "",
         "| measurement | " + " | ".join(measurements) + " |",
         "|---|" + "---|" * len(measurements),
@@ -30,7 +31,7 @@ def model_card(
         "The zeros are stored as ordinary numbers: files and speed are those of the dense model until the sparsity is",
         "put to use. Masks, exact conditions of every measurement and the report are in `run/`.",
         "",
-        *_loading(asked),
+        _loading(loaded),
     ]
     return "\n".join(lines) + "\n"
 
@@ -40,20 +41,23 @@ def _rows(measurements: Mapping[str, Sequence[Measurement]]) -> list[str]:
     rows = []
     for name in names:
         cells = [next((str(m) for m in found if m.name == name), "") for found in measurements.values()]
-        rows.append("| " + " | ".join([name, *(_cell(cell.removeprefix(f"{name} ")) for cell in cells)]) + " |")
+        rows.append("| " + " | ".join(_plain(cell.removeprefix(f"{name} ")) for cell in [name, *cells]) + " |")
     return rows
 
 
-def _loading(asked: PruneRequest) -> list[str]:
-    if ".py:" in asked.model:
-        spec = f"{spec_name(asked.model).partition('@')[0]}@model.safetensors"
-        return [f"Load it with `secateur.model.load({spec!r})`."]
-    return ["Load it with `transformers`, nothing of ours needed: `AutoModel.from_pretrained(folder)`."]
+def _loading(loaded: Loaded) -> str:
+    if loaded.kind == "python":
+        spec = spec_name(loaded.spec).partition("@")[0] + "@FOLDER/model.safetensors"
+        return f"Load it with {_code(f'secateur.model.load({spec!r})')}, where FOLDER is this one."
+    name = type(loaded.model).__name__
+    return f"Load it with transformers, nothing else needed: {_code(f'{name}.from_pretrained(folder)')}."
 
 
 def _code(text: str) -> str:
-    return "`" + text.replace("`", "'") + "`"
+    """Code in Markdown, whatever stands in it."""
+    return "`" + " ".join(text.replace("`", "'").split()) + "`"
 
 
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")
+def _plain(text: str) -> str:
+    """Text that Markdown and HTML take as it is, in one line."""
+    return re.sub(r"([\\`*\[\]|<&])", r"\\\1", " ".join(text.split()))

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -37,7 +38,12 @@ Pickle = Annotated[bool, typer.Option("--allow-pickle", help="accept weights in 
 Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads")]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object instead of text")]
 Device = Annotated[str, typer.Option("--device", help="cpu, cuda, ...")]
-Dtype = Annotated[str, typer.Option("--dtype", help="float32, bfloat16, float16 or auto (as stored)")]
+Dtype = Annotated[
+    str | None,
+    typer.Option(
+        "--dtype", help="float32, bfloat16, float16 or auto (as stored); default: float32, own code as built"
+    ),
+]
 
 
 def _version(wanted: bool) -> None:
@@ -103,7 +109,7 @@ def prune(
     ] = None,
     evaluate_tokens: Annotated[int, typer.Option(help="tokens of that text to use")] = 32_768,
     seed: Annotated[int, typer.Option(help="of everything random")] = 0,
-    dtype: Dtype = "float32",
+    dtype: Dtype = None,
     device: Device = "cpu",
     threads: Threads = None,
     if_exists: Annotated[str, typer.Option("--if-exists", help="fail or overwrite")] = "fail",
@@ -114,14 +120,13 @@ def prune(
     allow_pickle: Pickle = False,
 ) -> None:
     """Prune a model, measure it before and after, and write a folder that loads anywhere."""
-    from secateur.request import parse_count, request
+    from secateur.request import request
 
     given: dict[str, Any] = {
         "model": model, "method": method, "sparsity": sparsity, "tau": tau, "percentile": percentile,
-        "nonzero": None if nonzero is None else parse_count(nonzero), "pattern": pattern, "allocate": allocate,
-        "only": _listed(only), "skip": _listed(skip), "data": data, "samples": samples, "context": context,
-        "evaluate": evaluate, "labelled": labelled, "evaluate_tokens": evaluate_tokens, "seed": seed,
-        "dtype": dtype, "device": device,
+        "nonzero": nonzero, "pattern": pattern, "allocate": allocate, "only": _listed(only), "skip": _listed(skip),
+        "data": data, "samples": samples, "context": context, "evaluate": evaluate, "labelled": labelled,
+        "evaluate_tokens": evaluate_tokens, "seed": seed, "dtype": dtype, "device": device,
     }  # fmt: skip
     asked = request({key: value for key, value in given.items() if value is not None and value != ()})
     if out is None and not dry_run:
@@ -129,27 +134,29 @@ def prune(
     if if_exists not in ("fail", "overwrite"):
         raise UsageError(f"--if-exists {if_exists!r} is not known; expected fail or overwrite")
     _use_threads(threads)
-    from secateur.run import prepare, prune_to
+    from secateur.folder import new_folder
+    from secateur.run import carry_out, check_apart, prepare
     from secateur.terminal import progress, show_measurements
 
-    with progress(quiet=json_) as tell:
+    with ExitStack() as stack:
+        if out is not None and not dry_run:  # first, so that a folder that is taken is told at once
+            check_apart(model, out)
+            folder = stack.enter_context(new_folder(out, if_exists))
+        tell = stack.enter_context(progress())
         run = prepare(
             asked, offline=offline, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle, tell=tell
         )
-        if not json_:
-            typer.echo(str(run))
         if dry_run:
-            if json_:
-                typer.echo(json.dumps({"plan": str(run).splitlines()}))
+            typer.echo(json.dumps({"plan": str(run).splitlines()}) if json_ else str(run))
             return
-        assert out is not None
-        result = prune_to(run, out, if_exists=if_exists, tell=tell)
+        typer.echo(str(run), err=json_)
+        result = carry_out(run, folder, tell)
     if json_:
         plain = {name: [m.to_dict() for m in found] for name, found in result.measurements.items()}
         typer.echo(json.dumps({"out": str(out), "sparsity": result.masks.sparsity, "measurements": plain}))
         return
     show_measurements(result.measurements)
-    typer.echo(f"written  {out}\nreport   {out / 'run' / 'report.html'}")
+    typer.echo(f"written  {out}\nreport   {out}/run/report.html")
 
 
 @app.command()
@@ -157,9 +164,9 @@ def evaluate(
     model: Model,
     data: Annotated[str | None, typer.Option(help="text to measure perplexity on; default python-docs")] = None,
     protocol: Annotated[str, typer.Option(help="windows, stride or lm-eval")] = "windows",
-    context: Annotated[int | None, typer.Option(help="tokens in a window")] = None,
-    stride: Annotated[int | None, typer.Option(help="for protocol stride; default 512")] = None,
-    max_tokens: Annotated[int | None, typer.Option(help="use only the first tokens of the text")] = None,
+    context: Annotated[int | None, typer.Option(min=2, help="tokens in a window")] = None,
+    stride: Annotated[int | None, typer.Option(min=1, help="for protocol stride; default 512")] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=2, help="use only the first tokens of the text")] = None,
     reference: Annotated[
         str | None, typer.Option(help="dense model: KL divergence and top-1 agreement with it")
     ] = None,
@@ -168,17 +175,15 @@ def evaluate(
     ] = None,
     summaries: Annotated[
         str | None,
-        typer.Option(
-            help="FILE.jsonl:document:summary or .parquet: ROUGE of summaries that the model writes"
-        ),
+        typer.Option(help="FILE.jsonl:document:summary or .parquet: ROUGE of summaries that the model writes"),
     ] = None,
     tasks: Annotated[str | None, typer.Option(help="lm-evaluation-harness tasks, comma-separated")] = None,
-    limit: Annotated[int | None, typer.Option(help="documents for --summaries or --tasks")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="documents for --summaries or --tasks")] = None,
     speed: Annotated[bool, typer.Option(help="also latency and tokens per second")] = True,
-    dtype: Dtype = "float32",
+    dtype: Dtype = None,
     device: Device = "cpu",
     threads: Threads = None,
-    seed: int = 0,
+    seed: Annotated[int, typer.Option(min=0, help="of everything random")] = 0,
     json_: Json = False,
     offline: Offline = False,
     trust_remote_code: Trust = False,
@@ -188,6 +193,7 @@ def evaluate(
     _use_threads(threads)
     from secateur import model as models
     from secateur.judge import Wanted, judge
+    from secateur.request import spec_name
     from secateur.terminal import progress, show_measurements
 
     settings: dict[str, Any] = {
@@ -195,14 +201,17 @@ def evaluate(
         "allow_pickle": allow_pickle, "seed": seed,
     }  # fmt: skip
     wanted = Wanted(data, protocol, context, stride, max_tokens, labelled, summaries, tasks, limit, speed, seed)
-    with progress(quiet=json_) as tell:
+    with progress() as tell:
+        tell("loading the model", 0, 1)
         loaded = models.load(model, **settings)
         dense = models.load(reference, **settings) if reference else None
+        tell("loading the model", 1, 1)
         found = judge(loaded, dense, wanted, tell)
+    name = spec_name(model)
     if json_:
-        typer.echo(json.dumps([m.to_dict() for m in found]))
+        typer.echo(json.dumps({"model": name, "measurements": [m.to_dict() for m in found]}))
     else:
-        show_measurements({Path(model).name or model: found})
+        show_measurements({name: found})
 
 
 @app.command()
@@ -219,7 +228,13 @@ def inspect(
     from secateur import model as models
     from secateur.terminal import show_layers
 
-    loaded = models.load(model, offline=offline, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
+    loaded = models.load(
+        model,
+        dtype="auto",
+        offline=offline,
+        trust_remote_code=trust_remote_code,
+        allow_pickle=allow_pickle,
+    )
     show_layers(loaded.model, _listed(only), _listed(skip), as_json=json_)
 
 
@@ -289,13 +304,21 @@ def main() -> None:
     try:
         app()
     except SecateurError as error:
-        typer.echo(f"secateur: {error}", err=True)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        typer.echo("secateur: interrupted; nothing half-finished was left behind", err=True)
-        sys.exit(130)
-    except MemoryError:
-        typer.echo(
-            "secateur: out of memory; use a smaller model, --dtype bfloat16 or fewer --samples", err=True
-        )
-        sys.exit(4)
+        _leave(str(error), error.exit_code)
+    except (MemoryError, RuntimeError) as error:
+        if (
+            isinstance(error, RuntimeError)
+            and "allocate memory" not in str(error)
+            and "out of memory" not in str(error)
+        ):
+            raise
+        _leave("out of memory; use a smaller model, --dtype bfloat16 or fewer --samples", 4)
+    except SystemExit as end:
+        if end.code == 130:
+            _leave("interrupted; nothing half-finished was left behind", 130)
+        raise
+
+
+def _leave(message: str, code: int) -> NoReturn:
+    typer.echo(f"secateur: {message}", err=True)
+    sys.exit(code)

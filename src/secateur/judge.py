@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,19 +10,26 @@ import torch
 from torch import Tensor
 
 from secateur import data, evaluate
-from secateur.errors import UsageError
-from secateur.evaluate import Measurement
-from secateur.measure import Tell, Yardstick, measure
+from secateur.errors import UsageError, nearest
+from secateur.evaluate import PROTOCOLS, Measurement
+from secateur.evaluate.corpus import positions
+from secateur.measure import Tell, Yardstick, answers, measure, running_on, same_answers, weight_files
 from secateur.model import Loaded
 from secateur.request import spec_name
-from secateur.sources import example_of, writes_text
+from secateur.sources import example_of, first_input, writes_text
 
-__all__ = ["Wanted", "judge", "summarize"]
+__all__ = ["Wanted", "judge", "lead", "summarize"]
+
+NEW_TOKENS = 64  # of a summary
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """What `secateur evaluate` was asked for; see its options."""
+    """What `secateur evaluate` was asked for; see its options.
+
+    Raises:
+        UsageError: an unknown protocol, or an option that belongs to another one.
+    """
 
     data: str | None = None
     protocol: str = "windows"
@@ -34,6 +42,19 @@ class Wanted:
     limit: int | None = None
     speed: bool = True
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.protocol not in PROTOCOLS:
+            raise UsageError(f"--protocol {self.protocol!r} is not known; {nearest(self.protocol, PROTOCOLS)}")
+        if self.stride is not None and self.protocol != "stride":
+            raise UsageError(f"--stride belongs to --protocol stride, got {self.protocol}")
+        if self.max_tokens is not None and self.protocol == "lm-eval":
+            raise UsageError("--protocol lm-eval reads whole documents; leave --max-tokens out")
+
+    @property
+    def text(self) -> str:
+        """The text to measure perplexity on."""
+        return self.data or data.PYTHON_DOCS
 
 
 def judge(loaded: Loaded, dense: Loaded | None, wanted: Wanted, tell: Tell) -> list[Measurement]:
@@ -48,120 +69,142 @@ def judge(loaded: Loaded, dense: Loaded | None, wanted: Wanted, tell: Tell) -> l
     Raises:
         UsageError: something was asked that this model or these data cannot answer.
     """
+    reads = loaded.tokenizer is not None and writes_text(loaded.model)
+    if wanted.data and not reads:
+        raise UsageError("--data measures perplexity, which needs a causal language model with a tokenizer")
+    if dense is not None and not reads and not wanted.labelled:
+        raise UsageError(
+            "--reference compares predictions: on text, which this model does not write, or on --labelled"
+        )
     found: list[Measurement] = []
-    text = _text(loaded, wanted)
-    if text is not None:
-        found += _perplexity(loaded, text, wanted, tell)
-        if dense is not None:
-            found += _against(loaded, dense, text, wanted, tell)
-    elif dense is not None:
-        raise UsageError("--reference compares predictions on text; this model reads none")
-    labelled = data.read_batches(wanted.labelled, seed=wanted.seed) if wanted.labelled else None
     example = loaded.example
-    if loaded.tokenizer is not None:
-        example = example_of(loaded.model, data.stream(text or ["one two three"], loaded.tokenizer))
-    elif example is None and labelled:
-        example = labelled[0][0] if isinstance(labelled[0], tuple | list) else None
+    if reads:
+        text = data.read_text(wanted.text)
+        ids = data.stream(text, loaded.tokenizer, model=loaded.model)[: wanted.max_tokens]
+        found += _perplexity(loaded, text, ids, wanted, tell)
+        found += _against(loaded, dense, ids, wanted, tell) if dense is not None else []
+        example = example_of(loaded.model, ids)
+    labelled = data.read_batches(wanted.labelled, seed=wanted.seed) if wanted.labelled else None
+    if example is None:
+        example = first_input(labelled)
+    if example is None and loaded.tokenizer is not None:
+        example = example_of(loaded.model, data.stream(["one two three"], loaded.tokenizer))
     named = spec_name(wanted.labelled) if wanted.labelled else ""
-    found += measure(
-        loaded.model, Yardstick(labelled=labelled, labelled_name=named, example=example, tell=tell)
-    )
-    if loaded.folder is not None:
-        found.append(evaluate.disk_bytes(loaded.folder, "*.safetensors"))
+    by = Yardstick(labelled=labelled, labelled_name=named, example=example, tell=tell)
+    said = answers(loaded.model, by)
+    found += measure(loaded.model, by, said)
+    if dense is not None and not reads:
+        found += same_answers(said, answers(dense.model, by))
+    found += weight_files(loaded.folder) if loaded.folder is not None else []
     if wanted.speed and example is not None:
-        found += _speed(loaded, example)
+        found += _speed(loaded, example, tell)
     if wanted.summaries:
         found += _rouge(loaded, wanted, tell)
     if wanted.tasks:
-        scores = evaluate.harness(loaded.model, loaded.tokenizer, wanted.tasks.split(","), limit=wanted.limit)
-        found += scores.values()
+        tasks = [name.strip() for name in wanted.tasks.split(",") if name.strip()]
+        found += evaluate.harness(loaded.model, loaded.tokenizer, tasks, limit=wanted.limit).values()
     return found
 
 
-def _text(loaded: Loaded, wanted: Wanted) -> list[str] | None:
-    if loaded.tokenizer is None or not writes_text(loaded.model):
-        if wanted.data:
-            raise UsageError("--data measures perplexity, which needs a causal language model with a tokenizer")
-        return None
-    return data.read_text(wanted.data or data.PYTHON_DOCS)
-
-
-def _perplexity(loaded: Loaded, text: list[str], wanted: Wanted, tell: Tell) -> list[Measurement]:
-    name = spec_name(wanted.data or data.PYTHON_DOCS)
+def _perplexity(loaded: Loaded, text: list[str], ids: Tensor, wanted: Wanted, tell: Tell) -> list[Measurement]:
     options: dict[str, Any] = {
         "context": wanted.context,
-        "dataset": name,
+        "dataset": spec_name(wanted.text),
         "progress": lambda done, total: tell("perplexity", done, total),
     }
     if wanted.protocol == "lm-eval":
-        if wanted.stride or wanted.max_tokens:
-            raise UsageError(
-                "protocol lm-eval reads whole documents and has no stride; leave --stride and --max-tokens out"
-            )
         return list(evaluate.loglikelihood_rolling(loaded.model, text, loaded.tokenizer, **options).values())
-    ids = data.stream(text, loaded.tokenizer, model=loaded.model)[: wanted.max_tokens]
     if wanted.stride:
         options["stride"] = wanted.stride
     return [evaluate.perplexity(loaded.model, ids, protocol=wanted.protocol, **options)]
 
 
-def _against(loaded: Loaded, dense: Loaded, text: list[str], wanted: Wanted, tell: Tell) -> list[Measurement]:
-    ids = data.stream(text, loaded.tokenizer, model=loaded.model)[: wanted.max_tokens]
+def _against(loaded: Loaded, dense: Loaded, ids: Tensor, wanted: Wanted, tell: Tell) -> list[Measurement]:
     found = evaluate.divergence(
         loaded.model,
         dense.model,
         ids,
         context=wanted.context,
-        dataset=spec_name(wanted.data or data.PYTHON_DOCS),
+        dataset=spec_name(wanted.text),
         progress=lambda done, total: tell("comparison with the reference", done, total),
     )
     return list(found.values())
 
 
-def _speed(loaded: Loaded, example: Any) -> list[Measurement]:
+def _speed(loaded: Loaded, example: Any, tell: Tell) -> list[Measurement]:
     """Latency and the memory it takes; for a language model also tokens read per second."""
-    memory, speed = evaluate.peak_memory(lambda: evaluate.latency(loaded.model, example))
+    tell("latency", 0, 1)
+    with running_on("the example input"):
+        memory, speed = evaluate.peak_memory(lambda: evaluate.latency(loaded.model, example))
     found = [speed, memory]
     if isinstance(example, dict) and writes_text(loaded.model):
         found.append(evaluate.throughput(loaded.model, example["input_ids"]))
+    tell("latency", 1, 1)
     return found
 
 
 def _rouge(loaded: Loaded, wanted: Wanted, tell: Tell) -> list[Measurement]:
     """ROUGE of summaries that the model writes, beside the documents' first three sentences."""
-    parts = (wanted.summaries or "").split(":")
-    path, fields = parts[0], (parts[1:] + ["document", "summary"][len(parts) - 1 :])[:2]
-    if loaded.tokenizer is None:
-        raise UsageError("--summaries needs a model with a tokenizer")
-    documents, references = (data.read_text(f"{path}:{name}")[: wanted.limit] for name in fields)
+    path, *fields = (wanted.summaries or "").split(":")
+    fields = [*fields, *("document", "summary")[len(fields) :]]
+    if len(fields) > 2:
+        raise UsageError(f"--summaries {wanted.summaries}: expected FILE:document:summary, two fields at most")
+    if loaded.tokenizer is None or not hasattr(loaded.model, "generate"):
+        raise UsageError("--summaries needs a model that writes text, with its tokenizer")
+    documents, references = (data.read_text(f"{path}:{name}") for name in fields)
     if len(documents) != len(references):
-        raise UsageError(f"{path}: {len(documents)} documents but {len(references)} summaries")
+        raise UsageError(
+            f"{path}: {len(documents)} rows have a {fields[0]} and {len(references)} a {fields[1]}; each needs both"
+        )
+    documents, references = documents[: wanted.limit], references[: wanted.limit]
     written = []
     for done, document in enumerate(documents):
+        tell("summaries", done, len(documents))
         written.append(summarize(loaded, document))
-        tell("summaries", done + 1, len(documents))
-    lead = [" ".join(document.replace("\n", " ").split(". ")[:3]) for document in documents]
-    found = list(evaluate.rouge(written, references).values())
-    baseline = evaluate.rouge(lead, references)
-    return found + [Measurement(f"lead3_{name}", m.value, m.unit, m.conditions) for name, m in baseline.items()]
+    tell("summaries", len(documents), len(documents))
+    named = spec_name(path)
+    found = evaluate.rouge(written, references, dataset=named)
+    said = {"method": f"greedy, at most {NEW_TOKENS} new tokens"}
+    measured = [Measurement(m.name, m.value, m.unit, {**m.conditions, **said}) for m in found.values()]
+    baseline = evaluate.rouge([lead(document) for document in documents], references, dataset=named)
+    return measured + [
+        Measurement(f"lead3_{name}", m.value, m.unit, m.conditions) for name, m in baseline.items()
+    ]
+
+
+def lead(document: str, sentences: int = 3) -> str:
+    """The first sentences of a document, the baseline that summaries have to beat.
+
+    Example:
+        >>> lead("One. Two! Three? Four.")
+        'One. Two! Three?'
+    """
+    ends = [found.end() for found in re.finditer(r"[.!?]+[\"')\]]*(?=\s|$)", document)]
+    return document[: ends[sentences - 1]] if len(ends) >= sentences else document
 
 
 @torch.no_grad()
-def summarize(loaded: Loaded, document: str, new_tokens: int = 64) -> str:
-    """A greedy summary; of a causal model only what it wrote after the prompt, never the prompt itself."""
+def summarize(loaded: Loaded, document: str, new_tokens: int = NEW_TOKENS) -> str:
+    """A greedy summary; of a causal model only what it wrote after the prompt, never the prompt itself.
+
+    The document is cut so that prompt and summary fit into the model's positions.
+    """
     model, tokenizer = loaded.model, loaded.tokenizer
     decoder_only = writes_text(model)
-    room = (getattr(model.config, "max_position_embeddings", None) or 1024) - new_tokens - 8
-    ids = tokenizer(document, truncation=True, max_length=max(8, room), return_tensors="pt").input_ids
-    if decoder_only:
-        cue = tokenizer("\nTL;DR:", add_special_tokens=False, return_tensors="pt").input_ids
-        ids = torch.cat([ids, cue], dim=1)
+    cue = tokenizer("\nTL;DR:", add_special_tokens=False)["input_ids"] if decoder_only else []
+    places = positions(model) or 1024
+    new_tokens = min(new_tokens, places // 2)
+    room = places - len(cue) - (new_tokens if decoder_only else 0)
+    if room < 2:
+        raise UsageError(f"a model of {places} positions has no room for a document and its summary")
+    ids = torch.tensor([tokenizer(document, truncation=True, max_length=room)["input_ids"] + cue])
     ids = ids.to(next(model.parameters()).device)
+    end = tokenizer.eos_token_id
     made: Tensor = model.generate(  # type: ignore[operator]
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
         max_new_tokens=new_tokens,
         do_sample=False,
-        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end,
     )
     return tokenizer.decode(made[0, ids.shape[1] if decoder_only else 0 :], skip_special_tokens=True).strip()

@@ -1,18 +1,32 @@
-"""What is measured of a model before and after pruning, and which text it is measured on."""
+"""What is measured of a model before and after pruning, and which text or batches it is measured on."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from secateur import evaluate
-from secateur.evaluate import Measurement
+from secateur.errors import ResourceError, SecateurError, UsageError
+from secateur.evaluate import Measurement, Predictions
 
-__all__ = ["Yardstick", "compare_speed", "measure", "same_predictions"]
+__all__ = [
+    "Tell",
+    "Yardstick",
+    "answers",
+    "compare_speed",
+    "counted",
+    "measure",
+    "running_on",
+    "same_answers",
+    "same_predictions",
+    "weight_files",
+]
 
 Tell = Callable[[str, int, int], None]
 
@@ -44,8 +58,50 @@ class Yardstick:
         return lambda done, total: self.tell(label, done, total)
 
 
-def measure(model: nn.Module, by: Yardstick) -> list[Measurement]:
-    """Quality and size of one model; speed is measured in pairs, by `compare_speed`."""
+@contextmanager
+def running_on(what: str) -> Iterator[None]:
+    """Tell an exception of the model's own forward pass as one line: these inputs do not fit this model.
+
+    Raises:
+        UsageError: the model raised something.
+        ResourceError: it ran out of memory.
+    """
+    try:
+        yield
+    except (SecateurError, MemoryError):
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        if "allocate memory" in reason or "out of memory" in reason:
+            raise ResourceError(f"the model runs out of memory on {what} ({reason})") from error
+        raise UsageError(f"the model cannot be run on {what} ({reason}); do they fit together?") from error
+
+
+def counted(batches: Sequence[Any], label: str, tell: Tell) -> Iterator[Any]:
+    """The batches one by one, telling how far we are."""
+    for done, batch in enumerate(batches):
+        tell(label, done, len(batches))
+        yield batch
+    tell(label, len(batches), len(batches))
+
+
+def answers(model: nn.Module, by: Yardstick) -> Predictions | None:
+    """What the model says to the labelled batches; None without such batches."""
+    if by.labelled is None:
+        return None
+    with running_on(f"the batches of {by.labelled_name}"):
+        batches = counted(by.labelled, "predictions", by.tell)
+        return evaluate.predict(model, batches, dataset=by.labelled_name)
+
+
+def measure(model: nn.Module, by: Yardstick, predictions: Predictions | None = None) -> list[Measurement]:
+    """Quality and size of one model; speed is measured in pairs, by `compare_speed`.
+
+    Args:
+        model: any model.
+        by: what it is judged by.
+        predictions: what `answers` returned for it.
+    """
     found: list[Measurement] = []
     if by.text is not None:
         found.append(
@@ -53,17 +109,17 @@ def measure(model: nn.Module, by: Yardstick) -> list[Measurement]:
                 model, by.text, dataset=by.text_name, context=by.context, progress=by.progress("perplexity")
             )
         )
-    if by.labelled is not None:
-        predictions = evaluate.predict(model, by.labelled, dataset=by.labelled_name)
+    if predictions is not None:
         found += [evaluate.accuracy(predictions), *_f1(predictions)]
     found += [evaluate.parameters(model), evaluate.nonzeros(model), evaluate.state_bytes(model)]
     if by.example is not None:
-        counted = evaluate.flops(model, by.example, effective=True)
-        found += [counted["macs"], counted["effective_macs"]]
+        with running_on("the example input"):
+            flops = evaluate.flops(model, by.example, effective=True)
+        found += [flops["macs"], flops["effective_macs"]]
     return found
 
 
-def _f1(predictions: evaluate.Predictions) -> list[Measurement]:
+def _f1(predictions: Predictions) -> list[Measurement]:
     """F1 where scikit-learn is there; accuracy alone needs nothing more."""
     from importlib.util import find_spec
 
@@ -80,9 +136,23 @@ def same_predictions(model: nn.Module, dense: nn.Module, by: Yardstick) -> list[
         by.text,
         dataset=by.text_name,
         context=by.context,
-        progress=by.progress("comparison with dense"),
+        progress=by.progress("comparison with the dense model"),
     )
     return list(found.values())
+
+
+def same_answers(mine: Predictions | None, dense: Predictions | None) -> list[Measurement]:
+    """How often a classifier says what the dense one says, whatever the labels are; nothing without answers."""
+    if mine is None or dense is None:
+        return []
+    if mine.predicted.shape != dense.predicted.shape:
+        raise UsageError(
+            f"the models answer in different shapes ({tuple(mine.predicted.shape)} and "
+            f"{tuple(dense.predicted.shape)}), so their answers cannot be compared"
+        )
+    same = mine.predicted == dense.predicted
+    share = float((same.all(-1) if same.dim() > 1 else same).double().mean())
+    return [Measurement("top1_agreement", share, "1", mine.conditions)]
 
 
 def compare_speed(
@@ -98,3 +168,13 @@ def compare_speed(
     for name, speedup in paired.speedup.items():
         found[name].append(speedup)
     return found
+
+
+def weight_files(folder: Path) -> list[Measurement]:
+    """Bytes of the weight files that lie in a checkpoint's folder itself; masks lie below and do not count."""
+    for pattern in ("*.safetensors", "*.bin"):
+        files = sorted(path for path in folder.glob(pattern) if path.is_file())
+        if files:
+            size = sum(path.stat().st_size for path in files)
+            return [Measurement("disk_bytes", size, "bytes", {"files": len(files), "pattern": pattern})]
+    return []

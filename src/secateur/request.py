@@ -56,6 +56,15 @@ def parse_count(text: str | int) -> int:
     return value
 
 
+def _count(value: Any) -> Any:
+    return value if value is None or isinstance(value, int) else parse_count(value)
+
+
+def _words(value: Any) -> Any:
+    """One word or a list of them; YAML knows no tuples."""
+    return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
+
+
 def _fraction(value: Any) -> Any:
     if isinstance(value, int | float) and not isinstance(value, bool) and 1 < value <= 100:
         raise ValueError(f"{value:g} is not in [0, 1]. Did you mean {value / 100:g}?")
@@ -81,26 +90,26 @@ def _pattern(value: Any) -> Any:
 class PruneRequest(BaseModel):
     """Everything that decides the result of `secateur prune`."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
-    model: str
+    model: Annotated[str, Field(min_length=1)]
     method: Annotated[str, BeforeValidator(_method)] = "magnitude"
     sparsity: Annotated[float | None, BeforeValidator(_fraction), Field(ge=0, le=1)] = None
-    nonzero: Annotated[int | None, Field(ge=0)] = None
+    nonzero: Annotated[int | None, BeforeValidator(_count), Field(ge=0)] = None
     tau: Annotated[float | None, Field(ge=0, allow_inf_nan=False)] = None
     percentile: Annotated[float | None, Field(ge=0, le=100)] = None
     pattern: Annotated[str, BeforeValidator(_pattern)] = "weights"
     allocate: Literal["per-row", "per-layer", "global"] | None = None
-    only: tuple[str, ...] = ()
-    skip: tuple[str, ...] = ()
+    only: Annotated[tuple[str, ...], BeforeValidator(_words)] = ()
+    skip: Annotated[tuple[str, ...], BeforeValidator(_words)] = ()
     data: str | None = None
     samples: Annotated[int, Field(ge=1)] = 128
     context: Annotated[int | None, Field(ge=2)] = None
     evaluate: str | None = None
     labelled: str | None = None
     evaluate_tokens: Annotated[int, Field(ge=2)] = 32_768
-    seed: Annotated[int, Field(ge=0)] = 0
-    dtype: str = "float32"
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    dtype: str | None = None  # float32 for a checkpoint, as it is built for a function
     device: str = "cpu"
 
 
@@ -174,8 +183,20 @@ def _pattern_of(text: str) -> Any:
 def spec_name(spec: str) -> str:
     """What a model or data source is called in results: its last path component, never a path of this machine.
 
+    A name on the Hugging Face hub keeps its owner. Characters that do not print, which would break a line or a
+    table, become question marks.
+
     Example:
-        >>> spec_name("/home/me/models/gpt2/"), spec_name("net.py:build")
-        ('gpt2', 'net.py:build')
+        >>> spec_name("/home/me/models/gpt2/"), spec_name("lib/net.py:build@/home/me/weights.safetensors")
+        ('gpt2', 'net.py:build@weights.safetensors')
     """
-    return Path(spec).name or spec
+    from secateur.own import is_own, split
+
+    if is_own(spec):
+        path, function, weights = split(spec)
+        name = f"{path.name}:{function}" + (f"@{Path(weights).name}" if weights else "")
+    elif re.fullmatch(r"[\w.-]+/[\w.-]+", spec) and not Path(spec).exists():
+        name = spec
+    else:
+        name = Path(spec).name if Path(spec).name not in ("", "..") else Path(spec).resolve().name
+    return "".join(letter if letter.isprintable() else "?" for letter in name) or "?"

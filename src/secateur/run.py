@@ -8,46 +8,30 @@ beside its place and renamed at the end, so a folder that is there is finished.
 from __future__ import annotations
 
 import copy
-import csv
-import io
-import platform
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
-from secateur import __version__, evaluate, report
+from secateur import measure as measuring
 from secateur import model as models
-from secateur.card import model_card
-from secateur.core.counts import Sparsity, sparsity
+from secateur import report
+from secateur.checkpoint import headers
 from secateur.core.masks import Masks
 from secateur.core.statistics import STATISTICS
-from secateur.evaluate import Measurement
-from secateur.folder import new_folder, write_json, write_text
-from secateur.measure import Tell, Yardstick, compare_speed, measure, same_predictions
+from secateur.errors import UsageError
+from secateur.folder import new_folder
+from secateur.measure import Tell, Yardstick
 from secateur.prune import Plan, plan, prune_
 from secateur.request import PruneRequest, build_recipe, spec_name
-from secateur.sources import sources
+from secateur.results import Result, layer_lines, write_results
+from secateur.sources import Calibration, digest, sources
 
-__all__ = ["Result", "Run", "prepare", "prune_to"]
-
-
-def left_out_by_reason(todo: Plan, shown: int = 3) -> list[str]:
-    """One line a reason: the layers it leaves out, the first few by name."""
-    by_reason: dict[str, list[str]] = {}
-    for layer, reason in todo.left_out:
-        by_reason.setdefault(reason, []).append(layer.name)
-    lines = []
-    for reason, names in by_reason.items():
-        more = f" and {len(names) - shown} more" if len(names) > shown else ""
-        lines.append(f"{', '.join(names[:shown])}{more}: {reason}")
-    return lines
+__all__ = ["Run", "carry_out", "check_apart", "prepare", "prune_to"]
 
 
 def _silent(label: str, done: int, total: int) -> None:
@@ -62,7 +46,7 @@ class Run:
         asked: the request.
         loaded: the model and where it came from.
         plan: what would be pruned.
-        calibration: batches for the statistics, None where the score needs none.
+        calibration: data for the statistics, None where the score needs none.
         by: what the model is judged by.
         notes: sentences that a reader of the results needs.
     """
@@ -70,30 +54,19 @@ class Run:
     asked: PruneRequest
     loaded: models.Loaded
     plan: Plan
-    calibration: Sequence[Any] | None
+    calibration: Calibration | None
     by: Yardstick
     notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         lines = [f"model    {self.loaded.spec}", f"prune    {self.plan}"]
         if self.calibration is not None:
-            lines.append(
-                f"data     {len(self.calibration)} calibration batches from {self.asked.data or 'the model itself'}"
-            )
+            lines.append(f"data     {self.calibration.name}")
         judged = [name for name in (self.by.text_name, self.by.labelled_name) if name]
         if judged:
             lines.append(f"judge    {', '.join(judged)}")
-        lines += [f"leave    {line}" for line in left_out_by_reason(self.plan)]
+        lines += [f"leave    {line}" for line in layer_lines(self.plan)]
         return "\n".join([*lines, *(f"note     {note}" for note in self.notes)])
-
-
-@dataclass(frozen=True)
-class Result:
-    """What a run found: measurements by variant (`dense`, `pruned`), masks, and the seconds of each step."""
-
-    measurements: dict[str, list[Measurement]]
-    masks: Masks
-    seconds: dict[str, float] = field(default_factory=dict)
 
 
 def prepare(
@@ -131,7 +104,8 @@ def prepare(
     )
     needs_data = any(name in STATISTICS for name in todo.statistics)
     given = sources(asked, loaded, needs_data=needs_data, tell=tell)
-    return Run(asked, loaded, todo, given.calibration, given.by, given.notes)
+    notes = [*given.notes, *_rounding(loaded)]
+    return Run(asked, loaded, todo, given.calibration, given.by, tuple(notes))
 
 
 def prune_to(run: Run, out: str | Path, *, if_exists: str = "fail", tell: Tell = _silent) -> Result:
@@ -145,51 +119,97 @@ def prune_to(run: Run, out: str | Path, *, if_exists: str = "fail", tell: Tell =
 
     Cost: three evaluations, one calibration pass, and a second copy of the model to compare with.
     """
+    check_apart(run.asked.model, out)
     with new_folder(out, if_exists) as folder:
-        (folder / "run").mkdir()
-        result, stages = _prune(run, tell)
-        _write(run, result, stages, folder)
+        return carry_out(run, folder, tell)
+
+
+def carry_out(run: Run, folder: Path, tell: Tell = _silent) -> Result:
+    """Prune, measure and write into `folder`, which is there and empty."""
+    result = _prune(run, tell)
+    tell("writing", 0, 1)
+    loaded = run.loaded
+    models.save(loaded.model, loaded.tokenizer, folder, source=loaded.folder, dtype=_stored(loaded))
+    result.measurements["pruned"] += measuring.weight_files(folder)
+    if loaded.folder is not None:
+        result.measurements["dense"] += measuring.weight_files(loaded.folder)
+    write_results(run.asked, loaded, run.plan, result, folder)
+    tell("writing", 1, 1)
     return result
 
 
-def _prune(run: Run, tell: Tell) -> tuple[Result, list[report.Stage]]:
-    model, asked = run.loaded.model, run.asked
+def check_apart(model: str, out: str | Path) -> None:
+    """Refuse to write into the model's own folder, or over it.
+
+    Raises:
+        UsageError: one of the two folders holds the other.
+    """
+    source, target = Path(model).expanduser(), Path(out).resolve()
+    if not source.is_dir():
+        return
+    source = source.resolve()
+    if source == target or source in target.parents or target in source.parents:
+        raise UsageError(f"--out {out} and the model's folder {model} lie in each other; choose another folder")
+
+
+def _prune(run: Run, tell: Tell) -> Result:
+    """Measure, prune, measure again."""
+    model, by = run.loaded.model, run.by
     seconds: dict[str, float] = {}
-    dense = copy.deepcopy(model)
+    dense = _copied(model, run.loaded.spec)
     stages = [_stage("before", model, run.plan)]
     with _timed(seconds, "measure dense"):
-        found = {"dense": measure(model, run.by)}
+        said = measuring.answers(model, by)
+        found = {"dense": measuring.measure(model, by, said)}
     with _timed(seconds, "prune"):
+        masks, inputs = _masks(run, tell)
+    stages.append(_stage("after", model, run.plan))
+    with _timed(seconds, "measure pruned"):
+        says = measuring.answers(model, by)
+        found["pruned"] = measuring.measure(model, by, says)
+        compared = measuring.same_predictions(model, dense, by)
+        found["pruned"] += compared or measuring.same_answers(says, said)
+    with _timed(seconds, "latency"):
+        for name, speed in measuring.compare_speed({"dense": dense, "pruned": model}, by).items():
+            found[name] += speed
+    for name, data in (("text judged by", by.text), ("batches judged by", by.labelled)):
+        if data is not None:
+            inputs[name] = digest(data)
+    return Result(found, masks, tuple(stages), run.notes, inputs, seconds)
+
+
+def _masks(run: Run, tell: Tell) -> tuple[Masks, dict[str, str]]:
+    """Prune the run's model in place; the masks, and the digest of what it was calibrated on."""
+    asked, data, inputs = run.asked, None, {}
+    if run.calibration is not None:
+        tell("calibration data", 0, 1)
+        batches = run.calibration.batches()
+        tell("calibration data", 1, 1)
+        inputs["calibration data"] = digest(batches)
+        data = measuring.counted(batches, "calibration", tell)
+    calibrating = nullcontext() if data is None else measuring.running_on("the calibration data")
+    with calibrating:
         masks = prune_(
-            model,
+            run.loaded.model,
             asked.sparsity,
             run.plan.recipe,
             nonzero=asked.nonzero,
-            data=_counted(run.calibration, tell),
+            data=data,
             only=list(asked.only) or None,
             skip=list(asked.skip) or None,
             seed=asked.seed,
         )
-    stages.append(_stage("after", model, run.plan))
-    with _timed(seconds, "measure pruned"):
-        found["pruned"] = measure(model, run.by) + same_predictions(model, dense, run.by)
-    with _timed(seconds, "latency"):
-        for name, speed in compare_speed({"dense": dense, "pruned": model}, run.by).items():
-            found[name] += speed
-    return Result(found, masks, seconds), stages
+    return masks, inputs
 
 
-def _counted(batches: Sequence[Any] | None, tell: Tell) -> Iterator[Any] | None:
-    if batches is None:
-        return None
-
-    def run() -> Iterator[Any]:
-        for done, batch in enumerate(batches):
-            tell("calibration", done, len(batches))
-            yield batch
-        tell("calibration", len(batches), len(batches))
-
-    return run()
+def _copied(model: torch.nn.Module, spec: str) -> torch.nn.Module:
+    try:
+        return copy.deepcopy(model)
+    except (RuntimeError, TypeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UsageError(
+            f"{spec_name(spec)}: this model cannot be copied ({reason}), and a copy is needed to compare with"
+        ) from error
 
 
 @contextmanager
@@ -205,123 +225,25 @@ def _stage(name: str, model: torch.nn.Module, todo: Plan) -> report.Stage:
     )
 
 
-def _write(run: Run, result: Result, stages: list[report.Stage], folder: Path) -> None:
-    """Every file of the run's folder; the manifest is the folder's own business."""
-    loaded, counted = run.loaded, sparsity(run.loaded.model)
-    models.save(loaded.model, loaded.tokenizer, folder, source=loaded.folder, dtype=_stored(run))
-    for name in result.measurements:
-        if name == "pruned":
-            result.measurements[name].append(evaluate.disk_bytes(folder, "*.safetensors"))
-        elif loaded.folder is not None:
-            result.measurements[name].append(evaluate.disk_bytes(loaded.folder, "*.safetensors"))
-    result.masks.save(folder / "run" / "masks.safetensors")
-    plain = {name: [m.to_dict() for m in found] for name, found in result.measurements.items()}
-    write_json(folder / "run" / "metrics.json", plain)
-    write_text(folder / "run" / "results.csv", _csv(plain))
-    write_json(folder / "run" / "layers.json", _layers(run, result.masks, counted))
-    write_text(folder / "run" / "recipe.yaml", _yaml(run.asked.model_dump(mode="json", exclude_unset=True)))
-    write_text(folder / "run" / "recipe.resolved.yaml", _yaml(_resolved(run)))
-    write_json(folder / "run" / "run.json", _circumstances(run, result))
-    write_text(folder / "README.md", model_card(run.asked, str(run.plan), result.measurements, result.masks))
-    html = report.page(
-        spec_name(loaded.spec),
-        summary=_sentence(run, result.masks),
-        measurements=plain,
-        layers=_rows(run, counted),
-        stages=stages,
-        notes=[*run.notes, *(f"Left as they are: {line}." for line in left_out_by_reason(run.plan))],
-    )
-    report.write(folder / "run" / "report.html", html)
-
-
-def _stored(run: Run) -> Any:
-    """Weights go back in the type their files had, where masks and zeros survive any type."""
-    return run.loaded.stored_dtype if run.loaded.kind == "transformers" else None
-
-
-def _sentence(run: Run, masks: Masks) -> str:
-    recipe = run.plan.recipe
-    return (
-        f"{masks.zeros:,} of {masks.size:,} weights in {len(masks)} layers of {spec_name(run.loaded.spec)} were set to "
-        f"zero by {run.asked.method} ({recipe}): sparsity {masks.sparsity:.4f} of these layers."
-    )
-
-
-def _rows(run: Run, counted: Sparsity) -> list[report.LayerRow]:
-    rows = []
-    for layer in run.plan.layers:
-        count = counted.layers[layer.name]
-        rows.append(report.LayerRow(layer.name, tuple(layer.weight.shape), layer.role, count.size, count.zeros))
-    return rows
-
-
-def _layers(run: Run, masks: Masks, counted: Sparsity) -> list[dict[str, Any]]:
-    chosen = [
-        {
-            "name": layer.name,
-            "role": layer.role,
-            "shape": list(layer.weight.shape),
-            "weights": layer.size,
-            "pruned": layer.size - int(torch.count_nonzero(masks[layer.name])),
-            "zeros": counted.layers[layer.name].zeros,
-        }
-        for layer in run.plan.layers
-    ]
-    left = [{"name": layer.name, "role": layer.role, "left out": reason} for layer, reason in run.plan.left_out]
-    return [*chosen, *left]
-
-
-def _resolved(run: Run) -> dict[str, Any]:
-    """The request with every default, and what it resolved to."""
-    settings = run.asked.model_dump(mode="json")
-    settings["resolved"] = {
-        **run.plan.recipe.describe(),
-        "layers": [layer.name for layer in run.plan.layers],
-        "weights": run.plan.size,
-        "weights kept": run.plan.keep,
-        "statistics": list(run.plan.statistics),
-    }
-    return settings
-
-
-def _circumstances(run: Run, result: Result) -> dict[str, Any]:
-    packages = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "plotly", "pydantic")
-    return {
-        "secateur": __version__,
-        "python": platform.python_version(),
-        "packages": {name: found for name in packages if (found := _version(name))},
-        "machine": evaluate.hardware(run.asked.device),
-        "seed": run.asked.seed,
-        "model": {
-            "name": spec_name(run.loaded.spec),
-            "kind": run.loaded.kind,
-            "sha256": run.loaded.fingerprint,
-        },
-        "inputs": dict(run.loaded.files),
-        "seconds": result.seconds,
-    }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
+def _stored(loaded: models.Loaded) -> torch.dtype | None:
+    """Weights go back in the type their files had; where those mix types, in the type that lost nothing."""
+    if loaded.kind != "transformers" or loaded.stored_dtype is None:
         return None
+    return None if len(_types(loaded)) > 1 else loaded.stored_dtype
 
 
-def _csv(plain: dict[str, list[dict[str, Any]]]) -> str:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["variant", "name", "value", "unit", "low", "high", "conditions"])
-    for variant, found in plain.items():
-        for m in found:
-            spread = m.get("spread", {})
-            said = "; ".join(f"{key}={value}" for key, value in m["conditions"].items())
-            writer.writerow(
-                [variant, m["name"], m["value"], m["unit"], spread.get("low"), spread.get("high"), said]
-            )
-    return text.getvalue()
+def _types(loaded: models.Loaded) -> set[str]:
+    """Floating-point types in the weight files, in safetensors' spelling."""
+    assert loaded.folder is not None
+    files = [loaded.folder / name for name in loaded.files if name.endswith(".safetensors")]
+    kinds = {kind for path in files for kind, _ in headers(path).values()}
+    return {kind for kind in kinds if kind.startswith(("F", "BF"))}
 
 
-def _yaml(value: Any) -> str:
-    return yaml.safe_dump(value, sort_keys=False, allow_unicode=True)
+def _rounding(loaded: models.Loaded) -> list[str]:
+    """A note where the weights are held in a type that cannot hold what the files say."""
+    held: Any = next((p.dtype for p in loaded.model.parameters() if p.is_floating_point()), None)
+    stored = loaded.stored_dtype
+    if held is None or stored is None or torch.promote_types(held, stored) == held:
+        return []
+    return [f"The weights are rounded to {held}; the files hold {stored}. Leave --dtype out to keep them."]

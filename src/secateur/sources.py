@@ -2,30 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from secateur import data, own
-from secateur.documents import PYTHON_DOCS
 from secateur.errors import UsageError
 from secateur.evaluate.corpus import positions
+from secateur.evaluate.forward import call, undisturbed
 from secateur.measure import Tell, Yardstick
 from secateur.model import Loaded
 from secateur.request import PruneRequest, spec_name
 
-__all__ = ["Sources", "example_of", "sources", "writes_text"]
+__all__ = ["Calibration", "Sources", "digest", "example_of", "first_input", "sources", "writes_text"]
 
 EXAMPLE_TOKENS = 128
+CONTEXT = 2048  # tokens in a calibration window at most, unless the user says otherwise
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Data for the statistics: a name for people, and how to get the batches, which may take a while."""
+
+    name: str
+    batches: Callable[[], Sequence[Any]]
 
 
 @dataclass(frozen=True)
 class Sources:
-    """Calibration batches (None where the score needs none), the yardstick, and remarks for the reader."""
+    """Calibration data (None where the score needs none), the yardstick, and remarks for the reader."""
 
-    calibration: Sequence[Any] | None
+    calibration: Calibration | None
     by: Yardstick
     notes: tuple[str, ...] = ()
 
@@ -37,12 +48,19 @@ def sources(asked: PruneRequest, loaded: Loaded, *, needs_data: bool, tell: Tell
     Python's own documentation, which every machine has. Any model is judged on `labelled` where given.
 
     Raises:
-        UsageError: the score needs data and there are none.
+        UsageError: the score needs data and there are none, or data of a kind that this model cannot use.
     """
     labelled = data.read_batches(asked.labelled, seed=asked.seed) if asked.labelled else None
-    if loaded.tokenizer is None or (asked.data and own.is_own(asked.data)):
-        return _from_batches(asked, loaded, labelled, needs_data, tell)
-    return _from_text(asked, loaded, labelled, needs_data, tell)
+    if loaded.tokenizer is None:
+        for flag, given in (("--data", asked.data), ("--evaluate", asked.evaluate)):
+            if given and (flag == "--evaluate" or not own.is_own(given)):
+                raise UsageError(
+                    f"{flag} {given}: this model has no tokenizer and reads no text; give batches with "
+                    f"{'--labelled' if flag == '--evaluate' else flag} file.py:function"
+                )
+    if loaded.tokenizer is None or not writes_text(loaded.model):
+        return _without_perplexity(asked, loaded, labelled, needs_data, tell)
+    return _with_perplexity(asked, loaded, labelled, needs_data, tell)
 
 
 def writes_text(model: nn.Module) -> bool:
@@ -52,9 +70,49 @@ def writes_text(model: nn.Module) -> bool:
     return bool(can and can()) and not getattr(config, "is_encoder_decoder", False)
 
 
-def example_of(model: nn.Module, ids: Tensor) -> dict[str, Tensor]:
-    """One input of at most 128 tokens, batch 1, for latency and FLOPs."""
-    return _inputs(model, ids[None, :EXAMPLE_TOKENS])
+def example_of(model: nn.Module, ids: Tensor) -> dict[str, Tensor] | None:
+    """One input for latency and FLOPs: at most 128 tokens, batch 1; None for a model that wants more than tokens."""
+    example = _inputs(model, ids[None, : min(EXAMPLE_TOKENS, positions(model) or EXAMPLE_TOKENS)])
+    try:
+        with undisturbed(model):
+            call(model, {name: tensor.to(_device(model)) for name, tensor in example.items()})
+    except (TypeError, ValueError, RuntimeError, KeyError, AttributeError):
+        return None  # a model of images and text, of sound ...
+    return example
+
+
+def first_input(batches: Sequence[Any] | None) -> Any:
+    """The input of the first batch, without its labels; None where there is no batch."""
+    if not batches:
+        return None
+    first = batches[0]
+    if isinstance(first, tuple | list):
+        first = first[0]
+    return {k: v for k, v in first.items() if k != "labels"} if isinstance(first, Mapping) else first
+
+
+def digest(batches: Any) -> str:
+    """SHA-256 in hexadecimal of every tensor in nested batches, with names, types and shapes."""
+    found = hashlib.sha256()
+
+    def add(value: Any) -> None:
+        if isinstance(value, Tensor):
+            found.update(f"{value.dtype}{tuple(value.shape)}".encode())
+            found.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        elif isinstance(value, Mapping):
+            for name in sorted(value, key=str):
+                found.update(str(name).encode())
+                add(value[name])
+        elif isinstance(value, list | tuple):
+            for item in value:
+                add(item)
+
+    add(batches)
+    return found.hexdigest()
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
 
 
 def _inputs(model: nn.Module, ids: Tensor, **rest: Tensor) -> dict[str, Tensor]:
@@ -69,66 +127,77 @@ def _inputs(model: nn.Module, ids: Tensor, **rest: Tensor) -> dict[str, Tensor]:
     return {"input_ids": ids, **rest}
 
 
-def _from_batches(
+def _without_perplexity(
     asked: PruneRequest, loaded: Loaded, labelled: list[Any] | None, needs_data: bool, tell: Tell
 ) -> Sources:
-    """A model of the user's own: batches come from functions of theirs."""
-    batches = data.read_batches(asked.data, seed=asked.seed, limit=asked.samples) if asked.data else labelled
-    if needs_data and not batches:
+    """Models of images, tables, sound; classifiers; encoder-decoders: judged by labelled batches alone."""
+    if asked.evaluate:
         raise UsageError(
-            f"method {asked.method} needs calibration data; give batches with --data file.py:function (it returns an "
-            "iterable of inputs)"
+            "--evaluate measures perplexity, which only a causal language model has; judge this model with "
+            "--labelled file.py:function"
         )
-    example = loaded.example
-    if example is None and batches:
-        first = batches[0]
-        example = first[0] if isinstance(first, tuple | list) else first
-        example = {k: v for k, v in example.items() if k != "labels"} if isinstance(example, dict) else example
-    notes = (
-        [] if example is not None else ["No example input is known, so FLOPs and latency were not measured."]
-    )
+    given = _own_batches(asked) if asked.data and own.is_own(asked.data) else None
+    notes = []
+    calibration = None
+    if needs_data:
+        calibration = _calibration(asked, loaded, given, labelled, tell)
+        if not asked.data:
+            notes.append("No --data was given, so the batches of --labelled served for calibration as well.")
+    elif asked.data and given is None:
+        data.read_text(asked.data)  # a name that is wrong is told even where the text is not needed
+        notes.append(f"Method {asked.method} needs no data, so those of --data were not used.")
+    example = loaded.example if loaded.example is not None else first_input(labelled or given)
+    if example is None and loaded.tokenizer is not None:
+        example = example_of(loaded.model, data.stream(["one two three"], loaded.tokenizer))
+    if loaded.tokenizer is not None:
+        notes.append("Not a causal language model, so perplexity was not measured.")
+    if example is None:
+        notes.append("No example input is known, so FLOPs and latency were not measured.")
     if labelled is None:
         notes.append("No labelled data were given (--labelled), so accuracy was not measured.")
     named = spec_name(asked.labelled) if asked.labelled else ""
     by = Yardstick(labelled=labelled, labelled_name=named, example=example, tell=tell)
-    return Sources(batches if needs_data else None, by, tuple(notes))
+    return Sources(calibration, by, tuple(notes))
 
 
-def _from_text(
+def _with_perplexity(
     asked: PruneRequest, loaded: Loaded, labelled: list[Any] | None, needs_data: bool, tell: Tell
 ) -> Sources:
-    model, notes = loaded.model, []
-    given = data.read_text(asked.data) if asked.data else None
-    context = asked.context or min(positions(model) or 512, 2048)
-    held_out, name = None, ""
+    """Causal language models."""
+    mine = bool(asked.data) and own.is_own(asked.data or "")
+    given: list[Any] | None = None
+    if asked.data:
+        given = _own_batches(asked) if mine else data.read_text(asked.data)
     if asked.evaluate:
         held_out, name = data.read_text(asked.evaluate), spec_name(asked.evaluate)
-    elif given is not None:
+    elif given is not None and not mine:
         given, held_out = _split(given)
         name = f"held-out fifth of {spec_name(asked.data or '')}"
     else:
-        held_out, name = data.read_text(PYTHON_DOCS), PYTHON_DOCS
-    ids = data.stream(held_out, loaded.tokenizer, model=model)[: asked.evaluate_tokens]
-    calibration = None
-    if needs_data:
-        calibration = _calibration(asked, loaded, given, context, tell)
-        if given is None:
-            notes.append(
-                "No calibration text was given (--data), so text that the model itself wrote was used."
-            )
-    text = ids if writes_text(model) else None
-    if text is None:
-        notes.append("Not a causal language model, so perplexity was not measured.")
+        held_out, name = data.read_text(data.PYTHON_DOCS), data.PYTHON_DOCS
+    calibration = _calibration(asked, loaded, given, None, tell) if needs_data else None
+    notes = []
+    if needs_data and given is None:
+        notes.append("No calibration text was given (--data), so text that the model itself writes is used.")
+    ids = data.stream(held_out, loaded.tokenizer, model=loaded.model)[: asked.evaluate_tokens]
     by = Yardstick(
-        text=text,
-        text_name=name if text is not None else "",
+        text=ids,
+        text_name=name,
         labelled=labelled,
         labelled_name=spec_name(asked.labelled) if asked.labelled else "",
-        example=example_of(model, ids),
-        context=context,
+        example=example_of(loaded.model, ids),
+        context=_context(asked, loaded),
         tell=tell,
     )
     return Sources(calibration, by, tuple(notes))
+
+
+def _own_batches(asked: PruneRequest) -> list[Any]:
+    return data.read_batches(str(asked.data), seed=asked.seed, limit=asked.samples)
+
+
+def _context(asked: PruneRequest, loaded: Loaded) -> int:
+    return asked.context or min(positions(loaded.model) or 512, CONTEXT)
 
 
 def _split(texts: list[str]) -> tuple[list[str], list[str]]:
@@ -146,22 +215,34 @@ def _split(texts: list[str]) -> tuple[list[str], list[str]]:
 
 
 def _calibration(
-    asked: PruneRequest, loaded: Loaded, texts: list[str] | None, context: int, tell: Tell
-) -> list[dict[str, Tensor]]:
-    """Windows of the given text, or of text that the model samples from itself."""
-    model, tokenizer = loaded.model, loaded.tokenizer
-    tell("calibration text", 0, 1)
-    if texts is not None:
+    asked: PruneRequest, loaded: Loaded, given: list[Any] | None, labelled: list[Any] | None, tell: Tell
+) -> Calibration:
+    """Batches of the user's own, windows of the given text, or text that the model will write itself."""
+    model, tokenizer, context = loaded.model, loaded.tokenizer, _context(asked, loaded)
+    if asked.data and own.is_own(asked.data) and given is not None:
+        return Calibration(f"{len(given)} batches of {spec_name(asked.data)}", lambda: given)
+    if asked.data:
+        texts = given if given is not None else data.read_text(asked.data)
+        tell("calibration text", 0, 1)
         drawn = data.tokens(
             texts, tokenizer, context=context, samples=asked.samples, seed=asked.seed, model=model
         )
-    elif writes_text(model):
-        drawn = data.self_generated(
-            model, tokenizer, context=min(context, 256), samples=asked.samples, seed=asked.seed
-        )
-    else:
+        tell("calibration text", 1, 1)
+        ready = [_inputs(model, batch["input_ids"], attention_mask=batch["attention_mask"]) for batch in drawn]
+        said = f"{len(ready)} windows of at most {context} tokens of {spec_name(asked.data)}"
+        return Calibration(said, lambda: ready)
+    if labelled is not None:
+        taken = labelled[: asked.samples]
+        return Calibration(f"{len(taken)} batches of {spec_name(asked.labelled or '')}", lambda: taken)
+    if tokenizer is None or not writes_text(model):
+        kind = "file.py:function (it returns an iterable of inputs)" if tokenizer is None else "TEXT"
         raise UsageError(
-            f"method {asked.method} needs calibration data, and this model writes no text of its own; give --data TEXT"
+            f"method {asked.method} needs calibration data, and this model writes no text of its own; give "
+            f"--data {kind}"
         )
-    tell("calibration text", 1, 1)
-    return [_inputs(model, batch["input_ids"], attention_mask=batch["attention_mask"]) for batch in drawn]
+    shorter = min(context, 256)
+
+    def write() -> list[Any]:
+        return data.self_generated(model, tokenizer, context=shorter, samples=asked.samples, seed=asked.seed)
+
+    return Calibration(f"{asked.samples} texts of {shorter} tokens that the model writes itself", write)

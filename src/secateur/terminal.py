@@ -6,11 +6,20 @@ import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.console import Console, RenderableType
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
@@ -22,32 +31,67 @@ from secateur.measure import Tell
 __all__ = ["progress", "show_layers", "show_measurements"]
 
 PATIENCE = 2.0  # seconds before a task is worth a bar
+EVERY = 30.0  # seconds between two lines where there is no terminal to draw a bar on
+
+
+class _Bars(Progress):
+    """Bars of the tasks that have taken longer than our patience, drawn by rich's own clock."""
+
+    def get_renderables(self) -> Iterator[RenderableType]:
+        """The table of bars, or nothing."""
+        late = [task for task in self.tasks if (task.elapsed or 0) > PATIENCE]
+        if late:
+            yield self.make_tasks_table(late)
 
 
 @contextmanager
-def progress(*, quiet: bool = False) -> Iterator[Tell]:
+def progress(console: Console | None = None) -> Iterator[Tell]:
     """A function `(label, done, total)`; a task longer than two seconds gets a bar with the time left.
 
-    On something that is no terminal, such a task gets one line when it ends.
+    A task of a single step gets its time so far. On something that is no terminal, such a task gets a line after
+    two seconds, one every half a minute, and one when it ends. All of it goes to the standard error.
     """
-    console = Console(stderr=True, quiet=quiet)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    bars = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
-    tasks: dict[str, tuple[TaskID, float]] = {}
+    console = console or Console(stderr=True)
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn())
+    times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+    # what the program prints goes where it belongs, not through the bars to the standard error
+    options: dict[str, Any] = {"redirect_stdout": False, "redirect_stderr": False, "transient": True}
+    bars = _Bars(*columns, *times, console=console, disable=not console.is_terminal, **options)
+    tasks: dict[str, _Task] = {}
 
     def tell(label: str, done: int, total: int) -> None:
         if label not in tasks:
-            tasks[label] = bars.add_task(label, total=total, visible=False), time.perf_counter()
-        task, began = tasks[label]
-        spent = time.perf_counter() - began
-        bars.update(task, completed=done, total=total, visible=spent > PATIENCE and done < total)
+            tasks[label] = _Task(bars.add_task(label, total=total if total > 1 else None), time.perf_counter())
+        task = tasks[label]
+        bars.update(task.number, completed=done)
+        if not console.is_terminal:
+            task.write(console, label, done, total)
         if done >= total:
-            del tasks[label]
-            if spent > PATIENCE and not console.is_terminal:
-                console.print(Text(f"{label}: {spent:.0f} s"))
+            bars.remove_task(tasks.pop(label).number)
 
     with bars:
         yield tell
+
+
+@dataclass
+class _Task:
+    """One task under way; `write` says in lines how it gets on."""
+
+    number: TaskID
+    began: float
+    said: float | None = None
+
+    def write(self, console: Console, label: str, done: int, total: int) -> None:
+        now = time.perf_counter()
+        spent = now - self.began
+        if spent <= PATIENCE:
+            return
+        if done >= total:
+            console.print(Text(f"{label}: {spent:.0f} s"))
+        elif self.said is None or now - self.said >= EVERY:
+            self.said = now
+            left = f", {spent / done * (total - done):.0f} s left" if done else ""
+            console.print(Text(f"{label}: {done} of {total}{left}"))
 
 
 def show_measurements(measurements: Mapping[str, Sequence[Measurement]]) -> None:

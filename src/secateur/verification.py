@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
 from pathlib import Path
 
-from secateur.core.masks import Masks
-from secateur.errors import InputError, SecateurError
+from torch import Tensor
+
+from secateur.checkpoint import headers
+from secateur.core.masks import Masks, named_parameters
+from secateur.errors import SecateurError
 from secateur.folder import verify
 
 __all__ = ["problems"]
@@ -15,11 +20,11 @@ def problems(folder: str | Path) -> list[str]:
     """What is wrong with a run's folder; an empty list when nothing is.
 
     Every file is compared with the manifest; the masks are read; every weight that a mask prunes must be
-    stored as exactly zero, and no weight is read into a model for that.
+    stored as exactly zero. No weight is read into a model for that, unless the files name weights otherwise
+    than the model does (tied tensors, fused experts).
 
     Raises:
         UsageError: this is no folder.
-        InputError: it has no manifest.
     """
     folder = Path(folder)
     found = verify(folder)
@@ -28,34 +33,58 @@ def problems(folder: str | Path) -> list[str]:
         return found
     try:
         masks = Masks.load(path)
+        wrong, missing = _compared(masks, _stored(folder))
+        if missing and (folder / "config.json").is_file() and not (found or wrong):
+            more, missing = _compared(Masks({name: masks[name] for name in missing}), _in_model(folder))
+            wrong += more
     except SecateurError as error:
         return [*found, str(error)]
-    return [*found, *_not_zero(folder, masks)]
+    lost = [f"run/masks.safetensors: {name} has a mask, but no file holds its weight" for name in missing]
+    return [*found, *wrong, *lost]
 
 
-def _not_zero(folder: Path, masks: Masks) -> list[str]:
-    """Pruned weights that are stored as something else than zero, and masks without a weight."""
-    from safetensors import SafetensorError, safe_open
-
+def _compared(masks: Masks, weights: Iterator[tuple[str, str, Tensor]]) -> tuple[list[str], list[str]]:
+    """Pruned weights that are not zero, one line a tensor; and the masks for which there is no weight."""
     found, seen = [], set()
+    for place, name, weight in weights:
+        if name not in masks:
+            continue
+        seen.add(name)
+        mask = masks[name]
+        if weight.shape != mask.shape:
+            found.append(f"{place}: {name} has shape {tuple(weight.shape)}, its mask {tuple(mask.shape)}")
+        elif count := int((weight[~mask] != 0).sum()):
+            found.append(f"{place}: {name} holds {count:,} pruned weights that are not zero")
+    return found, [name for name in masks if name not in seen]
+
+
+def _stored(folder: Path) -> Iterator[tuple[str, str, Tensor]]:
+    """File, name and weight of everything that is stored, under every name it has."""
+    from safetensors import safe_open
+
     for path in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(str(path), "pt") as file:
-                for name in file.keys():  # noqa: SIM118 - a safetensors handle is no mapping
-                    if name not in masks:
-                        continue
-                    seen.add(name)
-                    weight = file.get_tensor(name)
-                    if weight.shape != masks[name].shape:
-                        found.append(
-                            f"{path.name}: {name} has shape {tuple(weight.shape)}, its mask {tuple(masks[name].shape)}"
-                        )
-                    elif bool((weight[~masks[name]] != 0).any()):
-                        count = int((weight[~masks[name]] != 0).sum())
-                        found.append(f"{path.name}: {name} holds {count:,} pruned weights that are not zero")
-        except (SafetensorError, OSError) as error:
-            raise InputError(f"{path}: not readable as safetensors ({error})") from None
-    missing = [name for name in masks if name not in seen]
-    return found + [
-        f"run/masks.safetensors: {name} has a mask, but no file holds its weight" for name in missing
-    ]
+        headers(path)
+        with safe_open(str(path), "pt") as file:
+            aliases = _aliases((file.metadata() or {}).get("tied", "{}"))
+            for name in file.keys():  # noqa: SIM118 - a safetensors handle is no mapping
+                weight = file.get_tensor(name)
+                for called in (name, *(alias for alias, kept in aliases.items() if kept == name)):
+                    yield path.name, called, weight
+
+
+def _aliases(text: str) -> dict[str, str]:
+    """Other name -> name of tied tensors; garbled ones are the manifest's business."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _in_model(folder: Path) -> Iterator[tuple[str, str, Tensor]]:
+    """The same of the model that the folder makes."""
+    from secateur.model import load
+
+    loaded = load(folder, dtype="auto", offline=True)
+    for name, parameter in named_parameters(loaded.model).items():
+        yield folder.name, name, parameter.detach()

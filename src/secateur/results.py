@@ -1,0 +1,178 @@
+"""What a run's folder holds beside the checkpoint: measurements, layers, circumstances, the card, the report.
+
+No path of this machine goes into any of it, but for `recipe.yaml`, which holds the request as it was typed so
+that it can be run again.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from secateur import __version__, evaluate, report
+from secateur.card import model_card
+from secateur.core.counts import Sparsity, sparsity
+from secateur.core.masks import Masks
+from secateur.evaluate import Measurement
+from secateur.evaluate.forward import dtype_of
+from secateur.folder import write_json, write_text
+from secateur.model import Loaded
+from secateur.prune import Plan
+from secateur.request import PruneRequest, spec_name
+
+__all__ = ["Result", "layer_lines", "write_results"]
+
+PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "plotly", "pydantic")
+_SPECS = ("model", "data", "evaluate", "labelled")  # settings that may hold a path
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run found.
+
+    Attributes:
+        measurements: by variant, `dense` and `pruned`.
+        masks: what was pruned.
+        stages: histograms of the weights before and after.
+        notes: sentences that a reader of the results needs.
+        inputs: digests of the calibration data and of the text or batches judged by.
+        seconds: of each step.
+    """
+
+    measurements: dict[str, list[Measurement]]
+    masks: Masks
+    stages: tuple[report.Stage, ...] = ()
+    notes: tuple[str, ...] = ()
+    inputs: Mapping[str, str] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+def layer_lines(todo: Plan, shown: int = 3) -> list[str]:
+    """The layers that are left out, one line a reason, the first few by name."""
+    by_reason: dict[str, list[str]] = {}
+    for layer, reason in todo.left_out:
+        by_reason.setdefault(reason, []).append(layer.name)
+    lines = []
+    for reason, names in by_reason.items():
+        more = f" and {len(names) - shown} more" if len(names) > shown else ""
+        lines.append(f"{', '.join(names[:shown])}{more}: {reason}")
+    return lines
+
+
+def write_results(asked: PruneRequest, loaded: Loaded, todo: Plan, result: Result, folder: Path) -> None:
+    """Write README.md and everything under `run/` into a folder that holds the pruned checkpoint already."""
+    counted, name = sparsity(loaded.model), spec_name(asked.model)
+    plain = {variant: [m.to_dict() for m in found] for variant, found in result.measurements.items()}
+    run = folder / "run"
+    run.mkdir(exist_ok=True)
+    result.masks.save(run / "masks.safetensors")
+    write_json(run / "metrics.json", plain)
+    write_text(run / "results.csv", _csv(plain))
+    write_json(run / "layers.json", _layers(todo, result.masks, counted))
+    write_text(run / "recipe.yaml", _yaml(asked.model_dump(mode="json", exclude_unset=True)))
+    write_text(run / "recipe.resolved.yaml", _yaml(_resolved(asked, loaded, todo)))
+    write_json(run / "run.json", _circumstances(asked, loaded, result))
+    write_text(folder / "README.md", model_card(loaded, str(todo), result.measurements, result.masks))
+    html = report.page(
+        name,
+        summary=_sentence(asked, todo, result.masks),
+        measurements=plain,
+        layers=_rows(todo, counted),
+        stages=result.stages,
+        notes=[*result.notes, *(f"Left as they are: {line}." for line in layer_lines(todo))],
+    )
+    report.write(run / "report.html", html)
+
+
+def _sentence(asked: PruneRequest, todo: Plan, masks: Masks) -> str:
+    return (
+        f"{masks.zeros:,} of {masks.size:,} weights in {len(masks)} layers of {spec_name(asked.model)} were set to "
+        f"zero by {asked.method} ({todo.recipe}): sparsity {masks.sparsity:.4f} of these layers."
+    )
+
+
+def _rows(todo: Plan, counted: Sparsity) -> list[report.LayerRow]:
+    rows = []
+    for layer in todo.layers:
+        count = counted.layers[layer.name]
+        rows.append(report.LayerRow(layer.name, tuple(layer.weight.shape), layer.role, count.size, count.zeros))
+    return rows
+
+
+def _layers(todo: Plan, masks: Masks, counted: Sparsity) -> list[dict[str, Any]]:
+    chosen = [
+        {
+            "name": layer.name,
+            "role": layer.role,
+            "shape": list(layer.weight.shape),
+            "weights": layer.size,
+            "pruned": layer.size - int(torch.count_nonzero(masks[layer.name])),
+            "zeros": counted.layers[layer.name].zeros,
+        }
+        for layer in todo.layers
+    ]
+    left = [{"name": layer.name, "role": layer.role, "left out": reason} for layer, reason in todo.left_out]
+    return [*chosen, *left]
+
+
+def _resolved(asked: PruneRequest, loaded: Loaded, todo: Plan) -> dict[str, Any]:
+    """The request with every default, and what it resolved to."""
+    settings = asked.model_dump(mode="json")
+    for key in _SPECS:
+        settings[key] = settings[key] and spec_name(settings[key])
+    settings["dtype"] = dtype_of(loaded.model)
+    settings["resolved"] = {
+        **todo.recipe.describe(),
+        "layers": [layer.name for layer in todo.layers],
+        "weights": todo.size,
+        "weights kept": todo.keep,
+        "statistics": list(todo.statistics),
+    }
+    return settings
+
+
+def _circumstances(asked: PruneRequest, loaded: Loaded, result: Result) -> dict[str, Any]:
+    return {
+        "secateur": __version__,
+        "python": platform.python_version(),
+        "packages": {name: found for name in PACKAGES if (found := _version(name))},
+        "machine": evaluate.hardware(asked.device),
+        "seed": asked.seed,
+        "model": {"name": spec_name(asked.model), "kind": loaded.kind, "sha256": loaded.fingerprint},
+        "inputs": {**loaded.files, **result.inputs},
+        "seconds": result.seconds,
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _csv(plain: dict[str, list[dict[str, Any]]]) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["variant", "name", "value", "unit", "low", "high", "conditions"])
+    for variant, found in plain.items():
+        for m in found:
+            spread = m.get("spread", {})
+            said = "; ".join(f"{key}={value}" for key, value in m["conditions"].items())
+            writer.writerow(
+                [variant, m["name"], m["value"], m["unit"], spread.get("low"), spread.get("high"), said]
+            )
+    return text.getvalue()
+
+
+def _yaml(value: Any) -> str:
+    return yaml.safe_dump(value, sort_keys=False, allow_unicode=True)
