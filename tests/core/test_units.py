@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 from secateur.core.units import Analysis, analyse, masked_program, pruned_program
 from secateur.errors import UsageError

@@ -29,6 +29,7 @@ from secateur.errors import UsageError, nearest
 
 __all__ = ["Analysis", "Frozen", "Member", "Units", "analyse", "masked_program", "pruned_program"]
 
+Notes = dict[Atom, dict[str, None]]  # leaf -> texts, in order and once each
 Keep = Mapping[str, Iterable[int] | Tensor]  # axis name -> indices of the units that stay
 
 
@@ -71,6 +72,7 @@ class Units:
         reason: Why it is not exact.
         constants: Operators that make constants along the axis in the forward; the pruned program selects the
             kept positions of those, a module has to do the same.
+        gathers: With `decouple`, which tables the program reads the kept positions of, and their size.
     """
 
     name: str
@@ -80,6 +82,7 @@ class Units:
     exact: bool
     reason: str
     constants: tuple[str, ...]
+    gathers: tuple[str, ...]
     leaf: Atom = field(repr=False)
 
     @property
@@ -148,6 +151,8 @@ def analyse(
     kwargs: Mapping[str, Any] | None = None,
     *,
     output: str | Callable[[Any], Any] | None = None,
+    fixed: Iterable[str] = (),
+    decouple: bool = False,
 ) -> Analysis:
     """The prunable axes of a model, from one example of its inputs.
 
@@ -158,6 +163,10 @@ def analyse(
         kwargs: Keyword inputs.
         output: Which part of the output has to stay: a key such as "logits", or a function of the output. By
             default all of it, so a model that also returns hidden states cannot lose hidden width.
+        fixed: Names of parameters and buffers that must keep their shapes.
+        decouple: Read tables that several modules share (rotary angles, a relative bias) through a gather, so
+            that every layer may keep its own heads and rotary pairs. The tables stay whole, and a module
+            needs the gather too; `Units.gathers` tells where and how much is read.
 
     Returns:
         Units, frozen axes, and the exported graph.
@@ -177,7 +186,7 @@ def analyse(
     """
     module = export(model, tuple(args), kwargs or {})
     select_output(module, output)
-    trace, holders = label_graph(module, model)
+    trace, holders = label_graph(module, model, fixed=fixed, decouple=decouple)
     parameters = dict.fromkeys(name for name, _ in model.named_parameters(remove_duplicate=False))
     check_zeros(trace, {node for name, node in _holding(module, trace) if name in parameters})
     ties = tied(model)
@@ -207,7 +216,7 @@ def _collect(
                     members.setdefault(leaf, []).append(member)
                 elif leaf.reason is not NARROW and (name, dim) not in reasons.setdefault(leaf.reason, []):
                     reasons[leaf.reason].append((name, dim))
-    live, approximate, constants = _facts(trace)
+    live, approximate, constants, gathers = _facts(trace)
     met = roles(trace, module.graph)
     units: list[Units] = []
     for leaf, mine in members.items():
@@ -220,7 +229,8 @@ def _collect(
         kind = kind_of(met.get(leaf, Counter()))
         why = "; ".join(approximate.get(leaf, ()))
         made = tuple(constants.get(leaf, ()))
-        units.append(Units("", kind, leaf.size, tuple(mine), not why, why, made, leaf))
+        read = tuple(gathers.get(leaf, ()))
+        units.append(Units("", kind, leaf.size, tuple(mine), not why, why, made, read, leaf))
     frozen = tuple(Frozen(reason, tuple(where)) for reason, where in reasons.items())
     return _named(units), frozen
 
@@ -244,24 +254,29 @@ def _named(units: list[Units]) -> tuple[Units, ...]:
 
 def _facts(
     trace: Trace,
-) -> tuple[set[Atom], dict[Atom, dict[str, None]], dict[Atom, dict[str, None]]]:
-    """Leaves that reach a computed tensor; those a statistic is over; those constants are made along."""
+) -> tuple[set[Atom], Notes, Notes, Notes]:
+    """Leaves that reach a computed tensor; statistics over, constants along, and tables read for a leaf."""
     live: set[Atom] = set()
-    approximate: dict[Atom, dict[str, None]] = {}
-    constants: dict[Atom, dict[str, None]] = {}
+    approximate: Notes = {}
+    constants: Notes = {}
+    gathers: Notes = {}
     for node, record in trace.records.items():
         where = None
         for label, what in record.survivors:
             for leaf in trace.axes.leaves(label):
                 where = where or Step(trace, node).module
                 approximate.setdefault(leaf, {})[what] = None
+        for table, _, label in record.reads:
+            text = f"{table.name} read at {Step(trace, node).module}, {table.meta['val'].numel()} numbers"
+            for leaf in trace.axes.leaves(label):
+                gathers.setdefault(leaf, {})[text] = None
         for dims in Step.each(trace.dims[node]):
             for label in dims:
                 for leaf in trace.axes.leaves(label):
                     live.add(leaf)
                     if record.gathered:
                         constants.setdefault(leaf, {})[f"{operator(node)} at {Step(trace, node).module}"] = None
-    return live, approximate, constants
+    return live, approximate, constants, gathers
 
 
 def _leaves(analysis: Analysis, keep: Keep) -> dict[Atom, Tensor]:

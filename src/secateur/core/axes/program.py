@@ -139,20 +139,31 @@ def _narrow_node(
         new.kwargs = {}
     elif changed:
         _with_arguments(new, changed)
+    for table, dim, label in record.reads:
+        index = positions(trace.axes, label, kept)
+        if index is not None:
+            with graph.inserting_before(new):
+                part = (moved[table], dim, _constant(graph, index, moved[table]))
+                read = graph.call_function(torch.ops.aten.index_select.default, part)
+            new.replace_input_with(moved[table], read)
+            moved = moved | {table: read}
     if not record.gathered:
         return new
     for dim, label in enumerate(trace.dims[node]):
         index = positions(trace.axes, label, kept)
         if index is not None:
-            constant = graph.call_function(
-                torch.ops.aten.index_select.default, (new, dim, _constant(graph, index))
-            )
-            new = constant
+            part = (new, dim, _constant(graph, index, new))
+            new = graph.call_function(torch.ops.aten.index_select.default, part)
     return new
 
 
-def _constant(graph: fx.Graph, index: Tensor) -> fx.Node:
-    return graph.call_function(torch.tensor, (index.tolist(),))
+def _constant(graph: fx.Graph, index: Tensor, like: fx.Node) -> fx.Node:
+    return graph.call_function(index_like, (index.tolist(), like))
+
+
+def index_like(index: list[int], like: Tensor) -> Tensor:
+    """The positions as a tensor on the device of another."""
+    return torch.tensor(index, device=like.device)
 
 
 def _masked_node(

@@ -86,7 +86,7 @@ class Record:
     target: Any = None  # another operator for the pruned program
     gathered: bool = False  # a constant made in the forward: the program selects the kept positions
     alias: fx.Node | None = None  # the result shares memory with this node
-    over: int = -1  # number of trailing dimensions a norm works over
+    reads: list[tuple[fx.Node, int, Label]] = field(default_factory=list)  # table, dimension, whose positions
 
 
 class Trace:
@@ -97,6 +97,7 @@ class Trace:
         self.dims: dict[fx.Node, Any] = {}
         self.records: dict[fx.Node, Record] = {}
         self.unruled: dict[str, str] = {}  # operator without a rule -> module where it was met first
+        self.shared: set[fx.Node] = set()  # tables that are read through a gather
 
     def visit(self, node: fx.Node) -> None:
         """Label one call_function node."""
@@ -272,6 +273,21 @@ class Step:
             for i, label in enumerate(dims, ndim - len(dims)):
                 out[i] = self.unify(out[i], label) if out[i] and label else out[i] or label
         return tuple(out)
+
+    def read_tables(self, tables: Sequence[fx.Node], dims: Dims) -> Dims:
+        """Operands that several modules share stay whole; the program gathers what `dims` keep of them."""
+        met = [
+            (node, dim, label, dim + len(dims) - len(self.dims(node)))
+            for node in tables
+            for dim, label in enumerate(self.dims(node))
+            if label
+        ]
+        if any(at < 0 or not dims[at] for _, _, _, at in met):  # the table is wider than what reads it
+            return self.broadcast([dims, *(self.dims(node) for node in tables)])
+        for node, dim, label, at in met:
+            self.freeze([label], "a table that several modules share, read through a gather")
+            self.record.reads.append((node, dim, dims[at]))
+        return dims
 
     def rewrite(self, **changed: Any) -> None:
         """In the pruned program these arguments take these values, Extents evaluated."""

@@ -56,7 +56,12 @@ def pointwise(step: Step) -> Dims | Any:
         return reduction(step)
     if name == "prelu":
         return _prelu(step)
-    dims = step.broadcast([step.dims(node) for node in tensors])
+    tables = [node for node in tensors if node in step.trace.shared]
+    own = [node for node in tensors if node not in tables]
+    if own and tables and step.node not in step.trace.shared:
+        dims = step.read_tables(tables, step.broadcast([step.dims(node) for node in own]))
+    else:
+        dims = step.broadcast([step.dims(node) for node in tensors])
     _zeros_of_pointwise(step, name)
     return dims
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 from secateur.core.axes import rules_contract, rules_index, rules_pointwise, rules_reduce, rules_view
 from secateur.core.axes.atoms import Reason
 from secateur.core.axes.rules import Trace
+from secateur.core.axes.tables import shared_tables
 from secateur.errors import UsageError
 
 __all__ = ["attribute", "export", "label_graph", "select_output", "tied"]
@@ -51,7 +52,7 @@ def export(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
         raise UsageError(
             f"{type(model).__name__}: torch.export cannot trace the forward with this example: {words}. "
             "Expected no control flow that depends on tensor values, and outputs that are tensors. "
-            "For a transformer pass use_cache=False; otherwise analyse the submodules one by one."
+            "For a transformer pass use_cache=False; otherwise analyse its submodules with analyse_blocks."
         ) from error
     module.graph.eliminate_dead_code()  # a tensor made only for its shape ties nothing
     return module
@@ -130,10 +131,18 @@ def _identity(tensor: torch.Tensor) -> Any:
     return storage, tensor.storage_offset(), tuple(tensor.shape), tuple(tensor.stride())
 
 
-def label_graph(module: fx.GraphModule, model: nn.Module) -> tuple[Trace, dict[str, fx.Node]]:
+def label_graph(
+    module: fx.GraphModule, model: nn.Module, *, fixed: Iterable[str] = (), decouple: bool = False
+) -> tuple[Trace, dict[str, fx.Node]]:
     """Visit every node; the trace, and for each parameter or buffer name the node that holds its labels."""
     trace = Trace()
-    ties, partly = tied(model), overlaps(model)
+    ties = tied(model)
+    whole = {
+        **dict.fromkeys(overlaps(model), "shares a part of its memory with another tensor"),
+        **dict.fromkeys((name for tensor in fixed for name in ties.get(tensor, ())), "fixed by the caller"),
+    }
+    if decouple:
+        trace.shared = shared_tables(module.graph)
     shared: dict[str, Any] = {}
     holders: dict[str, fx.Node] = {}
     for node in module.graph.nodes:
@@ -142,9 +151,7 @@ def label_graph(module: fx.GraphModule, model: nn.Module) -> tuple[Trace, dict[s
             if isinstance(value, torch.Tensor):
                 names = ties.get(str(node.target), (str(node.target),))
                 node.meta["val"] = value
-                trace.dims[node] = shared.setdefault(
-                    names[0], _attribute_dims(trace, node, value, ties, partly)
-                )
+                trace.dims[node] = shared.setdefault(names[0], _attribute_dims(trace, node, value, ties, whole))
                 if str(node.target) in ties and (node.users or names[0] not in holders):
                     holders[names[0]] = node
         elif node.op == "placeholder":
@@ -187,11 +194,11 @@ def overlaps(model: nn.Module) -> set[str]:
 
 
 def _attribute_dims(
-    trace: Trace, node: fx.Node, value: torch.Tensor, ties: dict[str, tuple[str, ...]], overlapping: set[str]
+    trace: Trace, node: fx.Node, value: torch.Tensor, ties: dict[str, tuple[str, ...]], whole: Mapping[str, str]
 ) -> Any:
     why = None
-    if str(node.target) in overlapping:
-        why = Reason("shares a part of its memory with another tensor", "constant", str(node.target))
+    if str(node.target) in whole:
+        why = Reason(whole[str(node.target)], "constant", str(node.target))
     elif not (value.is_floating_point() or value.is_complex()):
         why = Reason("a table of positions", "constant", str(node.target))
     elif str(node.target) not in ties:
