@@ -82,6 +82,7 @@ def _globally_unequal(layers: Mapping[str, Candidates], keep: int) -> Counts:
     owner = np.repeat(np.arange(len(layers)), [layer.units for layer in layers.values()])
     cells = np.array([layer.cells for layer in layers.values()])[owner]
     best = np.argsort(scores, kind="stable")[::-1]
+    best = best[scores[best] > -np.inf]  # what is pruned already is never taken to come closer to the target
     return _take(layers, best, owner, cells, keep)
 
 
