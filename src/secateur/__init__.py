@@ -24,6 +24,8 @@ _HOME = {
     "Threshold": "secateur.allocate",
     "Weights": "secateur.pattern",
     "activation": "secateur.recipes",
+    "admm": "secateur.recipes",
+    "alps": "secateur.recipes",
     "global_magnitude": "secateur.recipes",
     "globally": "secateur.allocate",
     "magnitude": "secateur.recipes",
@@ -34,11 +36,13 @@ _HOME = {
     "prune_": "secateur.prune",
     "random": "secateur.recipes",
     "ria": "secateur.recipes",
+    "sparsegpt": "secateur.recipes",
     "sparsity": "secateur.core.counts",
     "threshold": "secateur.recipes",
     "undo_": "secateur.core.masks",
     "wanda": "secateur.recipes",
     "wanda_l1": "secateur.recipes",
+    "wanda_mended": "secateur.recipes",
 }
 
 __all__ = [
@@ -55,6 +59,8 @@ __all__ = [
     "Weights",
     "__version__",
     "activation",
+    "admm",
+    "alps",
     "global_magnitude",
     "globally",
     "magnitude",
@@ -65,11 +71,13 @@ __all__ = [
     "prune_",
     "random",
     "ria",
+    "sparsegpt",
     "sparsity",
     "threshold",
     "undo_",
     "wanda",
     "wanda_l1",
+    "wanda_mended",
 ]
 
 if TYPE_CHECKING:
@@ -82,14 +90,18 @@ if TYPE_CHECKING:
     from secateur.recipes import (
         Recipe,
         activation,
+        admm,
+        alps,
         global_magnitude,
         magnitude,
         percentile,
         random,
         ria,
+        sparsegpt,
         threshold,
         wanda,
         wanda_l1,
+        wanda_mended,
     )
 
 

@@ -6,6 +6,7 @@ import hashlib
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from secateur.core.select import Candidates, smallest
 from secateur.core.statistics import STATISTICS, gather
 from secateur.core.where import Layer, Only, select
 from secateur.errors import NumericError, UsageError, nearest
+from secateur.mend import mend_, update_statistics
 from secateur.recipes import Recipe, magnitude
 from secateur.target import check_arguments, shape_of, weights_to_keep
 
@@ -75,6 +77,7 @@ def plan(
     selection = select(model, only, skip)
     for layer in selection.chosen:
         shape_of(recipe, layer)
+    update_statistics(recipe)
     keep = weights_to_keep(model, selection.chosen, recipe, sparsity, nonzero)
     return Plan(recipe, selection.chosen, selection.left_out, keep, _statistics_of(recipe.score))
 
@@ -128,13 +131,19 @@ def prune_(
     layers = {layer.name: layer for layer in todo.layers}
     _check_masks(masks, layers)
     _check_weights(todo.layers)
-    statistics = _gather(model, todo, data)
+    if recipe.update is not None:
+        data = _for_update(recipe, data, masks)
+    statistics = cache(lambda: _gather(model, todo, data))
     candidates = {
-        name: _candidates(todo, layer, statistics.get(name, {}), masks, seed, zeros_last=nonzero is not None)
+        name: _candidates(todo, layer, statistics, masks, seed, zeros_last=nonzero is not None)
         for name, layer in layers.items()
     }
+    if recipe.update is None:
+        statistics()  # what is wrong with the data is said before anything else
     counts = recipe.allocation(candidates, todo.keep or 0)
     _check_total(todo, candidates, counts)
+    if recipe.update is not None:
+        return _mended(model, todo, counts, data or (), seed, keep_originals)
     kept = {name: _mask(recipe, layers[name], candidates[name], counts[name]) for name in layers}
     _check_stays_pruned(kept, masks)
     if nonzero is not None:
@@ -143,6 +152,48 @@ def prune_(
     result = Masks(kept, originals)
     result.apply_(model)
     return result
+
+
+def _for_update(recipe: Recipe, data: Iterable[Any] | None, masks: Masks | None) -> list[Any]:
+    """The data as a list, because an allocator may want to look at them before the update does."""
+    if masks is not None:
+        raise UsageError(
+            f"{recipe.update!r} finds its own masks and cannot start from earlier ones; leave masks out"
+        )
+    if data is None:
+        names = ", ".join(update_statistics(recipe))
+        raise UsageError(f"{recipe.update!r} needs calibration data for {names}; pass data=")
+    return list(data)
+
+
+def _mended(
+    model: nn.Module,
+    todo: Plan,
+    counts: Mapping[str, Tensor],
+    data: Iterable[Any],
+    seed: int,
+    keep_originals: bool,
+) -> Masks:
+    """Prune and update while the data flow; on any error the weights are as they were."""
+    layers = {layer.name: layer for layer in todo.layers}
+    originals = {name: layer.weight.detach().clone() for name, layer in layers.items()}
+    names = [name for name in {*todo.statistics, *update_statistics(todo.recipe)} if name in STATISTICS]
+
+    def scores(layer: Layer, part: int, known: Mapping[str, Tensor]) -> Tensor:
+        given: dict[str, Any] = {name: known[name] for name in todo.statistics if name in known}
+        if "generator" in todo.statistics:
+            given["generator"] = torch.Generator().manual_seed(_seed_of(seed, f"{layer.name}:{part}"))
+        matrix = layer.layout.to_matrices(layer.weight.detach())[part].float()
+        return _score(todo, layer, matrix, given)
+
+    try:
+        kept = mend_(model, todo.layers, todo.recipe, counts, names, data, scores)
+    except BaseException:
+        with torch.no_grad():
+            for name, layer in layers.items():
+                layer.weight.copy_(originals[name])
+        raise
+    return Masks({name: kept[name] for name in layers}, originals if keep_originals else None)
 
 
 def _statistics_of(score: Callable[..., Any]) -> tuple[str, ...]:
@@ -173,7 +224,12 @@ def _gather(model: nn.Module, todo: Plan, data: Iterable[Any] | None) -> dict[st
 
 
 def _candidates(
-    todo: Plan, layer: Layer, known: Mapping[str, Tensor], masks: Masks | None, seed: int, zeros_last: bool
+    todo: Plan,
+    layer: Layer,
+    statistics: Callable[[], Mapping[str, Mapping[str, Tensor]]],
+    masks: Masks | None,
+    seed: int,
+    zeros_last: bool,
 ) -> Candidates:
     """The units of one layer, their scores computed when asked for."""
     part, out, columns = layer.layout.shape
@@ -182,6 +238,7 @@ def _candidates(
 
     def scores() -> Tensor:
         matrices = layer.layout.to_matrices(layer.weight.detach()).float()
+        known = statistics().get(layer.name, {})
         inputs: dict[str, Any] = {name: values.to(matrices.device) for name, values in known.items()}
         if "generator" in todo.statistics:
             inputs["generator"] = [torch.Generator().manual_seed(_seed_of(seed, layer.name))] * part

@@ -16,19 +16,24 @@ from secateur import score as scores
 from secateur.allocate import Percentile, Threshold, globally, per_layer, per_row
 from secateur.errors import UsageError
 from secateur.pattern import Weights
+from secateur.recover import ADMM, ALPS, LeastSquares, SparseGPT
 
 __all__ = [
     "METHODS",
     "Recipe",
     "activation",
+    "admm",
+    "alps",
     "global_magnitude",
     "magnitude",
     "percentile",
     "random",
     "ria",
+    "sparsegpt",
     "threshold",
     "wanda",
     "wanda_l1",
+    "wanda_mended",
 ]
 
 
@@ -40,11 +45,14 @@ class Recipe:
         score: `(weight "out in", <statistics by parameter name>) -> "out in"`, higher = keep.
         pattern: `pool(scores)` into units and `spread(kept, shape)` back.
         allocate: `(units by layer, weights to keep) -> units kept in each competition`.
+        update: `(weight, choose, <statistics by parameter name>) -> (weight, mask)`, what the kept weights
+            become; None leaves them as they are.
     """
 
     score: Callable[..., Any]
     pattern: Any = Weights()  # noqa: RUF009 - frozen, so it may be shared
     allocate: Callable[..., Any] = per_layer
+    update: Callable[..., Any] | None = None
 
     def __post_init__(self):
         if self.fixed_by_pattern and self.allocate not in (per_row, per_layer):
@@ -65,11 +73,18 @@ class Recipe:
 
     def describe(self) -> dict[str, str]:
         """Names of the parts, for a checkpoint's metadata."""
-        return {"score": _name(self.score), "pattern": repr(self.pattern), "allocate": _name(self.allocate)}
+        return {
+            "score": _name(self.score),
+            "pattern": repr(self.pattern),
+            "allocate": _name(self.allocate),
+            "update": "none" if self.update is None else _name(self.update),
+        }
 
     def __str__(self) -> str:
         parts = self.describe()
-        return f"{parts['score']} on {parts['pattern']}, {'per_row' if self.fixed_by_pattern else parts['allocate']}"
+        shares = "per_row" if self.fixed_by_pattern else parts["allocate"]
+        mended = "" if self.update is None else f", updated by {parts['update']}"
+        return f"{parts['score']} on {parts['pattern']}, {shares}{mended}"
 
 
 def _name(part: Any) -> str:
@@ -82,6 +97,10 @@ wanda = Recipe(scores.wanda, allocate=per_row)
 wanda_l1 = Recipe(scores.wanda_l1, allocate=per_row)
 ria = Recipe(scores.RIA())
 activation = Recipe(scores.activation)
+wanda_mended = Recipe(scores.wanda, allocate=per_row, update=LeastSquares())
+sparsegpt = Recipe(scores.wanda, update=SparseGPT())
+admm = Recipe(scores.wanda, update=ADMM())
+alps = Recipe(scores.wanda, update=ALPS())
 random = Recipe(scores.random)
 
 
@@ -104,4 +123,8 @@ METHODS: dict[str, Recipe] = {
     "ria": ria,
     "activation": activation,
     "random": random,
+    "wanda-mended": wanda_mended,
+    "sparsegpt": sparsegpt,
+    "admm": admm,
+    "alps": alps,
 }

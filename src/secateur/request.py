@@ -29,6 +29,10 @@ METHOD_NAMES = (
     "ria",
     "activation",
     "random",
+    "wanda-mended",
+    "sparsegpt",
+    "admm",
+    "alps",
     "threshold",
     "percentile",
 )

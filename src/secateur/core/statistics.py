@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from secateur.core.matrix import Layout
 from secateur.errors import NumericError, UsageError
 
-__all__ = ["STATISTICS", "LayerLike", "evaluating", "forward", "gather"]
+__all__ = ["STATISTICS", "LayerLike", "Padding", "Sums", "evaluating", "forward", "gather", "observe"]
 
 
 @runtime_checkable
@@ -41,6 +41,13 @@ def _magnitudes(rows: Tensor) -> Tensor:
     return rows.abs().sum(0, dtype=torch.float64)
 
 
+def _products(rows: Tensor) -> Tensor:
+    return rows.t() @ rows
+
+
+# inputs of a layer, and a function that gives the rows of each part
+Receive = Callable[[Tensor, Callable[[], "list[Tensor]"]], None]
+
 # name -> (what a batch of rows (token, in) adds to the sum, how the sum and the number of tokens become the value)
 STATISTICS: Mapping[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, int], Tensor]]] = {
     # l2 norm of each input column over all tokens: Wanda's ||X_j||_2
@@ -49,38 +56,46 @@ STATISTICS: Mapping[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, int
     "input_norm_l1": (_magnitudes, lambda total, tokens: total),
     # mean |x_j|: how strongly the neuron that feeds this column is active
     "input_activation": (_magnitudes, lambda total, tokens: total / tokens),
+    # X^T X over all tokens, (in, in): what weight updates need
+    "second_moment": (_products, lambda total, tokens: total),
 }
 
 
-class _Sums:
+class Sums:
     """The running sums of one layer, one row of sums a part."""
 
-    def __init__(self, names: Sequence[str], layout: Layout):
-        self.names = names
-        self.totals = {
-            name: torch.zeros(layout.shape[0], layout.shape[2], dtype=torch.float64) for name in names
-        }
+    def __init__(self, names: Sequence[str], layer: LayerLike):
+        layout = layer.layout
+        self.name, self.names, self.columns = layer.name, names, layout.shape[2]
+        self.totals: dict[str, list[Tensor | None]] = {name: [None] * layout.shape[0] for name in names}
         self.tokens = [0] * layout.shape[0]
 
-    def add(self, layer: str, rows_of_parts: list[Tensor]) -> None:
+    def add(self, rows_of_parts: list[Tensor]) -> None:
+        """Count the rows `(token, in)` that meet each part."""
         for part, rows in enumerate(rows_of_parts):
             self.tokens[part] += rows.shape[0]
             for name in self.names:
                 added = STATISTICS[name][0](rows.float())
                 if not bool(added.isfinite().all()):
                     raise NumericError(
-                        f"{layer}: NaN or Inf among its input activations; look at the data and at the layers before it"
+                        f"{self.name}: NaN or Inf among its input activations; look at the data and at the layers before it"
                     )
-                self.totals[name][part] += added.cpu()
+                before = self.totals[name][part]
+                self.totals[name][part] = added if before is None else before + added
 
-    def values(self) -> dict[str, Float[Tensor, "part in"]]:
-        finish = {name: STATISTICS[name][1] for name in self.names}
+    def values(self) -> dict[str, Float[Tensor, "part ..."]]:
+        """Each statistic, float32, stacked over parts; a part that met no token has sums of nothing."""
         return {
-            name: torch.stack(
-                [finish[name](row, max(1, n)) for row, n in zip(total, self.tokens, strict=True)]
-            ).float()
-            for name, total in self.totals.items()
+            name: torch.stack([self._value(name, part) for part in range(len(self.tokens))])
+            for name in self.names
         }
+
+    def _value(self, name: str, part: int) -> Tensor:
+        add, finish = STATISTICS[name]
+        total = self.totals[name][part]
+        if total is None:
+            total = add(torch.zeros(0, self.columns))
+        return finish(total, max(1, self.tokens[part])).float()
 
 
 def gather(
@@ -105,12 +120,14 @@ def gather(
     Cost: one forward pass of the whole model; memory for one row of sums a layer. The model's mode,
         gradients and random state stay as they are.
     """
-    sums = {layer.name: _Sums(names, layer.layout) for layer in layers}
+    if isinstance(data, Mapping):
+        raise UsageError("data is one batch; expected an iterable of batches, such as [batch]")
+    sums = {layer.name: Sums(names, layer) for layer in layers}
     with ExitStack() as stack:
         stack.enter_context(evaluating(model))
-        padding = _Padding(model, stack)
+        padding = Padding(model, stack)
         for layer in layers:
-            _watch(layer, padding, sums[layer.name], stack)
+            observe(layer, padding, _adding(sums[layer.name]), stack)
         batches = 0
         for batch in data:
             batches += 1
@@ -127,8 +144,15 @@ def gather(
     return {name: total.values() for name, total in sums.items()}
 
 
-def _watch(layer: LayerLike, padding: _Padding, sums: _Sums, stack: ExitStack) -> None:
-    """Call `sums.add` whenever the layer's module runs, until the stack closes."""
+def _adding(sums: Sums) -> Receive:
+    return lambda inputs, rows: sums.add(rows())
+
+
+def observe(layer: LayerLike, padding: Padding, receive: Receive, stack: ExitStack) -> None:
+    """Call `receive(inputs, rows)` right before the layer computes, until the stack closes.
+
+    `rows()` gives the `(token, in)` inputs of each part, padding left out.
+    """
     rows = layer.layout.rows
     if rows is None:
         raise UsageError(
@@ -137,37 +161,40 @@ def _watch(layer: LayerLike, padding: _Padding, sums: _Sums, stack: ExitStack) -
 
     def see(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         inputs = args[0] if args else next(iter(kwargs.values()))
-        sums.add(layer.name, rows(args, kwargs, padding.real(layer, inputs)))
+        receive(inputs, lambda: rows(args, kwargs, padding.real(layer, inputs)))
 
     if type(layer.module) is nn.modules.linear.NonDynamicallyQuantizableLinear:
-        stack.enter_context(_seen_as_function(layer, padding, sums))
+        stack.enter_context(_seen_as_function(layer, padding, receive))
         return
     handle = layer.module.register_forward_pre_hook(see, with_kwargs=True)
     stack.callback(handle.remove)
 
 
 @contextmanager
-def _seen_as_function(layer: LayerLike, padding: _Padding, sums: _Sums) -> Iterator[None]:
-    """Watch `out_proj` of `nn.MultiheadAttention`: never called, its weight is handed to `F.linear`.
+def _seen_as_function(layer: LayerLike, padding: Padding, receive: Receive) -> Iterator[None]:
+    """Observe `out_proj` of `nn.MultiheadAttention`: never called, its weight is handed to `F.linear`.
 
     Its input there is `(time * batch, feature)`, time-major whatever `batch_first` says.
     """
     plain = F.linear
 
+    def rows(inputs: Tensor) -> list[Tensor]:
+        real = padding.real(layer, inputs)
+        return [inputs if real is None else inputs[real.t().reshape(-1)]]
+
     def linear(inputs: Tensor, weight: Tensor, *rest: Any, **named: Any) -> Tensor:
         if weight is layer.module.weight:
-            real = padding.real(layer, inputs)
-            sums.add(layer.name, [inputs if real is None else inputs[real.t().reshape(-1)]])
+            receive(inputs, lambda: rows(inputs))
         return plain(inputs, weight, *rest, **named)
 
-    F.linear = linear
+    F.linear = linear  # type: ignore[assignment]
     try:
         yield
     finally:
         F.linear = plain
 
 
-class _Padding:
+class Padding:
     """Which tokens of the current batch are real, for inputs of any leading shape.
 
     In an encoder-decoder two masks exist. A layer inside the encoder reads the source; a layer of the
@@ -245,17 +272,19 @@ def forward(model: nn.Module, batch: Any) -> Any:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[nn.Module]:
-    """Evaluation mode without gradients; every module's own mode is put back afterwards.
+    """Evaluation mode without gradients; every module's own mode and the random state are put back afterwards.
 
     The fused attention path of `nn.TransformerEncoderLayer` is switched off, because it hides the inputs of
     its layers.
     """
     modes = {module: module.training for module in model.modules()}
     fused = torch.backends.mha.get_fastpath_enabled()
+    # some models draw random numbers in evaluation mode, too
+    accelerators = {p.get_device() for p in model.parameters() if p.is_cuda}
     model.eval()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), torch.random.fork_rng(accelerators):
             yield model
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
