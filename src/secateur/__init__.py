@@ -46,11 +46,11 @@ _HOME = {
 }
 
 __all__ = [
+    "NM",
     "Blocks",
     "Columns",
     "Masks",
     "Measurement",
-    "NM",
     "Percentile",
     "Plan",
     "Recipe",
