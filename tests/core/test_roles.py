@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -639,6 +640,26 @@ def test_the_closing_matrix_may_stand_outside_the_module_that_counts_heads() -> 
     }
 
 
+def test_a_mixer_that_counts_heads_and_convolves_over_time_is_no_attention() -> None:
+    def block(groups: int) -> nn.Module:
+        convolution = nn.Conv1d(32, 32, 3, groups=groups)
+        return container("A", {"x": container("B", {"c": convolution, **squares("p", "r")}, num_heads=4)})
+
+    assert set(roles_by_path(lambda: block(32)).values()) == {"other"}
+    # keys and values reduced by a convolution: still attention
+    assert set(roles_by_path(lambda: block(1)).values()) == {"attention"}
+
+
+def test_odd_attention_does_not_hide_the_feed_forward_beside_it() -> None:
+    low = {"p": nn.Linear(32, 12), "r": nn.Linear(12, 48), "s": nn.Linear(32, 9), "t": nn.Linear(48, 32)}
+    found = roles_by_path(
+        lambda: container(
+            "A", {"x": container("B", low, num_heads=4), "u": nn.Linear(32, 64), "w": nn.Linear(64, 32)}
+        )
+    )
+    assert found == {**dict.fromkeys(["x.p", "x.r", "x.s", "x.t"], "attention"), "u": "ffn", "w": "ffn"}
+
+
 def test_adapters_belong_to_what_they_adapt() -> None:
     def adapted(rows: int, columns: int) -> nn.Module:
         low = {"down": nn.Linear(columns, 4, bias=False), "up": nn.Linear(4, rows, bias=False)}
@@ -746,9 +767,15 @@ def test_keys_with_as_many_rows_as_experts_are_no_router() -> None:
 
 
 def test_a_block_that_is_itself_the_mixture() -> None:
-    found = roles_by_path(lambda: mixture(5, x=container("B", squares("p", "r", "s", "t"), num_heads=4)))
+    keys = {"r": nn.Linear(32, 5), "s": nn.Linear(32, 5)}
+    found = roles_by_path(lambda: mixture(5, x=container("B", {**squares("p", "t"), **keys}, num_heads=4)))
     assert found["g"] == "router"
     assert {found[f"x.{name}"] for name in "prst"} == {"attention"}
+
+
+def test_a_single_row_deeper_in_the_mixture_is_no_router() -> None:
+    deep = container("D", {"one": nn.Linear(32, 1), "two": nn.Linear(32, 7)})
+    assert roles_by_path(lambda: container("A", {"m": mixture(5, deep=deep)}))["m.deep.one"] == "other"
 
 
 # Blocks, stacks and heads of models that are no Hugging Face models ----------------------------------------
@@ -829,6 +856,7 @@ class Tutorial(nn.Module):
             "positions": nn.Embedding(64, 32),
             "types": nn.Embedding(2, 32),
             "patches": nn.Linear(48, 32),
+            "mixer": nn.Linear(32, vocabulary),
             "blocks": nn.ModuleList(
                 [Foo([(96, 32), (32, 32), (64, 32), (32, 64)]), Foo([(96, 32), (32, 32), (64, 32), (32, 64)])]
             ),
@@ -845,6 +873,7 @@ class Tutorial(nn.Module):
         ("tokens positions blocks out", "out", True),
         ("positions tokens blocks out", "out", False),
         ("tokens positions out blocks", "out", True),
+        ("tokens mixer blocks out", "out", True),
         ("tokens positions types blocks classes", "classes", False),
         ("patches blocks classes", "classes", False),
         ("patches classes blocks", "classes", False),
@@ -857,6 +886,35 @@ def test_the_head_of_a_model_that_does_not_say(order: str, head: str | None, voc
     assert [place.path for place in places if place.role == "head"] == ([head] if head else [])
     # a table of positions registered first and larger than the vocabulary hides it: the documented limit
     assert [place.path for place in places if place.vocabulary] == ([head] if vocabulary else [])
+
+
+class Declared(Tutorial):
+    """Says what Hugging Face models say of themselves."""
+
+    base_model_prefix = "body"
+    config = SimpleNamespace(is_encoder_decoder=False)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.tokens
+
+    def get_output_embeddings(self) -> nn.Module:
+        raise NotImplementedError
+
+
+def test_a_vocabulary_head_is_told_by_the_declared_input_embedding() -> None:
+    model = Declared("positions tokens out")
+    model.body = Tutorial("positions blocks")
+    assert [(place.path, place.role) for place in survey(model).places if place.vocabulary] == [("out", "head")]
+
+
+def test_a_model_that_claims_one_stack_has_one() -> None:
+    model = Declared("tokens")
+    model.encoder, model.decoder = Tutorial("blocks"), Tutorial("blocks")
+    assert not survey(model).encoder_decoder
+    assert [layer.block for layer in layers(model) if layer.path.endswith("a")] == [0, 1, 2, 3]
+    model.config = SimpleNamespace(is_encoder_decoder=True)
+    assert survey(model).encoder_decoder
+    assert [layer.block for layer in layers(model) if layer.path.endswith("a")] == [0, 1, 0, 1]
 
 
 def test_a_wrapper_around_a_hugging_face_body() -> None:
