@@ -130,3 +130,53 @@ def test_a_model_without_any_block_is_refused() -> None:
 
     with pytest.raises(UsageError, match=r"none of its submodules can be analysed\. inner: Stubborn"):
         analyse_blocks(Outer(), (torch.ones(2),))
+
+
+class Tokens(nn.Module):
+    """Embedding, one attention layer over any number of tokens, a loop over what is picked by value."""
+
+    def __init__(self, *, picked: bool = False) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(11, 8)
+        self.attention = Attention()
+        self.up, self.down = nn.Linear(8, 20), nn.Linear(20, 8)
+        self.head = nn.Linear(8, 3)
+        self.picked = picked
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        x = x + self.attention(x, torch.zeros(()))
+        if not self.picked:
+            return self.head(x + self.down(self.up(x).relu()))
+        flat = x.flatten(0, 1)
+        chosen = (ids.flatten() > 4).nonzero().flatten()
+        flat = flat.index_add(0, chosen, self.down(self.up(flat[chosen]).relu()))
+        return self.head(flat.view(*ids.shape, 8))
+
+
+@pytest.mark.parametrize("shape", [(2, 7), (3, 7), (5, 4), (2, 9)])
+def test_a_dynamic_program_runs_at_other_batch_sizes_and_lengths(shape: tuple[int, int]) -> None:
+    model = Tokens().eval()
+    analysis = analyse(model, (torch.randint(11, (2, 7)),), dynamic=True)
+    assert {units.kind for units in analysis.units} == {
+        "head",
+        "qk dimension",
+        "v dimension",
+        "feed-forward unit",
+        "hidden",
+    }
+    keep = {units.name: range(0, units.size, 2) for units in analysis.units}
+    ids = torch.randint(11, shape)
+    torch.testing.assert_close(pruned_program(analysis, keep)(ids), masked_program(analysis, keep)(ids))
+
+
+def test_tensors_whose_size_depends_on_values_are_followed() -> None:
+    """As experts that gather their tokens: the number of rows is a symbol without an example."""
+    model, ids = Tokens(picked=True).eval(), torch.randint(11, (2, 7))
+    analysis = analyse(model, (ids,))
+    assert {"head", "feed-forward unit"} <= {units.kind for units in analysis.units}
+    assert not analysis.unruled
+    keep = {units.name: range(0, units.size, 2) for units in analysis.units}
+    for seed in range(3):
+        ids = torch.randint(11, (2, 7), generator=torch.Generator().manual_seed(seed))
+        torch.testing.assert_close(pruned_program(analysis, keep)(ids), masked_program(analysis, keep)(ids))

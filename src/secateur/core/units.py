@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from math import prod
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor, fx, nn
 from secateur.core.axes.atoms import NARROW, Atom, Label, Reason
 from secateur.core.axes.layout import index_map, positions
 from secateur.core.axes.program import masked_module, narrow_module
-from secateur.core.axes.rules import Step, Trace, operator
+from secateur.core.axes.rules import Step, Trace, operator, sizes_of
 from secateur.core.axes.trace import export, label_graph, select_output, tied
 from secateur.core.axes.words import kind_of, name_of, roles
 from secateur.core.axes.zeros import check_zeros
@@ -153,6 +154,7 @@ def analyse(
     output: str | Callable[[Any], Any] | None = None,
     fixed: Iterable[str] = (),
     decouple: bool = False,
+    dynamic: bool = False,
 ) -> Analysis:
     """The prunable axes of a model, from one example of its inputs.
 
@@ -167,6 +169,7 @@ def analyse(
         decouple: Read tables that several modules share (rotary angles, a relative bias) through a gather, so
             that every layer may keep its own heads and rotary pairs. The tables stay whole, and a module
             needs the gather too; `Units.gathers` tells where and how much is read.
+        dynamic: Trace so that the programs run on other batch sizes and lengths than the example's (slower).
 
     Returns:
         Units, frozen axes, and the exported graph.
@@ -184,7 +187,7 @@ def analyse(
         >>> [(units.name, units.size) for units in analyse(mlp, (torch.zeros(4, 3),)).units]
         [('feed-forward units of 0,2', 8)]
     """
-    module = export(model, tuple(args), kwargs or {})
+    module = export(model, tuple(args), kwargs or {}, dynamic=dynamic)
     select_output(module, output)
     trace, holders = label_graph(module, model, fixed=fixed, decouple=decouple)
     parameters = dict.fromkeys(name for name, _ in model.named_parameters(remove_duplicate=False))
@@ -267,7 +270,9 @@ def _facts(
                 where = where or Step(trace, node).module
                 approximate.setdefault(leaf, {})[what] = None
         for table, _, label in record.reads:
-            text = f"{table.name} read at {Step(trace, node).module}, {table.meta['val'].numel()} numbers"
+            text = (
+                f"{table.name} read at {Step(trace, node).module}, {prod(sizes_of(table.meta['val']))} numbers"
+            )
             for leaf in trace.axes.leaves(label):
                 gathers.setdefault(leaf, {})[text] = None
         for dims in Step.each(trace.dims[node]):
@@ -308,8 +313,8 @@ def pruned_program(analysis: Analysis, keep: Keep) -> fx.GraphModule:
         keep: Axis name -> units that stay; axes left out stay whole.
 
     Returns:
-        A module called like the model, in eval mode, with the model's own parameter names. Shapes of batch and
-        sequence are those of the example.
+        A module called like the model, in eval mode, with the model's own parameter names. Batch size and
+        length are the example's unless the analysis is dynamic.
 
     Raises:
         UsageError: an unknown axis, an index out of range or given twice, or nothing left.

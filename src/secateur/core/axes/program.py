@@ -115,6 +115,16 @@ def _evaluate(value: Any, trace: Trace, kept: Kept) -> Any:
     return value
 
 
+def _touched(value: Any, trace: Trace, kept: Kept) -> bool | None:
+    """Whether an argument's extents lose something; None for a value without extents."""
+    if isinstance(value, Extent):
+        return any(leaf in kept for label in value.labels for leaf in trace.axes.leaves(label))
+    if isinstance(value, (list, tuple)):
+        found = [state for state in (_touched(v, trace, kept) for v in value) if state is not None]
+        return any(found) if found else None
+    return None
+
+
 def _with_arguments(new: fx.Node, changed: Mapping[str, Any]) -> None:
     """Set arguments of an ATen node by their schema names."""
     names = [argument.name for argument in new.target._schema.arguments]  # type: ignore[union-attr]
@@ -132,11 +142,17 @@ def _narrow_node(
     graph: fx.Graph, node: fx.Node, new: fx.Node, trace: Trace, kept: Kept, moved: dict[fx.Node, fx.Node]
 ) -> fx.Node:
     record: Record = trace.records[node]
-    changed = {name: _evaluate(value, trace, kept) for name, value in record.rewritten.items()}
+    states = {name: _touched(value, trace, kept) for name, value in record.rewritten.items()}
+    changed = {
+        name: fx.node.map_arg(_evaluate(value, trace, kept), moved.__getitem__)
+        for name, value in record.rewritten.items()
+        if states[name] is not False
+    }
     if record.target is not None:
-        new.target = record.target
-        new.args = tuple(moved[v] if isinstance(v, fx.Node) else v for v in changed.values())
-        new.kwargs = {}
+        if True in states.values():
+            all_of = (_evaluate(value, trace, kept) for value in record.rewritten.values())
+            new.target, new.kwargs = record.target, {}
+            new.args = tuple(fx.node.map_arg(value, moved.__getitem__) for value in all_of)
     elif changed:
         _with_arguments(new, changed)
     for table, dim, label in record.reads:

@@ -116,12 +116,40 @@ class Trace:
                 self.unruled.setdefault(name, step.module)
             self.dims[node] = unknown(step)
             return
-        result = found(step)
+        result = self._apply(found, step, name)
         if isinstance(result, Unruled) or not _fits(step, result):
             self.unruled.setdefault(getattr(result, "name", name), step.module)
             step.record = self.records[node] = Record()
             result = unknown(step)
         self.dims[node] = result
+
+    @staticmethod
+    def _apply(found: Rule, step: Step, name: str) -> Any:
+        """A rule that meets arguments it does not foresee, such as sizes that are no numbers, counts as none."""
+        try:
+            return found(step)
+        except (TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
+            return Unruled(f"{name} ({type(error).__name__} in its rule)")
+
+
+def sizes_of(value: torch.Tensor) -> tuple[int, ...]:
+    """A traced shape in numbers; a size of the input that is a symbol is its example, or a large prime."""
+    return tuple(size if isinstance(size, int) else _stand_in(size) for size in value.shape)
+
+
+def _stand_in(size: torch.SymInt) -> int:
+    if size.node.has_hint():
+        return int(size.node.hint)
+    expression = size.node.expr
+    primes = (10007, 10009, 10037, 10039, 10061, 10067, 10069, 10079)
+    names = sorted(map(str, expression.free_symbols))
+    table = {symbol: primes[names.index(str(symbol)) % len(primes)] for symbol in expression.free_symbols}
+    return max(2, int(expression.subs(table)))
+
+
+def is_symbol(size: Any) -> bool:
+    """Whether a traced size depends on the input."""
+    return not isinstance(size, int)
 
 
 def _fits(step: Step, result: Any) -> bool:
@@ -130,7 +158,7 @@ def _fits(step: Step, result: Any) -> bool:
     pairs = zip(result, values, strict=False) if isinstance(result, list) else [(result, values)]
     for dims, value in pairs:
         if isinstance(value, torch.Tensor) and (
-            dims is None or [label_size(label) for label in dims] != [int(size) for size in value.shape]
+            dims is None or [label_size(label) for label in dims] != list(sizes_of(value))
         ):
             return False
     return True
@@ -192,11 +220,11 @@ class Step:
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the single result."""
-        return tuple(int(size) for size in self.value().shape)
+        return sizes_of(self.value())
 
     def shape_of(self, name: str) -> tuple[int, ...]:
         """Shape of an argument."""
-        return tuple(int(size) for size in self.args[name].meta["val"].shape)
+        return sizes_of(self.args[name].meta["val"])
 
     def dims(self, name: str | fx.Node) -> Dims:
         """Labels of an argument."""
@@ -218,7 +246,7 @@ class Step:
 
     def is_empty(self) -> bool:
         """Whether a tensor without elements is involved."""
-        return any(isinstance(v, torch.Tensor) and v.numel() == 0 for v in self._values())
+        return any(isinstance(v, torch.Tensor) and 0 in sizes_of(v) for v in self._values())
 
     @staticmethod
     def each(dims: Any) -> Iterable[Dims]:
@@ -237,14 +265,20 @@ class Step:
         for label in labels:
             self.axes.freeze(label, reason)
 
-    def fresh_frozen(self, shape: Sequence[int], why: str | Reason) -> Dims:
+    def fresh_frozen(self, shape: Sequence[int | torch.SymInt], why: str | Reason) -> Dims:
         """Labels of a tensor none of whose dimensions can be pruned."""
         reason = why if isinstance(why, Reason) else self.reason(why)
-        return tuple(self.axes.label(int(size), reason) for size in shape)
+        return tuple(
+            self.axes.label(size if isinstance(size, int) else _stand_in(size), reason) for size in shape
+        )
 
-    def fresh(self, shape: Sequence[int]) -> Dims:
-        """New free labels."""
-        return tuple(self.axes.label(int(size)) for size in shape)
+    def fresh(self) -> Dims:
+        """New free labels for the single result; sizes of the input are frozen."""
+        why = self.reason("a size of the input")
+        return tuple(
+            self.axes.label(size, why if is_symbol(traced) else None)
+            for size, traced in zip(self.shape, self.value().shape, strict=True)
+        )
 
     def unify(self, left: Label, right: Label) -> Label:
         """Declare two labels the same axis, and give it back."""
@@ -298,9 +332,19 @@ class Step:
         self.record.target = target
         self.record.rewritten = {str(i): value for i, value in enumerate(args)}
 
-    def sizes(self, dims: Dims) -> list[Extent]:
-        """The shape of a tensor, following the widths."""
-        return [Extent((label,)) for label in dims]
+    def sizes(self, dims: Dims, given: Any = None, *, open_sizes: int = 1) -> list[Any]:
+        """The shape of the result, following the widths; a size of the input stays as given, or is -1."""
+        out: list[Any] = []
+        for i, (label, traced) in enumerate(zip(dims, self.value().shape, strict=True)):
+            if not is_symbol(traced):
+                out.append(Extent((label,)))
+            elif isinstance(given, (list, tuple)) and len(given) > i and self.axes.frozen(label):
+                out.append(given[i])
+            else:
+                out.append(-1)
+        if sum(not isinstance(size, Extent | fx.Node) for size in out) > open_sizes:
+            raise ValueError("more than one size is left open")
+        return out
 
     def zeros(self, mode: str, *of: Any) -> None:
         """Where the result is zero once a unit's parameters are: see Record."""

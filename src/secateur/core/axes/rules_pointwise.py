@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from secateur.core.axes.layout import Extent
-from secateur.core.axes.rules import Dims, Step, rule
+from secateur.core.axes.rules import Dims, Step, label_size, rule
 
 # f(0) = 0, so a result is zero where its input is
 ZERO_KEEPING = {
@@ -143,10 +143,9 @@ def fill(step: Step) -> Dims:
 
 
 def _created(step: Step, sizes_name: str | None, value: Any) -> Dims:
-    shape = step.shape
-    dims = step.fresh(shape)
+    dims = step.fresh()
     if sizes_name is not None:
-        step.rewrite(**{sizes_name: step.sizes(dims)})
+        step.rewrite(**{sizes_name: step.sizes(dims, step[sizes_name])})
     if value == 0:
         step.zeros("constant")
     return dims
@@ -184,7 +183,7 @@ def like(step: Step) -> Dims:
 def numbered(step: Step) -> Dims:
     """A constant that differs from position to position: the pruned program selects the kept ones."""
     step.record.gathered = True
-    return step.fresh(step.shape)
+    return step.fresh()
 
 
 @rule("tril triu tril_ triu_")
@@ -212,14 +211,14 @@ def expand(step: Step) -> Dims:
     """Repeat a dimension of size 1: a new axis, whatever it meets."""
     source, shape = step.dims("self"), step.shape
     ndim = len(shape)
-    dims = list(step.fresh(shape))
+    dims = list(step.fresh())
     for i, label in enumerate(source, ndim - len(source)):
         if label:
             dims[i] = label
     step.same()
     step.record.alias = step["self"]
     if "expand_as" not in str(step.node.target):
-        step.rewrite(size=[Extent((label,)) for label in dims])
+        step.rewrite(size=step.sizes(tuple(dims), step["size"], open_sizes=len(dims)))
     return tuple(dims)
 
 
@@ -230,9 +229,14 @@ def repeat(step: Step) -> Dims:
     counts = list(step["repeats"] if step["repeats"] is not None else step["dims"])
     counts = [1] * (len(step.shape) - len(counts)) + counts
     source = ((),) * (len(step.shape) - len(source)) + tuple(source)
-    runs = [step.axes.label(count) for count in counts]
+    runs = []
+    for count, label, size in zip(counts, source, step.shape, strict=True):
+        why = None if isinstance(count, int) else step.reason("repeated as often as a size of the input says")
+        runs.append(step.axes.label(size // label_size(label), why))
     step.same()
-    step.rewrite(**{"repeats" if step["repeats"] is not None else "dims": step.sizes(tuple(runs))})
+    name = "repeats" if step["repeats"] is not None else "dims"
+    new = [Extent((run,)) if isinstance(c, int) else c for run, c in zip(runs, counts, strict=True)]
+    step.rewrite(**{name: new})
     return tuple(run + label for run, label in zip(runs, source, strict=True))
 
 

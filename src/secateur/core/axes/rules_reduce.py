@@ -105,7 +105,7 @@ def layer_norm(step: Step) -> Dims:
     _affine(step, over)
     root = "rms" in str(step.node.target)
     step.survivors(over, "root mean square over it" if root else "mean and variance over it")
-    step.rewrite(normalized_shape=step.sizes(over))
+    step.rewrite(normalized_shape=[Extent((label,)) for label in over])
     # zero where weight and bias are; where only the input is, the bias comes through
     step.zeros("affine", step["input"], step["weight"], step["bias"])
     return dims

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import fx
 
 from secateur.core.axes.atoms import Label
 from secateur.core.axes.layout import Extent
-from secateur.core.axes.rules import Dims, Step, Unruled, label_size, rule
+from secateur.core.axes.rules import Dims, Step, Unruled, label_size, rule, sizes_of
 
 aten = torch.ops.aten
 
@@ -22,7 +23,13 @@ def view(step: Step) -> Any:
     dims = tuple(step.regroup(flat, step.shape))
     step.same()
     step.record.alias = step["self"]
-    step.retarget(aten.reshape.default, step["self"], step.sizes(dims))
+    name = str(step.node.target).split(".")[1]
+    if name == "unflatten":
+        at = step.axis(step["dim"], len(step.dims("self")))
+        step.rewrite(sizes=[Extent((label,)) for label in dims[at : at + len(step["sizes"])]])
+    elif name not in ("flatten", "ravel", "view_as", "reshape_as"):
+        given = step["size"] if step["size"] is not None else step["shape"]
+        step.retarget(aten.reshape.default, step["self"], step.sizes(dims, given))
     return dims
 
 
@@ -59,7 +66,7 @@ def squeeze(step: Step) -> Dims:
     dims = tuple(label for i, label in enumerate(source) if i not in gone or label)
     step.same()
     step.record.alias = step["self"]
-    step.retarget(aten.reshape.default, step["self"], step.sizes(dims))
+    step.retarget(aten.squeeze.dims, step["self"], sorted(i for i in gone if not source[i]))
     return dims
 
 
@@ -73,6 +80,11 @@ def slicing(step: Step) -> Dims:
     dims = step.dims("self")
     at = step.axis(step["dim"] or 0, len(dims))
     size = step.shape_of("self")[at]
+    if any(isinstance(step[name], fx.Node) for name in ("start", "end", "step", "length")):
+        step.same()
+        step.record.alias = step["self"]
+        step.freeze([dims[at]], "cut at a size of the input")
+        return _replace(dims, at, step.fresh_frozen([step.shape[at]], "cut at a size of the input")[0])
     start = step["start"] or 0
     if "narrow" in str(step.node.target):
         stop, stride = (start % size) + step["length"], 1
@@ -144,7 +156,7 @@ def split(step: Step) -> Any:
     """Segments of a sum; the program splits by the segments' own widths."""
     dims = step.dims("self")
     at = step.axis(step["dim"] or 0, len(dims))
-    sizes = [int(value.shape[at]) for value in step.value()]
+    sizes = [sizes_of(value)[at] for value in step.value()]
     if 0 in sizes:
         return Unruled(f"{step.node.target} into empty parts")
     bounds = [sum(sizes[:i]) for i in range(1, len(sizes))]

@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from secateur.core.axes import rules_contract, rules_index, rules_pointwise, rules_reduce, rules_view
 from secateur.core.axes.atoms import Reason
-from secateur.core.axes.rules import Trace
+from secateur.core.axes.rules import Trace, sizes_of
 from secateur.core.axes.tables import shared_tables
 from secateur.errors import UsageError
 
@@ -35,8 +35,12 @@ def evaluating(model: nn.Module):
             module.training = mode
 
 
-def export(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> fx.GraphModule:
+def export(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, dynamic: bool = False
+) -> fx.GraphModule:
     """The model's computation on the example as a graph over ATen operators; no number is computed.
+
+    With `dynamic` every size of the inputs that the model allows to vary may differ from the example's.
 
     Raises:
         UsageError: the model cannot be exported, with the tracer's own words.
@@ -44,7 +48,8 @@ def export(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
     try:
         with torch.no_grad(), evaluating(model), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            program = torch.export.export(model, tuple(args), dict(kwargs), strict=False)
+            shapes = _varying(args, kwargs).dynamic_shapes(model, args, dict(kwargs)) if dynamic else None
+            program = torch.export.export(model, args, dict(kwargs), dynamic_shapes=shapes, strict=False)
             module: fx.GraphModule = program.module(check_guards=False)
             _inline(module)
     except Exception as error:
@@ -56,6 +61,14 @@ def export(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
         ) from error
     module.graph.eliminate_dead_code()  # a tensor made only for its shape ties nothing
     return module
+
+
+def _varying(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.export.ShapesCollection:
+    shapes = torch.export.ShapesCollection()
+    for leaf in pytree.tree_leaves((args, dict(kwargs))):
+        if isinstance(leaf, torch.Tensor) and leaf.dim():
+            shapes[leaf] = dict.fromkeys(range(leaf.dim()), torch.export.Dim.AUTO)
+    return shapes
 
 
 def _inline(module: fx.GraphModule) -> None:
@@ -158,7 +171,7 @@ def label_graph(
             value = node.meta.get("val")
             if isinstance(value, torch.Tensor):
                 why = Reason("an input of the model", "input", str(node.target))
-                trace.dims[node] = tuple(trace.axes.label(int(size), why) for size in value.shape)
+                trace.dims[node] = tuple(trace.axes.label(size, why) for size in sizes_of(value))
         elif node.op == "call_function":
             trace.visit(node)
         elif node.op == "output":
