@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 Case = tuple[nn.Module, tuple[Any, ...], dict[str, Any], str | None]
 
@@ -42,13 +42,15 @@ class BasicBlock(nn.Module):
 class ResNet(nn.Module):
     """CIFAR ResNet with 6·blocks + 2 layers (ResNet-56 has 9 blocks a stage)."""
 
-    def __init__(self, blocks: int = 2) -> None:
+    def __init__(self, blocks: int = 2, *, option_a: bool = False) -> None:
         super().__init__()
         layers: list[nn.Module] = [nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU()]
         width = 16
         for stage, outputs in enumerate((16, 32, 64)):
             for block in range(blocks):
                 layers.append(BasicBlock(width, outputs, 2 if stage and not block else 1))
+                if option_a and outputs != width:
+                    layers[-1].skip = ShortcutA(outputs - width)
                 width = outputs
         self.body = nn.Sequential(*layers)
         self.head = nn.Linear(64, 10)
@@ -56,6 +58,18 @@ class ResNet(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Class scores."""
         return self.head(self.body(x).mean((2, 3)))
+
+
+class ShortcutA(nn.Module):
+    """The shortcut without weights of the CIFAR ResNets (option A): every second pixel, channels padded."""
+
+    def __init__(self, more: int) -> None:
+        super().__init__()
+        self.more = more
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Half the map, more channels."""
+        return F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, self.more // 2, self.more // 2))
 
 
 class InvertedResidual(nn.Module):
@@ -277,6 +291,7 @@ def _ids(length: int = 11, vocab: int = 53) -> torch.Tensor:
 
 PLAIN: dict[str, Callable[[], Case]] = {
     "resnet": lambda: (ResNet(), (_image(),), {}, None),
+    "resnet-option-a": lambda: (ResNet(option_a=True), (_image(),), {}, None),
     "mobilenetv2": lambda: (MobileNet(), (_image(),), {}, None),
     "densenet": lambda: (DenseNet(), (_image(),), {}, None),
     "vgg-flatten": lambda: (VGG(), (_image(),), {}, None),

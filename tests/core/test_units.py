@@ -28,7 +28,17 @@ def bench():
         sys.path.remove(BENCH)
 
 
-FEW = ["resnet", "densenet", "vgg-flatten", "shufflenet", "c2f-yolo", "decoder", "lstm-2-bidirectional", "gru"]
+FEW = [
+    "resnet",
+    "resnet-option-a",
+    "densenet",
+    "vgg-flatten",
+    "shufflenet",
+    "c2f-yolo",
+    "decoder",
+    "lstm-2-bidirectional",
+    "gru",
+]
 HF = ["gpt2", "llama-gqa-tied", "phi3"]
 
 
@@ -211,7 +221,9 @@ def test_what_cannot_be_pruned_is_frozen_with_its_reason(name: str) -> None:
     analysis = analyse(model, (x,))
     assert not [units for units in analysis.units if units.size in (12, 24)]
     if text is not None:
-        assert any(text in str(frozen.reason) for frozen in analysis.frozen), [str(f.reason) for f in analysis.frozen]
+        assert any(text in str(frozen.reason) for frozen in analysis.frozen), [
+            str(f.reason) for f in analysis.frozen
+        ]
     torch.testing.assert_close(analysis.program(x), model(x), rtol=0, atol=0)
 
 
@@ -241,7 +253,9 @@ def test_a_really_smaller_llama_with_the_kept_slices_computes_the_pruned_program
         state[name] = value
     small.load_state_dict(state)
     assert small.lm_head.weight is small.model.embed_tokens.weight
-    torch.testing.assert_close(pruned_program(analysis, keep)(ids, use_cache=False), small(ids, use_cache=False).logits)
+    torch.testing.assert_close(
+        pruned_program(analysis, keep)(ids, use_cache=False), small(ids, use_cache=False).logits
+    )
 
 
 def test_a_llama_has_the_axes_its_computation_asks_for() -> None:
@@ -261,7 +275,10 @@ def test_a_llama_has_the_axes_its_computation_asks_for() -> None:
     hidden = analysis["hidden dimensions of model"]
     assert not hidden.exact
     assert hidden.reason == "mean over it"
-    assert (hidden.members[0].name, hidden.members[0].aliases) == ("model.embed_tokens.weight", ("lm_head.weight",))
+    assert (hidden.members[0].name, hidden.members[0].aliases) == (
+        "model.embed_tokens.weight",
+        ("lm_head.weight",),
+    )
     pairs = analysis["rotary pairs of model.layers.0-1.self_attn"]
     assert pairs.members[0].indices[0, :2].tolist() == [0, 3]
     assert "model.rotary_emb.inv_freq" in {member.name for member in pairs.members}
@@ -269,7 +286,9 @@ def test_a_llama_has_the_axes_its_computation_asks_for() -> None:
 
 
 def test_a_smaller_lstm_with_the_kept_slices_computes_the_pruned_program() -> None:
-    model = Net(lambda s, x: s.head(s.rnn(x)[0]), rnn=nn.LSTM(7, 10, 2, batch_first=True), head=nn.Linear(10, 3))
+    model = Net(
+        lambda s, x: s.head(s.rnn(x)[0]), rnn=nn.LSTM(7, 10, 2, batch_first=True), head=nn.Linear(10, 3)
+    )
     x = torch.randn(2, 5, 7)
     analysis = analyse(model, (x,))
     (units,) = analysis.units

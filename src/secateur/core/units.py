@@ -71,8 +71,8 @@ class Units:
         members: The tensors' dimensions that carry them.
         exact: Whether removing equals masking; False where a norm or mean is taken over the axis.
         reason: Why it is not exact.
-        constants: Operators that make constants along the axis in the forward; the pruned program selects the
-            kept positions of those, a module has to do the same.
+        constants: Operators that make constants along the axis in the forward (positions, padding); the pruned
+            program follows, a module has to do the same.
         gathers: With `decouple`, which tables the program reads the kept positions of, and their size.
     """
 
@@ -275,12 +275,11 @@ def _facts(
             )
             for leaf in trace.axes.leaves(label):
                 gathers.setdefault(leaf, {})[text] = None
-        for dims in Step.each(trace.dims[node]):
-            for label in dims:
-                for leaf in trace.axes.leaves(label):
-                    live.add(leaf)
-                    if record.gathered:
-                        constants.setdefault(leaf, {})[f"{operator(node)} at {Step(trace, node).module}"] = None
+        labels = [label for dims in Step.each(trace.dims[node]) for label in dims]
+        live.update(leaf for label in labels for leaf in trace.axes.leaves(label))
+        for label in labels if record.gathered else record.made:
+            for leaf in trace.axes.leaves(label):
+                constants.setdefault(leaf, {})[f"{operator(node)} at {Step(trace, node).module}"] = None
     return live, approximate, constants, gathers
 
 

@@ -149,7 +149,7 @@ def _narrow_node(
         if states[name] is not False
     }
     if record.target is not None:
-        if True in states.values():
+        if True in states.values() or False not in states.values():
             all_of = (_evaluate(value, trace, kept) for value in record.rewritten.values())
             new.target, new.kwargs = record.target, {}
             new.args = tuple(fx.node.map_arg(value, moved.__getitem__) for value in all_of)

@@ -86,6 +86,7 @@ class Record:
     target: Any = None  # another operator for the pruned program
     gathered: bool = False  # a constant made in the forward: the program selects the kept positions
     alias: fx.Node | None = None  # the result shares memory with this node
+    made: list[Label] = field(default_factory=list)  # a forward's own numbers of positions, such as a padding
     reads: list[tuple[fx.Node, int, Label]] = field(default_factory=list)  # table, dimension, whose positions
 
 

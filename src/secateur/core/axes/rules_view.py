@@ -206,26 +206,31 @@ def moved(step: Step) -> Any:
 
 @rule("pad constant_pad_nd reflection_pad1d reflection_pad2d replication_pad1d replication_pad2d")
 def pad(step: Step) -> Dims:
-    """A dimension grows by constants on either side."""
+    """A dimension grows by constants on either side, whose numbers may follow the widths."""
     dims = list(step.dims("self"))
     shape, widths = step.shape, list(step["pad"] if step["pad"] is not None else step["padding"])
     constant = (step.args.get("mode") or "constant") == "constant" and "_pad1" not in str(step.node.target)
     constant = constant and "_pad2" not in str(step.node.target)
-    value = step.args.get("value") or 0
+    value, amounts = step.args.get("value") or 0, list(widths)
     for i in range(len(widths) // 2):
         low, high = widths[2 * i], widths[2 * i + 1]
         at = len(dims) - 1 - i
         if not (low or high):
             continue
-        if low < 0 or high < 0 or not constant:
+        if not constant or not all(isinstance(width, int) and width >= 0 for width in (low, high)):
             step.freeze([dims[at]], "padded")
             dims[at] = step.fresh_frozen([shape[at]], "padded")[0]
             continue
-        around = [step.axes.label(width, step.reason("padding")) for width in (low, high)]
-        pieces = ([around[0]] if low else []) + [dims[at]] + ([around[1]] if high else [])
+        before, after = step.axes.label(low), step.axes.label(high)
+        pieces = ([before] if low else []) + [dims[at]] + ([after] if high else [])
         dims[at] = step.axes.join(pieces)
+        for place, label in ((2 * i, before if low else None), (2 * i + 1, after if high else None)):
+            if label:
+                amounts[place] = Extent((label,))
+                step.record.made.append(label)
+    step.rewrite(**{"pad": amounts} if step["pad"] is not None else {})
     if value == 0:
-        step.same()
+        step.zeros("pieces", step["self"])
     return tuple(dims)
 
 

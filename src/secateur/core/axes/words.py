@@ -218,7 +218,7 @@ def kind_of(met: Counter[str]) -> str:
             return role
     if met["recurrent"]:
         return "recurrent unit"
-    if met["conv"] > met["linear"]:
+    if met["conv"] and met["conv"] >= met["linear"]:
         return "channel"
     if met["residual"] or met["embedding"]:
         return "hidden"
