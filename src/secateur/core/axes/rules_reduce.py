@@ -8,7 +8,7 @@ import torch
 
 from secateur.core.axes.atoms import Label
 from secateur.core.axes.layout import Extent
-from secateur.core.axes.rules import Dims, Step, Unruled, rule
+from secateur.core.axes.rules import Dims, Step, Unruled, label_size, rule
 
 
 def _chosen(step: Step, ndim: int) -> list[int]:
@@ -188,6 +188,25 @@ def pool(step: Step) -> Any:
     """Windows over maps: channels are untouched."""
     name = str(step.node.target).split(".")[1]
     return _spatial(step, int(next(c for c in name if c.isdigit())))
+
+
+@rule("im2col")
+def im2col(step: Step) -> Dims:
+    """Windows of maps become channels: an inner axis of positions."""
+    dims = step.dims("self")
+    lead = len(dims) - 3
+    step.freeze(dims[lead + 1 :], "positions of a map")
+    window = step.shape[lead] // label_size(dims[lead])
+    inner = step.axes.label(window, step.reason("positions of a window"))
+    step.same()
+    return (*dims[:lead], dims[lead] + inner, *step.fresh_frozen(step.shape[lead + 1 :], "windows"))
+
+
+@rule("item _local_scalar_dense")
+def item(step: Step) -> None:
+    """A number is read from a tensor."""
+    for node in step.tensors():
+        step.freeze(step.dims(node), "a value of it is read")
 
 
 @rule("grid_sampler grid_sampler_2d")

@@ -57,7 +57,8 @@ def export(
         raise UsageError(
             f"{type(model).__name__}: torch.export cannot trace the forward with this example: {words}. "
             "Expected no control flow that depends on tensor values, and outputs that are tensors. "
-            "For a transformer pass use_cache=False; otherwise analyse its submodules with analyse_blocks."
+            "For a transformer pass use_cache=False and an attention_mask; "
+            "otherwise analyse its submodules with analyse_blocks."
         ) from error
     module.graph.eliminate_dead_code()  # a tensor made only for its shape ties nothing
     return module
