@@ -79,7 +79,7 @@ def zeros(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("name", FINE)
-@settings(max_examples=6)
+@settings(max_examples=3)
 @given(SPARSITIES, st.integers(0, 9))
 def test_the_count_is_exact(name, amount, seed):
     """Traps 1 and 3: neither one too few nor one too many, at 0 and at 1 too."""
@@ -90,7 +90,7 @@ def test_the_count_is_exact(name, amount, seed):
 
 
 @pytest.mark.parametrize("name", COARSE)
-@settings(max_examples=6)
+@settings(max_examples=3)
 @given(SPARSITIES)
 def test_the_count_of_larger_units_is_exact_within_half_a_unit(name, amount):
     masks, _ = pruned(COARSE[name], amount)
@@ -98,7 +98,7 @@ def test_the_count_of_larger_units_is_exact_within_half_a_unit(name, amount):
 
 
 @pytest.mark.parametrize("name", EVERY)
-@settings(max_examples=6)
+@settings(max_examples=3)
 @given(SPARSITIES, st.booleans())
 def test_masks_say_where_the_zeros_are_and_all_else_keeps_its_bits(name, amount, tied):
     model = network(levels=5) if tied else network()
@@ -116,7 +116,7 @@ def test_masks_say_where_the_zeros_are_and_all_else_keeps_its_bits(name, amount,
 
 
 @pytest.mark.parametrize("name", EVERY)
-@settings(max_examples=6)
+@settings(max_examples=3)
 @given(st.tuples(SPARSITIES, SPARSITIES).map(sorted), st.booleans())
 def test_a_higher_sparsity_prunes_more_of_the_same(name, amounts, tied):
     models = [network(levels=5) if tied else network() for _ in amounts]
@@ -127,7 +127,7 @@ def test_a_higher_sparsity_prunes_more_of_the_same(name, amounts, tied):
 
 
 @pytest.mark.parametrize("name", FINE)
-@settings(max_examples=6)
+@settings(max_examples=3)
 @given(SPARSITIES)
 def test_pruning_again_to_the_same_sparsity_changes_nothing(name, amount):
     masks, model = pruned(FINE[name], amount)
@@ -137,7 +137,7 @@ def test_pruning_again_to_the_same_sparsity_changes_nothing(name, amount):
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
 
 
-@settings(max_examples=15)
+@settings(max_examples=10)
 @given(SPARSITIES)
 def test_magnitude_needs_no_masks_to_find_its_zeros_again(amount):
     for recipe in (magnitude, global_magnitude, replace(magnitude, allocate=per_row)):
@@ -146,7 +146,7 @@ def test_magnitude_needs_no_masks_to_find_its_zeros_again(amount):
 
 
 @pytest.mark.parametrize("name", EVERY)
-@settings(max_examples=6)
+@settings(max_examples=3)
 @given(st.tuples(SPARSITIES, SPARSITIES).map(sorted))
 def test_what_earlier_masks_prune_stays_pruned_and_counts(name, amounts):
     """Trap 7: sparsity is of all weights, not of those that are left; weights that grew back are no exception."""
@@ -188,7 +188,7 @@ def test_rows_that_cannot_be_cut_evenly_still_make_the_total():
     assert masks["weight"].sum(1).tolist() == [4, 4, 4, 3, 3, 3]
 
 
-@settings(max_examples=15)
+@settings(max_examples=10)
 @given(st.integers(0, 8), st.integers(0, 30))
 def test_wanda_keeps_the_best_of_all_subsets_of_a_row_of_eight(count, seed):
     layer, x = nn.Linear(8, 3), torch.randn(5, 8, generator=torch.Generator().manual_seed(seed))
@@ -200,7 +200,7 @@ def test_wanda_keeps_the_best_of_all_subsets_of_a_row_of_eight(count, seed):
         assert tuple(mask.nonzero()[:, 0].tolist()) == best
 
 
-@settings(max_examples=15)
+@settings(max_examples=10)
 @given(st.integers(0, 8), st.integers(0, 30))
 def test_global_magnitude_keeps_the_best_of_all_subsets_of_two_layers(count, seed):
     torch.manual_seed(seed)
@@ -212,7 +212,7 @@ def test_global_magnitude_keeps_the_best_of_all_subsets_of_two_layers(count, see
     assert tuple(kept.tolist()) == best
 
 
-@settings(max_examples=15)
+@settings(max_examples=10)
 @given(st.sampled_from([(2, 4), (1, 4), (4, 8), (3, 3), (1, 2)]), st.integers(0, 30))
 def test_n_of_m_keeps_the_best_of_all_subsets_of_every_group(nm, seed):
     n, m = nm
@@ -230,7 +230,7 @@ def test_n_of_m_takes_its_sparsity_from_the_pattern():
     assert plan(network(), recipe=recipe).keep == 112
 
 
-@settings(max_examples=15)
+@settings(max_examples=10)
 @given(st.floats(0.1, 2), st.integers(0, 9))
 def test_a_threshold_cuts_what_lies_at_or_below_it(tau, seed):
     model = network(seed)
@@ -248,7 +248,7 @@ def test_a_relative_threshold_counts_in_standard_deviations_of_each_layer():
         assert torch.equal(masks[name], weight.abs() > 0.7 * weight.square().mean().sqrt())
 
 
-@settings(max_examples=15)
+@settings(max_examples=10)
 @given(st.floats(1, 100))
 def test_a_percentile_cuts_that_much_of_every_layer(q):
     masks = prune_(network(), recipe=percentile(q))
@@ -256,7 +256,7 @@ def test_a_percentile_cuts_that_much_of_every_layer(q):
     assert all(abs(int((~mask).sum()) - mask.numel() * q / 100) <= 1 for mask in masks.values())
 
 
-@settings(max_examples=15)
+@settings(max_examples=10)
 @given(SPARSITIES)
 def test_undoing_gives_back_every_bit(amount):
     model = network()

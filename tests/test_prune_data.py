@@ -97,14 +97,11 @@ def threads():
 
 
 @pytest.mark.parametrize(
-    "recipe",
-    [global_magnitude, random, ria, replace(wanda, allocate=globally), threshold(0.5, relative=True)],
-    ids=str,
+    "recipe", [ria, replace(wanda, allocate=globally), threshold(0.5, relative=True)], ids=str
 )
 def test_one_thread_and_two_give_the_same_masks(recipe, threads):
-    layer = nn.TransformerEncoderLayer(
-        192, 4, 512, batch_first=True
-    )  # large enough for torch to split the work
+    # large enough for torch to split the work
+    layer = nn.TransformerEncoderLayer(192, 4, 384, batch_first=True)
     data = [torch.randn(4, 48, 192)]
     results = []
     for count in (1, 2):

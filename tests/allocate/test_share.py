@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from secateur.allocate import globally, per_layer, per_row
@@ -33,6 +33,7 @@ def weights(found: dict) -> int:
 
 
 @pytest.mark.parametrize("share", SHARES)
+@settings(max_examples=20)
 @given(layers(cells=1))
 def test_totals_are_exact_and_shares_grow_for_every_target(share, found):
     before = None
@@ -50,6 +51,7 @@ def test_totals_are_exact_and_shares_grow_for_every_target(share, found):
 
 
 @pytest.mark.parametrize("share", SHARES)
+@settings(max_examples=20)
 @given(layers())
 def test_totals_of_larger_units_are_within_half_a_unit_of_the_largest(share, found):
     before = None
@@ -63,6 +65,7 @@ def test_totals_of_larger_units_are_within_half_a_unit_of_the_largest(share, fou
         before = counts
 
 
+@settings(max_examples=20)
 @given(layers(cells=1), st.data())
 def test_layers_have_the_same_sparsity_within_one_weight(found, data):
     whole = weights(found)
@@ -71,6 +74,7 @@ def test_layers_have_the_same_sparsity_within_one_weight(found, data):
         assert abs(int(count) - found[name].units * keep / whole) < 1
 
 
+@settings(max_examples=20)
 @given(layers(cells=1), st.data())
 def test_rows_of_a_layer_have_the_same_count_within_one(found, data):
     for count in per_row(found, data.draw(st.integers(0, weights(found)))).values():
@@ -78,6 +82,7 @@ def test_rows_of_a_layer_have_the_same_count_within_one(found, data):
         assert count.tolist() == sorted(count.tolist(), reverse=True)  # the first rows keep one more
 
 
+@settings(max_examples=20)
 @given(layers(cells=1), st.data())
 def test_a_global_cut_takes_what_a_stable_sort_would(found, data):
     keep = data.draw(st.integers(0, weights(found)))
@@ -90,6 +95,7 @@ def test_a_global_cut_takes_what_a_stable_sort_would(found, data):
         start = end
 
 
+@settings(max_examples=20)
 @given(layers(), st.data())
 def test_units_of_different_sizes_are_taken_by_their_mean_score(found, data):
     counts = globally(found, data.draw(st.integers(0, weights(found))))

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -37,6 +37,7 @@ def owners(pattern, shape: tuple[int, int], units: tuple[int, int]) -> torch.Ten
     return owner
 
 
+@settings(max_examples=25)
 @given(pattern_and_shape(), st.data())
 def test_masks_are_unions_of_units_that_partition_the_weights(drawn, data):
     pattern, shape = drawn
@@ -49,6 +50,7 @@ def test_masks_are_unions_of_units_that_partition_the_weights(drawn, data):
     assert torch.equal(mask, kept.reshape(-1)[owner])
 
 
+@settings(max_examples=25)
 @given(pattern_and_shape())
 def test_spreading_all_is_all_and_none_is_none(drawn):
     pattern, shape = drawn
@@ -57,6 +59,7 @@ def test_spreading_all_is_all_and_none_is_none(drawn):
     assert not bool(pattern.spread(torch.zeros(units, dtype=torch.bool), shape).any())
 
 
+@settings(max_examples=25)
 @given(pattern_and_shape(), st.integers(0, 99))
 def test_a_unit_scores_the_mean_of_the_weights_that_it_holds(drawn, seed):
     pattern, shape = drawn
@@ -67,6 +70,7 @@ def test_a_unit_scores_the_mean_of_the_weights_that_it_holds(drawn, seed):
     torch.testing.assert_close(pooled.reshape(-1), expected)
 
 
+@settings(max_examples=25)
 @given(pattern_and_shape())
 def test_units_of_a_layer_hold_equally_many_weights(drawn):
     pattern, shape = drawn
@@ -93,6 +97,7 @@ def test_blocks_are_outputs_by_inputs():
     assert mask.tolist() == [[True, False], [True, False]]
 
 
+@settings(max_examples=25)
 @given(st.integers(1, 16), st.data())
 def test_nm_fixes_the_sparsity_and_the_counts(m, data):
     from secateur.core.select import Candidates

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -38,6 +38,7 @@ def call(score, weight, statistic):
 
 
 @pytest.mark.parametrize("name", SCORES)
+@settings(max_examples=20)
 @given(layer())
 def test_a_score_is_finite_and_one_number_for_every_weight(name, drawn):
     weight, statistic = drawn
@@ -50,6 +51,7 @@ def test_a_score_is_finite_and_one_number_for_every_weight(name, drawn):
 
 
 @pytest.mark.parametrize("name", SCORES)
+@settings(max_examples=20)
 @given(layer(st.floats(-8, 8, width=32)), st.randoms(use_true_random=False))
 def test_a_score_commutes_with_permuting_columns_and_their_statistics(name, drawn, shuffler):
     weight, statistic = drawn
@@ -62,6 +64,7 @@ def test_a_score_commutes_with_permuting_columns_and_their_statistics(name, draw
 
 
 @pytest.mark.parametrize("name", SCORES)
+@settings(max_examples=20)
 @given(layer(st.floats(-8, 8, width=32)), st.randoms(use_true_random=False))
 def test_a_score_commutes_with_permuting_rows(name, drawn, shuffler):
     weight, statistic = drawn
@@ -71,12 +74,14 @@ def test_a_score_commutes_with_permuting_rows(name, drawn, shuffler):
     torch.testing.assert_close(permuted, call(SCORES[name], weight, statistic)[order], rtol=1e-5, atol=0)
 
 
+@settings(max_examples=20)
 @given(layer())
 def test_magnitude_is_the_absolute_weight(drawn):
     weight, _ = drawn
     assert magnitude(weight).tolist() == [[abs(w) for w in row] for row in weight.tolist()]
 
 
+@settings(max_examples=20)
 @given(st.integers(1, 5), st.integers(1, 5), st.integers(1, 9), st.integers(0, 99))
 def test_wanda_is_equation_1(out, columns, tokens, seed):
     generator = torch.Generator().manual_seed(seed)
@@ -90,6 +95,7 @@ def test_wanda_is_equation_1(out, columns, tokens, seed):
         torch.testing.assert_close(scores, torch.tensor(expected))
 
 
+@settings(max_examples=20)
 @given(layer(st.floats(-8, 8, width=32)), st.sampled_from([0.0, 0.5, 1.0, 2.0]))
 def test_ria_is_equations_2_and_3(drawn, power):
     weight, norm = drawn
