@@ -23,7 +23,7 @@ from secateur.core.axes.atoms import NARROW, Atom, Label, Reason
 from secateur.core.axes.layout import index_map, positions
 from secateur.core.axes.program import masked_module, narrow_module
 from secateur.core.axes.rules import Step, Trace, operator, sizes_of
-from secateur.core.axes.trace import export, label_graph, select_output, tied
+from secateur.core.axes.trace import export, label_graph, tied
 from secateur.core.axes.words import kind_of, name_of, roles
 from secateur.core.axes.zeros import check_zeros
 from secateur.errors import UsageError, nearest
@@ -187,8 +187,7 @@ def analyse(
         >>> [(units.name, units.size) for units in analyse(mlp, (torch.zeros(4, 3),)).units]
         [('feed-forward units of 0,2', 8)]
     """
-    module = export(model, tuple(args), kwargs or {}, dynamic=dynamic)
-    select_output(module, output)
+    module = export(model, tuple(args), kwargs or {}, output=output, dynamic=dynamic)
     trace, holders = label_graph(module, model, fixed=fixed, decouple=decouple)
     parameters = dict.fromkeys(name for name, _ in model.named_parameters(remove_duplicate=False))
     check_zeros(trace, {node for name, node in _holding(module, trace) if name in parameters})

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,7 +19,7 @@ from secateur.core.axes.rules import Trace, sizes_of
 from secateur.core.axes.tables import shared_tables
 from secateur.errors import UsageError
 
-__all__ = ["attribute", "export", "label_graph", "select_output", "tied"]
+__all__ = ["attribute", "evaluating", "export", "label_graph", "tied"]
 
 _ = (rules_contract, rules_index, rules_pointwise, rules_reduce, rules_view)  # importing registers the rules
 
@@ -36,7 +37,12 @@ def evaluating(model: nn.Module):
 
 
 def export(
-    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, dynamic: bool = False
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    *,
+    output: str | Callable[[Any], Any] | None = None,
+    dynamic: bool = False,
 ) -> fx.GraphModule:
     """The model's computation on the example as a graph over ATen operators; no number is computed.
 
@@ -46,18 +52,20 @@ def export(
         UsageError: the model cannot be exported, with the tracer's own words.
     """
     try:
-        with torch.no_grad(), evaluating(model), warnings.catch_warnings():
+        with torch.no_grad(), evaluating(model), returning(model, output), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             shapes = _varying(args, kwargs).dynamic_shapes(model, args, dict(kwargs)) if dynamic else None
             program = torch.export.export(model, args, dict(kwargs), dynamic_shapes=shapes, strict=False)
             module: fx.GraphModule = program.module(check_guards=False)
             _inline(module)
+    except UsageError:
+        raise
     except Exception as error:
         words = str(error).strip().split("\n")[0][:300] or type(error).__name__
         raise UsageError(
             f"{type(model).__name__}: torch.export cannot trace the forward with this example: {words}. "
             "Expected no control flow that depends on tensor values, and outputs that are tensors. "
-            "For a transformer pass use_cache=False and an attention_mask; "
+            'For a transformer pass use_cache=False and an attention_mask, or output="logits"; '
             "otherwise analyse its submodules with analyse_blocks."
         ) from error
     module.graph.eliminate_dead_code()  # a tensor made only for its shape ties nothing
@@ -92,18 +100,8 @@ def _inline(module: fx.GraphModule) -> None:
         module.graph.erase_node(node)
 
 
-def select_output(module: fx.GraphModule, output: str | Callable[[Any], Any] | None) -> None:
-    """Let the graph return only a part of the model's output: a key of it, or what a function picks.
-
-    Raises:
-        UsageError: the output has no such key.
-    """
-    if output is None:
-        return
-    node = module.graph.output_node()
-    info = module.graph._codegen.pytree_info  # type: ignore[attr-defined]
-    flat_nodes: Any = node.args[0]
-    whole = pytree.tree_unflatten(list(flat_nodes), info.out_spec)
+def _pick(whole: Any, output: str | Callable[[Any], Any]) -> Any:
+    """A key or attribute of an output, or what a function picks; tensors only."""
     if isinstance(output, str):
         try:
             picked = whole[output] if isinstance(whole, Mapping) else getattr(whole, output)
@@ -112,12 +110,31 @@ def select_output(module: fx.GraphModule, output: str | Callable[[Any], Any] | N
             raise UsageError(f"output {output!r} is not in the model's output; it has: {known}.") from None
     else:
         picked = output(whole)
-    flat, spec = pytree.tree_flatten(picked)
-    if not flat or not all(isinstance(leaf, fx.Node) for leaf in flat):
+    leaves = pytree.tree_leaves(picked)
+    if not leaves or not all(isinstance(leaf, torch.Tensor) for leaf in leaves):
         raise UsageError(f"output={output!r} picks no tensor of the model's output.")
-    node.args = (tuple(flat),)
-    module.graph._codegen.pytree_info = info._replace(out_spec=spec)  # type: ignore[attr-defined]
-    module.recompile()
+    return picked
+
+
+@contextmanager
+def returning(model: nn.Module, output: str | Callable[[Any], Any] | None) -> Iterator[None]:
+    """The model's forward returns only a part of its output, so that caches and the like are never seen."""
+    own = model.__dict__.get("forward")
+    forward = model.forward
+
+    @functools.wraps(forward)
+    def picking(*args: Any, **kwargs: Any) -> Any:
+        return _pick(forward(*args, **kwargs), output)  # type: ignore[arg-type]
+
+    if output is not None:
+        model.__dict__["forward"] = picking
+    try:
+        yield
+    finally:
+        if output is not None:
+            del model.__dict__["forward"]
+            if own is not None:
+                model.__dict__["forward"] = own
 
 
 def attribute(module: nn.Module, target: str) -> Any:
