@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
+from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import Any
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor, nn
 
 from secateur.core.select import apportion, smallest
@@ -16,11 +19,28 @@ from secateur.core.visit import visit
 from secateur.core.where import Layer
 from secateur.errors import NumericError, UsageError, nearest
 from secateur.recipes import Recipe
+from secateur.recover import Updated
 
-__all__ = ["mend_", "update_statistics"]
+__all__ = ["Choice", "Mended", "mend_", "update_statistics"]
 
 # (layer, part, statistics of that part) -> the recipe's own scores of that part, (out, in)
 Scores = Callable[[Layer, int, Mapping[str, Tensor]], Tensor]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Mended:
+    """What happened to each layer.
+
+    Attributes:
+        masks: parameter name -> mask, True = kept.
+        damping: parameter name -> the multiple of the mean diagonal that was added to the second moment (the
+            largest of its parts).
+    """
+
+    masks: dict[str, Tensor]
+    damping: dict[str, float]
 
 
 def update_statistics(recipe: Recipe) -> tuple[str, ...]:
@@ -44,8 +64,10 @@ def mend_(
     names: Sequence[str],
     data: Iterable[Any],
     scores: Scores,
-) -> dict[str, Tensor]:
+) -> Mended:
     """Prune and update every layer in place, each calibrated on the already pruned stream.
+
+    Rows of which nothing is pruned stay as they are, bit for bit.
 
     Args:
         layers: what is pruned.
@@ -55,32 +77,51 @@ def mend_(
         data: calibration batches.
         scores: the recipe's own score of one part.
 
-    Returns:
-        One mask for each layer, True = kept.
-
     Raises:
-        NumericError: NaN or Inf in what the update returns, naming the layer.
+        NumericError: NaN or Inf in a layer's input or in what the update returns, naming the layer. Layers
+            before it are changed by then; the caller puts them back.
     """
-    kept: dict[str, Tensor] = {}
+    masks: dict[str, Tensor] = {}
+    damping: dict[str, float] = {}
     wanted = update_statistics(recipe)
 
     def at(layer: Layer, known: Mapping[str, Tensor]) -> None:
         matrices = layer.layout.to_matrices(layer.weight.detach())
-        weights, masks = [], []
+        shape = layer.layout.shape[1:]
+        found = []
         for part, own in enumerate(_counts_of_parts(counts[layer.name], layer.layout.shape[0])):
             given = {name: known[name][part] for name in names}
-            choose = _chooser(recipe, own, layer.layout.shape[2], partial(scores, layer, part, given))
-            found = recipe.update(matrices[part].float(), choose, **{name: given[name] for name in wanted})  # type: ignore[misc]
-            _check(layer, *found)
-            weights.append(found[0])
-            masks.append(found[1])
-        kept[layer.name] = layer.layout.from_matrices(torch.stack(masks)).contiguous()
-        new = layer.layout.from_matrices(torch.stack(weights)).masked_fill(~kept[layer.name], 0)
+            choose = Choice(recipe, own, shape, partial(scores, layer, part, given))
+            found.append(_update(layer, recipe, matrices[part], choose, {name: given[name] for name in wanted}))
+        mask = layer.layout.from_matrices(torch.stack([part.mask for part in found])).contiguous()
+        new = layer.layout.from_matrices(torch.stack([part.weight for part in found]))
         with torch.no_grad():
-            layer.weight.copy_(new)
+            layer.weight.copy_(new.masked_fill_(~mask, 0))
+        masks[layer.name], damping[layer.name] = mask, max(part.damping for part in found)
+        log.info("%s: damping %g of the mean diagonal", layer.name, damping[layer.name])
 
     visit(model, layers, names, data, at)
-    return kept
+    return Mended(masks, damping)
+
+
+def _update(
+    layer: Layer, recipe: Recipe, weight: Tensor, choose: Choice, given: Mapping[str, Tensor]
+) -> Updated:
+    """One part, updated and checked: anybody may have written the update."""
+    dense = weight.float()
+    try:
+        new, mask, *rest = recipe.update(dense, choose, **given)  # type: ignore[misc]
+    except NumericError as error:
+        raise NumericError(f"{layer.name}: {error}") from None
+    if mask.shape != weight.shape or new.shape != weight.shape:
+        raise UsageError(
+            f"{layer.name}: update {recipe.update!r} is to return a weight and a mask of shape {tuple(weight.shape)}, "
+            f"got {tuple(new.shape)} and {tuple(mask.shape)}"
+        )
+    new = torch.where(mask.all(1, keepdim=True), dense, new)
+    if not all(bool(end.isfinite()) for end in new.aminmax()):
+        raise NumericError(f"{layer.name}: the weight update gave NaN or Inf; give more calibration data")
+    return Updated(new, mask, *rest)
 
 
 def _counts_of_parts(counts: Tensor, parts: int) -> list[Tensor]:
@@ -91,31 +132,64 @@ def _counts_of_parts(counts: Tensor, parts: int) -> list[Tensor]:
     return list(counts.reshape(parts, -1))
 
 
-def _chooser(
-    recipe: Recipe, counts: Tensor, total: int, own_scores: Callable[[], Tensor]
-) -> Callable[..., Tensor]:
-    """`choose(scores, columns)`: a mask with the recipe's pattern and counts.
+@dataclass(frozen=True)
+class Choice:
+    """`choose(scores, columns)` of an update: a mask with the recipe's pattern and counts.
 
-    Args:
+    Attributes:
+        recipe: its pattern shapes the units.
         counts: kept units of each competition of this part.
-        total: columns of this part.
+        shape: `(out, in)` of this part.
         own_scores: the recipe's scores of this part, for `choose()`.
     """
-    pattern: Any = recipe.pattern
 
-    def choose(scores: Tensor | None = None, columns: slice | None = None) -> Tensor:
-        scores = own_scores() if scores is None else scores
-        pooled = pattern.pool(scores)
-        competing = pooled.reshape(1, -1) if len(counts) == 1 else pooled
-        if recipe.fixed_by_pattern:
-            keep = torch.full((pooled.shape[0],), int(counts[0]))
-            competing = pooled
+    recipe: Recipe
+    counts: Tensor
+    shape: tuple[int, int]
+    own_scores: Callable[[], Tensor]
+
+    @cached_property
+    def together(self) -> int:
+        """The fewest columns that hold whole units: m of N:M, the width of blocks, all columns of a row."""
+        columns = self.shape[1]
+        units = self._units(columns)
+        for width in range(1, columns // 2 + 1):
+            if columns % width == 0 and self._units(width) * (columns // width) == units:
+                return width
+        return columns
+
+    def _units(self, columns: int) -> int:
+        try:
+            return self.recipe.pattern.pool(torch.empty(self.shape[0], columns, device="meta")).numel()
+        except UsageError:
+            return -1  # so few columns cannot be cut
+
+    @property
+    def swaps(self) -> int | None:
+        """Columns within which weights of a row may trade places; None where units are not single weights."""
+        if self._units(self.shape[1]) != self.shape[0] * self.shape[1]:
+            return None
+        return self.together if self.recipe.fixed_by_pattern else self.shape[1]
+
+    def width(self, block: int) -> int:
+        """How many columns to choose at a time; as late as possible where every group competes for itself."""
+        if self.recipe.fixed_by_pattern:
+            return self.together
+        return min(self.shape[1], max(1, block // self.together) * self.together)
+
+    def __call__(self, scores: Tensor | None = None, columns: slice | None = None) -> Bool[Tensor, "out in"]:
+        """The mask that keeps the highest scores; the recipe's own score without any; of some columns only."""
+        scores = self.own_scores() if scores is None else scores.float()
+        if not all(bool(end.isfinite()) for end in scores.aminmax()):
+            raise NumericError("NaN or Inf among the scores of the weight update; give more calibration data")
+        pooled = self.recipe.pattern.pool(scores)
+        if self.recipe.fixed_by_pattern:
+            competing, keep = pooled, self.counts[:1].expand(pooled.shape[0])
         else:
-            keep = _share(counts, competing.shape[1], columns or slice(0, total), total)
-        kept = smallest(competing, competing.shape[1] - keep).logical_not().reshape(pooled.shape)
-        return pattern.spread(kept, (scores.shape[0], scores.shape[1]))
-
-    return choose
+            competing = pooled.reshape(1, -1) if len(self.counts) == 1 else pooled
+            keep = _share(self.counts, competing.shape[1], columns or slice(0, self.shape[1]), self.shape[1])
+        kept = smallest(competing, competing.shape[1] - keep).logical_not_().reshape(pooled.shape)
+        return self.recipe.pattern.spread(kept, (scores.shape[0], scores.shape[1]))
 
 
 def _share(counts: Tensor, units: int, columns: slice, total: int) -> Tensor:
@@ -123,8 +197,3 @@ def _share(counts: Tensor, units: int, columns: slice, total: int) -> Tensor:
     whole = units * total // (columns.stop - columns.start)
     before = whole * columns.start // total
     return (2 * counts * (before + units) + whole) // (2 * whole) - (2 * counts * before + whole) // (2 * whole)
-
-
-def _check(layer: Layer, weight: Tensor, mask: Tensor) -> None:
-    if not bool(weight.isfinite().all()):
-        raise NumericError(f"{layer.name}: the weight update gave NaN or Inf; give more calibration data")

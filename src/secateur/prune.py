@@ -187,7 +187,7 @@ def _mended(
         return _score(todo, layer, matrix, given)
 
     try:
-        kept = mend_(model, todo.layers, todo.recipe, counts, names, data, scores)
+        kept = mend_(model, todo.layers, todo.recipe, counts, names, data, scores).masks
     except BaseException:
         with torch.no_grad():
             for name, layer in layers.items():

@@ -7,8 +7,9 @@ calibrates every layer on what will really reach it, with no knowledge of blocks
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import partial
 from typing import Any
 
@@ -16,12 +17,19 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from secateur.core.shrinkage import lean_on_the_layer
 from secateur.core.statistics import LayerLike, Padding, Sums, evaluating, forward, observe
 from secateur.errors import UsageError
 
 __all__ = ["merge", "visit"]
 
 At = Callable[[Any, Mapping[str, Float[Tensor, "part ..."]]], None]
+
+TOKENS = 16384  # counted in one go: a copy in float32 of so many inputs is made
+
+# a batch's token ids -> the mask that says which of them are real
+MASK_OF = {"input_ids": "attention_mask", "decoder_input_ids": "decoder_attention_mask"}
+MASKS = {*MASK_OF.values(), "src_key_padding_mask"}
 
 
 def visit(
@@ -32,79 +40,150 @@ def visit(
     Args:
         layers: layers to visit, each once, in the order in which the model uses them.
         names: statistics wanted, keys of `STATISTICS`. Layers that share their input (q, k and v) share one
-            computation.
+            computation; experts that meet few tokens lean on the layer's mean.
         data: batches, joined into one; see `merge`.
         at: may change the layer's weight in place.
 
     Raises:
         UsageError: no data, batches that cannot be joined, a layer that the data never reach.
+        NumericError: NaN or Inf in a layer's input.
 
-    Cost: one forward pass; memory for the activations of all calibration data between two layers.
+    Cost: one forward pass, which ends at the last layer; memory for the activations of all calibration data
+        between two layers, and for the statistics of one layer.
     """
-    batch = merge(list(data))
-    reached: set[str] = set()
-    last: dict[int, tuple[Tensor, Mapping[str, Tensor]]] = {}  # the newest input and its statistics
+    batch = merge(data)
+    left = {layer.name for layer in layers}
+    newest = _Met(None, {})
 
     def see(layer: LayerLike, inputs: Tensor, rows: Callable[[], list[Tensor]]) -> None:
-        if layer.name in reached:
+        nonlocal newest
+        if layer.name not in left:
             return
-        reached.add(layer.name)
-        shared = layer.layout.shape[0] == 1 and inputs.dim() <= 3
-        if not shared or id(inputs) not in last:
-            sums = Sums(names, layer)
-            sums.add(rows())
-            last.clear()
-            last[id(inputs)] = (inputs, sums.values())
-        at(layer, last[id(inputs)][1])
-        if not shared:
-            last.clear()
+        left.remove(layer.name)
+        if not newest.again(layer, inputs):
+            newest = _Met(None, {})  # let go of the old before the new is made
+            newest = _Met(inputs if _shareable(layer) else None, _statistics(names, layer, rows()))
+        at(layer, newest.statistics)
+        if not left:
+            raise _AllVisitedError
 
     with ExitStack() as stack:
+        stack.enter_context(suppress(_AllVisitedError))
         stack.enter_context(evaluating(model))
         padding = Padding(model, stack)
         padding.look_at(batch)
         for layer in layers:
             observe(layer, padding, partial(see, layer), stack)
-        forward(model, batch)
+        if left:
+            forward(model, batch)
     for layer in layers:
-        if layer.name not in reached:
+        if layer.name in left:
             raise UsageError(
                 f"{layer.name}: no calibration token reached this layer. Skip it with "
                 f'skip="{layer.name}", or give data that use it'
             )
 
 
-def merge(batches: list[Any]) -> Any:
-    """Join batches along their first dimension; token rows of different lengths are padded at the right.
+class _AllVisitedError(Exception):
+    """Ends the forward pass once nothing is left to visit."""
 
-    A mapping with `input_ids` gets an `attention_mask` that marks the padding; other tensors must agree in all
-    dimensions but the first.
+
+class _Met:
+    """The newest input and what was found of it; the input itself is not kept alive."""
+
+    def __init__(self, inputs: Tensor | None, statistics: Mapping[str, Tensor]):
+        self.inputs = None if inputs is None else weakref.ref(inputs)
+        self.version = None if inputs is None else _version(inputs)
+        self.statistics = statistics
+
+    def again(self, layer: LayerLike, inputs: Tensor) -> bool:
+        """Whether this layer reads the very tensor of before, unchanged."""
+        same = self.inputs is not None and self.inputs() is inputs and self.version == _version(inputs)
+        return same and _shareable(layer)
+
+
+def _version(inputs: Tensor) -> int:
+    """How often a tensor was changed in place."""
+    return 0 if inputs.is_inference() else inputs._version
+
+
+def _shareable(layer: LayerLike) -> bool:
+    """A convolution's statistics depend on its kernel, those of experts on the router."""
+    return layer.layout.shape[0] == 1 and not isinstance(layer.module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+
+
+def _statistics(names: Sequence[str], layer: LayerLike, rows: list[Tensor]) -> Mapping[str, Tensor]:
+    sums = Sums(names, layer)
+    for start in range(0, max(len(part) for part in rows), TOKENS):
+        sums.add([part[start : start + TOKENS] for part in rows])
+    lean_on_the_layer(sums)
+    return sums.values()
+
+
+def merge(data: Iterable[Any]) -> Any:
+    """Join batches along their first dimension; shorter rows of tokens are padded at the right.
+
+    Rows of different lengths need to say which tokens are real: a mapping with `input_ids` gets an `attention_mask`,
+    and whatever has the mask's shape (token ids, embeddings) is padded with it. All other tensors must agree
+    in all dimensions but the first. Labels are left out.
+
+    Raises:
+        UsageError: no batch, one batch instead of several, batches that differ in their keys or shapes.
 
     Example:
         >>> joined = merge([{"input_ids": torch.tensor([[1, 2]])}, {"input_ids": torch.tensor([[3]])}])
         >>> joined["input_ids"].tolist(), joined["attention_mask"].tolist()
         ([[1, 2], [3, 0]], [[1, 1], [1, 0]])
     """
+    if isinstance(data, Mapping):
+        raise UsageError("data is one batch; expected an iterable of batches, such as [batch]")
+    batches = list(data)
     if not batches:
         raise UsageError("data holds no batch; calibration needs at least one")
-    first = batches[0]
-    if isinstance(first, Mapping):
-        marked = [dict(b) for b in batches]
-        for ids, mask in (("input_ids", "attention_mask"), ("decoder_input_ids", "decoder_attention_mask")):
-            if ids in first:
-                marked = [{mask: torch.ones_like(b[ids]), **b} for b in marked]
-        keys = [key for key in marked[0] if key != "labels"]
-        return {key: _join([b[key] for b in marked], key) for key in keys}
-    return _join([b[0] if isinstance(b, tuple | list) else b for b in batches], "inputs")
+    if len({isinstance(batch, Mapping) for batch in batches}) > 1:
+        raise UsageError("some calibration batches are mappings and some are not; give them one form")
+    if not isinstance(batches[0], Mapping):
+        return _join([b[0] if isinstance(b, tuple | list) else b for b in batches], "inputs")
+    marked = [_marked(batch) for batch in batches]
+    if len({frozenset(batch) for batch in marked}) > 1:
+        keys = sorted({tuple(sorted(batch)) for batch in marked})
+        raise UsageError(f"calibration batches differ in what they hold: {keys}; give them the same keys")
+    lengths = {key: max(batch[key].shape[1] for batch in marked) for key in MASKS & {*marked[0]}}
+    padded = [_padded(batch, lengths) for batch in marked]
+    return {key: _join([batch[key] for batch in padded], key) for key in marked[0]}
 
 
-def _join(tensors: list[Tensor], key: str) -> Any:
-    if not all(isinstance(tensor, Tensor) for tensor in tensors):
-        return tensors[0]
-    if len({tensor.shape[1:] for tensor in tensors}) == 1:
-        return torch.cat(tensors)
-    if all(tensor.dim() == 2 and not tensor.is_floating_point() for tensor in tensors):
-        longest = max(tensor.shape[1] for tensor in tensors)
-        return torch.cat([nn.functional.pad(tensor, (0, longest - tensor.shape[1])) for tensor in tensors])
-    shapes = sorted({tuple(tensor.shape[1:]) for tensor in tensors})
-    raise UsageError(f"calibration batches differ in shape, {key}: {shapes}; give them one size")
+def _marked(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """A batch with the masks of its token ids, and without labels."""
+    found = {key: value for key, value in batch.items() if key != "labels"}
+    for ids, mask in MASK_OF.items():
+        if ids in found and found.get(mask) is None:
+            found[mask] = torch.ones_like(found[ids])
+    return found
+
+
+def _padded(batch: dict[str, Any], lengths: Mapping[str, int]) -> dict[str, Any]:
+    """Every tensor that starts with the shape of a mask, padded to the length of the longest batch."""
+    found = dict(batch)
+    for mask, length in lengths.items():
+        shape = batch[mask].shape[:2]
+        missing = length - shape[1]
+        for key, value in batch.items():
+            if missing and isinstance(value, Tensor) and value.shape[:2] == shape:
+                filler = value.new_full((shape[0], missing, *value.shape[2:]), key == "src_key_padding_mask")
+                found[key] = torch.cat([value, filler], dim=1)
+    return found
+
+
+def _join(values: list[Any], key: str) -> Any:
+    if not all(isinstance(value, Tensor) for value in values):
+        if any(isinstance(value, Tensor) for value in values) or any(value != values[0] for value in values):
+            raise UsageError(f"calibration batches differ in {key!r}, which is no tensor; give them one value")
+        return values[0]
+    shapes = sorted({tuple(value.shape[1:]) for value in values})
+    if len(shapes) > 1:
+        raise UsageError(
+            f"calibration batches differ in shape, {key}: {shapes}; give them one size, or rows of tokens with an "
+            "attention_mask"
+        )
+    return values[0] if len(values) == 1 else torch.cat(values)

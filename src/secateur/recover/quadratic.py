@@ -28,21 +28,28 @@ class LayerProblem:
 
     Attributes:
         moment: damped, normalised second moment, symmetric positive definite, diagonal `1 + damping`.
+        factor: upper triangular `R` with `moment = R R^T`.
         target: normalised dense weights.
         norm: `n_j`; 1 for a dead column.
-        dead: inputs that are zero for every token; their weights play no part.
+        dead: inputs that are zero for every token. Nothing is known about their weights: those are worth nothing
+            to a score, and those that are kept all the same stay as they are.
         damping: the multiple of the mean diagonal that was added.
     """
 
     moment: Float[Tensor, "in in"]
+    factor: Float[Tensor, "in in"]
     target: Float[Tensor, "out in"]
     norm: Float[Tensor, " in"]
     dead: Bool[Tensor, " in"]
     damping: float
 
+    def worth(self, normalised: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
+        """The magnitude of normalised weights, zero in dead columns: what supports are searched by."""
+        return normalised.abs().masked_fill_(self.dead, 0)
+
     def weights(self, normalised: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
-        """Back from normalised columns; a dead column keeps nothing."""
-        return (normalised / self.norm).masked_fill(self.dead, 0)
+        """Back from normalised columns."""
+        return normalised / self.norm
 
 
 @contextmanager
@@ -56,40 +63,61 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def pose(weight: Float[Tensor, "out in"], second_moment: Float[Tensor, "in in"]) -> LayerProblem:
+def pose(
+    weight: Float[Tensor, "out in"], second_moment: Float[Tensor, "in in"], *, normalise: bool = True
+) -> LayerProblem:
     """Normalise and damp a layer problem.
 
     Damping starts at 0.01 of the mean diagonal and grows tenfold until a Cholesky factorisation succeeds; it is
     never replaced by the identity.
 
+    Args:
+        weight: dense weights.
+        second_moment: `X^T X`.
+        normalise: False leaves the columns as they are (the mean diagonal is then the raw one).
+
     Raises:
         NumericError: NaN or Inf in the moment, or no factorisation up to a damping of 1.
 
-    Cost: O(in^3).
+    Cost: one factorisation, O(in^3); three `(in, in)` matrices of memory.
     """
-    if not bool(second_moment.isfinite().all()):
-        raise NumericError("NaN or Inf in the second moment of the inputs; look at the calibration data")
+    if not all(bool(end.isfinite()) for end in second_moment.aminmax()):
+        raise NumericError("NaN or Inf in the second moment of its inputs; look at the calibration data")
     diagonal = second_moment.diagonal()
     dead = diagonal <= 0
-    norm = diagonal.sqrt().masked_fill(dead, 1)
-    moment = second_moment / norm / norm[:, None]
-    moment.diagonal().masked_fill_(dead, 1)
+    norm = diagonal.sqrt().masked_fill(dead, 1) if normalise else torch.ones_like(diagonal)
+    moment = second_moment / norm
+    moment.div_(norm[:, None])
+    own = moment.diagonal().masked_fill(dead, 1)
+    scale = float(own.mean())
     for damping in DAMPING:
-        damped = moment.clone()
-        damped.diagonal().add_(damping)
-        with one_thread():
-            if int(torch.linalg.cholesky_ex(damped).info) == 0:
-                return LayerProblem(damped, weight * norm, norm, dead, damping)
+        moment.diagonal().copy_(own + damping * scale)
+        factor = _factorise(moment)
+        if factor is not None:
+            return LayerProblem(moment, factor, weight * norm, norm, dead, damping)
     raise NumericError(
         f"the second moment of {weight.shape[1]} inputs cannot be factorised with damping up to {DAMPING[-1]:g} of its "
         "mean diagonal; give more calibration data, or prune this layer without a weight update"
     )
 
 
+def _factorise(moment: Float[Tensor, "in in"]) -> Float[Tensor, "in in"] | None:
+    """Upper triangular `R` with `moment = R R^T`: a Cholesky factorisation from the last column to the first."""
+    with one_thread():
+        lower, failed = torch.linalg.cholesky_ex(moment.flip(0, 1))
+    return None if int(failed) else lower.flip(0, 1)
+
+
 def loss(
     weight: Float[Tensor, "out in"], dense: Float[Tensor, "out in"], second_moment: Float[Tensor, "in in"]
 ) -> float:
-    """`tr((W - W') G (W - W')^T)`: the summed squared error of the layer's outputs on the calibration tokens."""
+    """`tr((W - W') G (W - W')^T)`: the summed squared error of the layer's outputs on the calibration tokens.
+
+    Example:
+        >>> inputs = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+        >>> loss(torch.tensor([[1.0, 0.0]]), torch.tensor([[1.0, 1.0]]), inputs.t() @ inputs)
+        20.0
+    """
     error = (weight - dense).double()
     return float(((error @ second_moment.double()) * error).sum())
 
@@ -105,26 +133,28 @@ def refit(problem: LayerProblem, mask: Bool[Tensor, "out in"], steps: int) -> Fl
         steps: conjugate-gradient steps, started at the masked dense weights.
 
     Returns:
-        Normalised weights, exactly zero outside the mask; the (damped) loss never rises from step to step.
+        Normalised weights, exactly zero outside the mask. The damped loss never rises from step to step, and the
+        loss without damping never exceeds that of the masked dense weights: of all weights on the mask those
+        are nearest to the dense ones, so damping favours them.
 
-    Cost: `steps` products `(out, in) x (in, in)`.
+    Cost: `steps + 1` products `(out, in) x (in, in)`.
 
     Source: Meng et al. 2024 (ALPS), algorithm 2, with a diagonal that is constant after normalisation, so no
         preconditioner is needed.
     """
     keep = mask.to(problem.target.dtype)
     solution = problem.target * keep
-    residual = ((problem.target - solution) @ problem.moment) * keep
+    residual = ((problem.target - solution) @ problem.moment).mul_(keep)
     direction = residual.clone()
     square = residual.square().sum(1)
     tiny = torch.finfo(square.dtype).tiny
     for _ in range(steps):
-        image = (direction @ problem.moment) * keep
+        image = (direction @ problem.moment).mul_(keep)
         # a row that is solved has no direction left; it stays where it is
-        step = square / (direction * image).sum(1).clamp(min=tiny)
-        solution += step[:, None] * direction
-        residual -= step[:, None] * image
+        step = square / (direction * image).sum(1).clamp_(min=tiny)
+        solution.addcmul_(direction, step[:, None])
+        residual.addcmul_(image, step[:, None], value=-1)
         new_square = residual.square().sum(1)
-        direction = residual + (new_square / square.clamp(min=tiny))[:, None] * direction
+        direction = direction.mul_((new_square / square.clamp(min=tiny))[:, None]).add_(residual)
         square = new_square
     return solution

@@ -1,14 +1,13 @@
 """Weight updates: what the kept weights become, so that they make up for the pruned ones.
 
-An update is `(weight "out in", choose, second_moment "in in") -> (weight, mask)`. `choose(scores)` turns scores
-into a mask with the pattern and the counts of the recipe; `choose()` uses the recipe's own score;
-`choose(scores, columns)` chooses among a slice of columns.
+An update is `(weight "out in", choose, <statistics by parameter name>) -> Updated`, for one matrix. `choose` is the
+mask's side of the bargain: it turns scores into a mask with the pattern and the counts of the recipe.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 import torch
 from jaxtyping import Bool, Float
@@ -16,10 +15,35 @@ from torch import Tensor
 
 from secateur.recover.quadratic import LayerProblem, one_thread, pose, refit
 
-__all__ = ["ADMM", "ALPS", "LeastSquares", "SparseGPT"]
+__all__ = ["ADMM", "ALPS", "Choose", "LeastSquares", "SparseGPT", "Updated"]
 
-Choose = Callable[..., Tensor]
-Updated = tuple[Float[Tensor, "out in"], Bool[Tensor, "out in"]]
+
+class Choose(Protocol):
+    """Turns scores into a mask with the recipe's pattern and counts."""
+
+    @property
+    def swaps(self) -> int | None:
+        """Columns within which the weights of a row may trade places; None where units are not single weights."""
+
+    def width(self, block: int) -> int:
+        """How many columns to choose at a time, when about `block` are wanted."""
+
+    def __call__(self, scores: Tensor | None = None, columns: slice | None = None) -> Bool[Tensor, "out in"]:
+        """The mask that keeps the highest scores; the recipe's own score without any; of some columns only."""
+
+
+class Updated(NamedTuple):
+    """What an update returns.
+
+    Attributes:
+        weight: the new weights, zero where the mask is False.
+        mask: True = kept.
+        damping: the multiple of the mean diagonal that was added to the second moment.
+    """
+
+    weight: Float[Tensor, "out in"]
+    mask: Bool[Tensor, "out in"]
+    damping: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -28,6 +52,8 @@ class LeastSquares:
 
     Args:
         steps: conjugate-gradient steps; 10 gets most of the gain.
+
+    Cost: one factorisation, O(in^3), to find the damping, then `steps` products `(out, in) x (in, in)`.
 
     Source: the refinement of Meng et al. 2024 (ALPS), applied to the mask of any score.
     """
@@ -40,24 +66,27 @@ class LeastSquares:
         """Choose by the recipe's score, then fit."""
         problem = pose(weight, second_moment)
         mask = choose()
-        return problem.weights(refit(problem, mask, self.steps)), mask
+        return Updated(problem.weights(refit(problem, mask, self.steps)), mask, problem.damping)
 
 
 @dataclass(frozen=True)
 class SparseGPT:
-    """Optimal brain surgery, column by column: each pruned weight's error is spread over the columns after it.
+    """Optimal brain surgery, column by column: the columns after it make up for each pruned weight.
 
-    For every block of columns the weights with the lowest `w^2 / U_jj^2` are chosen, `U` the upper Cholesky factor
-    of the inverse moment; then, left to right, `e = w_j (1 - m_j) / U_jj` and `w_k -= e U_jk` for k >= j.
+    With `G = R R^T`, `R` upper triangular, and `d_k` what column k has lost in all, column j becomes
+    `w_j + sum_{k<j} d_k R_kj / R_jj`; in every block the weights with the lowest `(w_j R_jj)^2` are pruned.
 
     Args:
-        block: columns chosen at a time, and after which the rest is updated.
+        block: columns chosen at a time; N:M chooses one group at a time.
+        normalise: False for the authors' damping, 0.01 of the raw mean diagonal.
 
-    Cost: O(in^3 + out in^2).
+    Cost: one factorisation, O(in^3), then `out in^2` multiply-adds, nearly all of them in matrix products.
 
-    Source: Frantar and Alistarh 2023, algorithm 1. Deviations: columns are normalised before damping, so the
-        damping has no scale (set `normalise=False` for the authors' arithmetic: 0.01 of the mean diagonal);
-        counts are exact over the layer.
+    Source: Frantar and Alistarh 2023, algorithm 1, where `U = R^-1` is the upper Cholesky factor of `G^-1`: the
+        errors `e_j = d_j / U_jj` spread by rows of U are the same numbers, without an inverse. Deviations:
+        columns are normalised before damping; counts are exact (the authors' `<=` against the element at
+        index `int(n S)` prunes one weight too many in every block, and all ties); a dead column's weights are
+        pruned first, but not zeroed where they are kept.
     """
 
     block: int = 128
@@ -67,44 +96,64 @@ class SparseGPT:
         self, weight: Float[Tensor, "out in"], choose: Choose, second_moment: Float[Tensor, "in in"]
     ) -> Updated:
         """One sweep over the columns."""
-        problem = pose(weight, second_moment) if self.normalise else _as_published(weight, second_moment)
-        with one_thread():
-            inverse = torch.cholesky_inverse(torch.linalg.cholesky(problem.moment))
-            factor = torch.linalg.cholesky(inverse, upper=True)
-        current = problem.target.masked_fill(problem.dead, 0).t().contiguous()  # a column of W is a row here
-        scale = factor.diagonal()
-        masks = []
-        for start in range(0, current.shape[0], self.block):
-            columns = slice(start, min(start + self.block, current.shape[0]))
-            scores = (current[columns] / scale[columns, None]).square().t()
-            mask = choose(scores, columns)
-            errors = self._sweep(current[columns], mask.t(), factor[columns, columns])
-            current[columns.stop :] -= factor[columns, columns.stop :].t() @ errors
-            masks.append(mask)
-        mask = torch.cat(masks, dim=1)
-        return problem.weights(current.t() * mask), mask
-
-    @staticmethod
-    def _sweep(
-        rows: Float[Tensor, "column out"],
-        keep: Bool[Tensor, "column out"],
-        factor: Float[Tensor, "column column"],
-    ) -> Float[Tensor, "column out"]:
-        """Eliminate the pruned weights of one block in place; the errors to spread over later columns."""
-        errors = torch.zeros_like(rows)
-        for j in range(rows.shape[0]):
-            errors[j] = (rows[j] / factor[j, j]).masked_fill(keep[j], 0)
-            rows[j:].addr_(factor[j, j:], errors[j], alpha=-1)
-        return errors
+        problem = pose(weight, second_moment, normalise=self.normalise)
+        sweep = _Sweep(problem, choose, choose.width(self.block))
+        sweep.run(0, weight.shape[1])
+        mask = sweep.keep.bool().t()
+        return Updated(problem.weights(sweep.current.t() * mask), mask, problem.damping)
 
 
-def _as_published(weight: Tensor, second_moment: Tensor) -> LayerProblem:
-    """The authors' damping, 0.01 of the mean diagonal of the raw moment."""
-    moment = second_moment.clone()
-    dead = moment.diagonal() == 0
-    moment.diagonal().masked_fill_(dead, 1)
-    moment.diagonal().add_(0.01 * float(moment.diagonal().mean()))
-    return LayerProblem(moment, weight, torch.ones_like(moment.diagonal()), dead, 0.01)
+class _Sweep:
+    """The columns of one matrix, eliminated left to right; a column of W is a row here, so that it is contiguous.
+
+    The columns are halved until few are left: the first half, then its effect on the second half in one matrix
+    product, then the second half.
+    """
+
+    LEAF = 16  # columns that are eliminated one by one
+
+    def __init__(self, problem: LayerProblem, choose: Choose, width: int):
+        self.choose, self.width = choose, width
+        self.target = problem.target.t().contiguous()
+        self.current = self.target.clone()
+        self.lost = torch.zeros_like(self.target)
+        self.keep = torch.empty_like(self.target)
+        self.scale = problem.factor.diagonal().masked_fill(problem.dead, 0)[:, None]
+        self.spread = problem.factor / problem.factor.diagonal()
+
+    def run(self, start: int, stop: int) -> None:
+        """Choose and eliminate columns `start` to `stop`."""
+        if stop - start <= self.width:
+            self.keep[start:stop] = self.choose(self._scores(start, stop), slice(start, stop)).t()
+            self._eliminate(start, stop)
+            return
+        chosen = -(-(stop - start) // self.width)
+        middle = start + (chosen // 2) * self.width
+        self.run(start, middle)
+        self._pass_on(start, middle, stop)
+        self.run(middle, stop)
+
+    def _scores(self, start: int, stop: int) -> Float[Tensor, "out column"]:
+        """`(w_j R_jj)^2` with the weights that these columns would have if all of them were kept."""
+        among = self.spread[start:stop, start:stop].t()
+        moved = self.current[start:stop] - self.target[start:stop]
+        moved = torch.linalg.solve_triangular(among, moved, upper=False, unitriangular=True)
+        return moved.add_(self.target[start:stop]).mul_(self.scale[start:stop]).square_().t()
+
+    def _eliminate(self, start: int, stop: int) -> None:
+        if stop - start > self.LEAF:
+            middle = start + (stop - start) // 2
+            self._eliminate(start, middle)
+            self._pass_on(start, middle, stop)
+            self._eliminate(middle, stop)
+            return
+        for j in range(start, stop):
+            torch.addcmul(self.target[j], self.current[j], self.keep[j], value=-1, out=self.lost[j])
+            self.current[j + 1 : stop].addr_(self.spread[j, j + 1 : stop], self.lost[j])
+
+    def _pass_on(self, start: int, middle: int, stop: int) -> None:
+        """What columns `start` to `middle` have lost changes those from `middle` to `stop`."""
+        self.current[middle:stop].addmm_(self.spread[start:middle, middle:stop].t(), self.lost[start:middle])
 
 
 @dataclass(frozen=True)
@@ -112,7 +161,7 @@ class ADMM:
     """Alternating directions: dense least squares pulled towards the best sparse weights near them.
 
     Args:
-        iterations: in all; the sparsity rises to its target by a cubic schedule in the first three quarters.
+        iterations: in all.
         rho: weight of the pull; near 1 in normalised columns.
         refit_steps: conjugate-gradient steps on the final mask.
 
@@ -137,13 +186,14 @@ class ADMM:
         with one_thread():
             inverse = torch.cholesky_inverse(torch.linalg.cholesky(shifted))
         fixed = problem.target @ problem.moment
+        mask = choose(problem.worth(problem.target))
         dense, dual = problem.target, torch.zeros_like(problem.target)
         for _ in range(self.iterations):
-            mask = choose((dense + dual).abs())
+            mask = choose(problem.worth(dense + dual))
             sparse = (dense + dual) * mask
             dual = dual + dense - sparse
             dense = (fixed + self.rho * (sparse - dual)) @ inverse
-        return problem.weights(refit(problem, mask, self.refit_steps)), mask
+        return Updated(problem.weights(refit(problem, mask, self.refit_steps)), mask, problem.damping)
 
 
 @dataclass(frozen=True)
@@ -175,9 +225,8 @@ class ALPS:
         problem = pose(weight, second_moment)
         with one_thread():
             values, vectors = torch.linalg.eigh(problem.moment.double())
-        values, vectors = values.to(weight.dtype), vectors.to(weight.dtype)
-        mask = self._search(problem, choose, values, vectors)
-        return problem.weights(refit(problem, mask, self.refit_steps)), mask
+        mask = self._search(problem, choose, values.to(weight.dtype), vectors.to(weight.dtype))
+        return Updated(problem.weights(refit(problem, mask, self.refit_steps)), mask, problem.damping)
 
     def _search(
         self,
@@ -189,18 +238,19 @@ class ALPS:
         fixed = problem.target @ problem.moment
         rho, growing = self.rho, False
         sparse, dual = problem.target, torch.zeros_like(problem.target)
-        before = choose(sparse.abs())
+        mask = before = choose(problem.worth(sparse))
         for iteration in range(1, self.iterations + 1):
             spectral = (fixed - dual + rho * sparse) @ vectors
             dense = (spectral / (values + rho)) @ vectors.t()
-            mask = choose((dense + dual / rho).abs())
-            sparse = (dense + dual / rho) * mask
+            pulled = dense + dual / rho
+            mask = choose(problem.worth(pulled))
+            sparse = pulled * mask
             dual = dual + rho * (dense - sparse)
             if iteration % 3:
                 continue
             change = int((mask != before).sum()) / 2 / max(1, int(mask.sum()))
             before = mask
-            if change == 0 and growing:
+            if (change == 0 and growing) or (iteration > 30 and change < 0.0003):
                 break
             if change <= 0.005 and not growing and iteration <= 30:
                 rho /= 5  # the pull decided at once: start more freely
@@ -208,6 +258,4 @@ class ALPS:
             growing = growing or change > 0.005
             if change > 0:
                 rho *= 1.3 if change > 0.1 else 1.2 if change > 0.005 else 1.1
-            if iteration > 30 and change < 0.0003:
-                break
         return mask
