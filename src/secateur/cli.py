@@ -67,9 +67,7 @@ def prune(
     out: Annotated[Path | None, typer.Option("--out", help="folder to write")] = None,
     method: Annotated[
         str,
-        typer.Option(
-            help="magnitude, global-magnitude, wanda, wanda-l1, ria, activation, random, threshold, percentile"
-        ),
+        typer.Option(help="magnitude, wanda, sparsegpt, alps, ... (see docs/methods.md)"),
     ] = "magnitude",
     sparsity: Annotated[
         float | None, typer.Option(help="zeros to reach, as a fraction of the chosen weights")

@@ -16,7 +16,7 @@ from secateur.evaluate.corpus import positions
 from secateur.measure import Tell, Yardstick, answers, measure, running_on, same_answers, weight_files
 from secateur.model import Loaded
 from secateur.request import spec_name
-from secateur.sources import example_of, first_input, writes_text
+from secateur.sources import example_of, input_of, writes_text
 
 __all__ = ["Wanted", "judge", "lead", "summarize"]
 
@@ -76,6 +76,9 @@ def judge(loaded: Loaded, dense: Loaded | None, wanted: Wanted, tell: Tell) -> l
         raise UsageError(
             "--reference compares predictions: on text, which this model does not write, or on --labelled"
         )
+    if dense is not None and reads and not writes_text(dense.model):
+        raise UsageError("--reference is no causal language model, so predictions of text cannot be compared")
+    pairs = _pairs(loaded, wanted) if wanted.summaries else None
     found: list[Measurement] = []
     example = loaded.example
     if reads:
@@ -85,8 +88,8 @@ def judge(loaded: Loaded, dense: Loaded | None, wanted: Wanted, tell: Tell) -> l
         found += _against(loaded, dense, ids, wanted, tell) if dense is not None else []
         example = example_of(loaded.model, ids)
     labelled = data.read_batches(wanted.labelled, seed=wanted.seed) if wanted.labelled else None
-    if example is None:
-        example = first_input(labelled)
+    if example is None and labelled:
+        example = input_of(labelled[0])
     if example is None and loaded.tokenizer is not None:
         example = example_of(loaded.model, data.stream(["one two three"], loaded.tokenizer))
     named = spec_name(wanted.labelled) if wanted.labelled else ""
@@ -98,8 +101,8 @@ def judge(loaded: Loaded, dense: Loaded | None, wanted: Wanted, tell: Tell) -> l
     found += weight_files(loaded.folder) if loaded.folder is not None else []
     if wanted.speed and example is not None:
         found += _speed(loaded, example, tell)
-    if wanted.summaries:
-        found += _rouge(loaded, wanted, tell)
+    if pairs is not None:
+        found += _rouge(loaded, *pairs, spec_name(str(wanted.summaries)), tell)
     if wanted.tasks:
         tasks = [name.strip() for name in wanted.tasks.split(",") if name.strip()]
         found += evaluate.harness(loaded.model, loaded.tokenizer, tasks, limit=wanted.limit).values()
@@ -143,32 +146,37 @@ def _speed(loaded: Loaded, example: Any, tell: Tell) -> list[Measurement]:
     return found
 
 
-def _rouge(loaded: Loaded, wanted: Wanted, tell: Tell) -> list[Measurement]:
-    """ROUGE of summaries that the model writes, beside the documents' first three sentences."""
+def _pairs(loaded: Loaded, wanted: Wanted) -> tuple[list[str], list[str]]:
+    """Documents and the summaries that people wrote of them."""
     path, *fields = (wanted.summaries or "").split(":")
-    fields = [*fields, *("document", "summary")[len(fields) :]]
     if len(fields) > 2:
         raise UsageError(f"--summaries {wanted.summaries}: expected FILE:document:summary, two fields at most")
     if loaded.tokenizer is None or not hasattr(loaded.model, "generate"):
         raise UsageError("--summaries needs a model that writes text, with its tokenizer")
+    fields = [*fields, *("document", "summary")[len(fields) :]]
     documents, references = (data.read_text(f"{path}:{name}") for name in fields)
     if len(documents) != len(references):
         raise UsageError(
             f"{path}: {len(documents)} rows have a {fields[0]} and {len(references)} a {fields[1]}; each needs both"
         )
-    documents, references = documents[: wanted.limit], references[: wanted.limit]
+    return documents[: wanted.limit], references[: wanted.limit]
+
+
+def _rouge(
+    loaded: Loaded, documents: list[str], references: list[str], name: str, tell: Tell
+) -> list[Measurement]:
+    """ROUGE of summaries that the model writes, beside the documents' first three sentences."""
     written = []
     for done, document in enumerate(documents):
         tell("summaries", done, len(documents))
         written.append(summarize(loaded, document))
     tell("summaries", len(documents), len(documents))
-    named = spec_name(path)
-    found = evaluate.rouge(written, references, dataset=named)
+    found = evaluate.rouge(written, references, dataset=name)
     said = {"method": f"greedy, at most {NEW_TOKENS} new tokens"}
     measured = [Measurement(m.name, m.value, m.unit, {**m.conditions, **said}) for m in found.values()]
-    baseline = evaluate.rouge([lead(document) for document in documents], references, dataset=named)
+    baseline = evaluate.rouge([lead(document) for document in documents], references, dataset=name)
     return measured + [
-        Measurement(f"lead3_{name}", m.value, m.unit, m.conditions) for name, m in baseline.items()
+        Measurement(f"lead3_{kind}", m.value, m.unit, m.conditions) for kind, m in baseline.items()
     ]
 
 

@@ -155,6 +155,7 @@ def build_recipe(asked: PruneRequest) -> Recipe:
             raise UsageError(f"method {method} needs --{setting}")
         if asked.method != method and value is not None:
             raise UsageError(f"--{setting} belongs to method {method}, got method {asked.method}")
+    _check_target(asked)
     if asked.method == "threshold":
         recipe = recipes.threshold(asked.tau)  # type: ignore[arg-type]
     elif asked.method == "percentile":
@@ -170,6 +171,24 @@ def build_recipe(asked: PruneRequest) -> Recipe:
             recipe, allocate={"per-row": per_row, "per-layer": per_layer, "global": globally}[asked.allocate]
         )
     return replace(recipe, pattern=_pattern_of(asked.pattern))
+
+
+def _check_target(asked: PruneRequest) -> None:
+    """One statement of how much is pruned, no more and no less; told before the model is loaded."""
+    given = [name for name in ("sparsity", "nonzero") if getattr(asked, name) is not None]
+    if asked.method in ("threshold", "percentile"):
+        if given:
+            setting = "tau" if asked.method == "threshold" else "percentile"
+            raise UsageError(
+                f"method {asked.method} decides by --{setting} how much is cut; leave --{given[0]} out"
+            )
+    elif len(given) > 1:
+        raise UsageError("--sparsity and --nonzero both say how much is cut; leave one of them out")
+    elif not given and not re.fullmatch(r"\d+:\d+", asked.pattern):
+        raise UsageError(
+            "how much is to be cut? Give --sparsity 0.5 (half of the chosen weights become zero), --nonzero 104.69M, "
+            "or a pattern that fixes it, as --pattern 2:4"
+        )
 
 
 def _pattern_of(text: str) -> Any:

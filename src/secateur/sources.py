@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from secateur import data, own
 from secateur.errors import UsageError
-from secateur.evaluate.corpus import positions
+from secateur.evaluate.corpus import context_for, positions
 from secateur.evaluate.forward import call, undisturbed
 from secateur.measure import Tell, Yardstick
 from secateur.model import Loaded
 from secateur.request import PruneRequest, spec_name
 
-__all__ = ["Calibration", "Sources", "digest", "example_of", "first_input", "sources", "writes_text"]
+__all__ = ["Calibration", "Sources", "digest", "example_of", "input_of", "sources", "writes_text"]
 
 EXAMPLE_TOKENS = 128
 CONTEXT = 2048  # tokens in a calibration window at most, unless the user says otherwise
@@ -81,14 +81,11 @@ def example_of(model: nn.Module, ids: Tensor) -> dict[str, Tensor] | None:
     return example
 
 
-def first_input(batches: Sequence[Any] | None) -> Any:
-    """The input of the first batch, without its labels; None where there is no batch."""
-    if not batches:
-        return None
-    first = batches[0]
-    if isinstance(first, tuple | list):
-        first = first[0]
-    return {k: v for k, v in first.items() if k != "labels"} if isinstance(first, Mapping) else first
+def input_of(batch: Any) -> Any:
+    """The input in a batch `(input, labels)`, in a mapping with `labels`, or that is an input itself."""
+    if isinstance(batch, tuple | list) and batch:
+        batch = batch[0]
+    return {k: v for k, v in batch.items() if k != "labels"} if isinstance(batch, Mapping) else batch
 
 
 def digest(batches: Any) -> str:
@@ -146,7 +143,9 @@ def _without_perplexity(
     elif asked.data and given is None:
         data.read_text(asked.data)  # a name that is wrong is told even where the text is not needed
         notes.append(f"Method {asked.method} needs no data, so those of --data were not used.")
-    example = loaded.example if loaded.example is not None else first_input(labelled or given)
+    example = loaded.example
+    if example is None and (batches := labelled or given):
+        example = input_of(batches[0])
     if example is None and loaded.tokenizer is not None:
         example = example_of(loaded.model, data.stream(["one two three"], loaded.tokenizer))
     if loaded.tokenizer is not None:
@@ -197,7 +196,9 @@ def _own_batches(asked: PruneRequest) -> list[Any]:
 
 
 def _context(asked: PruneRequest, loaded: Loaded) -> int:
-    return asked.context or min(positions(loaded.model) or 512, CONTEXT)
+    if asked.context is not None:
+        return context_for(loaded.model, asked.context)
+    return min(positions(loaded.model) or 512, CONTEXT)
 
 
 def _split(texts: list[str]) -> tuple[list[str], list[str]]:
@@ -220,7 +221,8 @@ def _calibration(
     """Batches of the user's own, windows of the given text, or text that the model will write itself."""
     model, tokenizer, context = loaded.model, loaded.tokenizer, _context(asked, loaded)
     if asked.data and own.is_own(asked.data) and given is not None:
-        return Calibration(f"{len(given)} batches of {spec_name(asked.data)}", lambda: given)
+        inputs = [input_of(batch) for batch in given]
+        return Calibration(f"{len(inputs)} batches of {spec_name(asked.data)}", lambda: inputs)
     if asked.data:
         texts = given if given is not None else data.read_text(asked.data)
         tell("calibration text", 0, 1)
@@ -232,7 +234,7 @@ def _calibration(
         said = f"{len(ready)} windows of at most {context} tokens of {spec_name(asked.data)}"
         return Calibration(said, lambda: ready)
     if labelled is not None:
-        taken = labelled[: asked.samples]
+        taken = [input_of(batch) for batch in labelled[: asked.samples]]
         return Calibration(f"{len(taken)} batches of {spec_name(asked.labelled or '')}", lambda: taken)
     if tokenizer is None or not writes_text(model):
         kind = "file.py:function (it returns an iterable of inputs)" if tokenizer is None else "TEXT"
