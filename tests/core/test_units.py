@@ -401,3 +401,31 @@ def test_an_output_that_is_not_there_is_refused() -> None:
         analyse(model, (X.float(),), output="scores")
     with pytest.raises(UsageError, match="picks no tensor"):
         analyse(model, (X.float(),), output=lambda result: 3)
+
+
+def test_parameters_left_are_counted_without_building_anything() -> None:
+    model, ids = tiny_llama()
+    analysis = analyse(model, (ids,), output="logits")
+    assert analysis.parameter_count() == sum(value.numel() for value in model.parameters())
+    keep = {units.name: range(0, units.size, 2) for units in analysis.units}
+    pruned = pruned_program(analysis, keep)
+    assert analysis.parameter_count(keep) == sum(value.numel() for value in pruned.parameters())
+
+
+def test_an_analysis_reads_as_words() -> None:
+    model = Net(lambda s, x: s.b(s.n(s.a(x)) * torch.arange(1, 13)), a=A, b=B, n=nn.LayerNorm(12)).float()
+    lines = str(analyse(model, (X.float(),))).splitlines()
+    assert lines == [
+        "12 inner dimensions of a, b, n: a.weight[0], a.bias[0], b.weight[1], n.weight[0] and 1 more; "
+        "approximate: mean and variance over it; made in the forward by aten.arange at ",
+        "frozen, an input of the model (input at args_0): a.weight[1]",
+        "frozen, an output of the model (output at linear_1): b.weight[0], b.bias[0]",
+    ]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_quantized_modules_are_refused_by_name() -> None:
+    quantized = torch.ao.nn.quantized.dynamic.Linear(7, 12)
+    model = nn.Sequential(nn.Linear(7, 7), nn.Sequential(nn.ReLU(), quantized))
+    with pytest.raises(UsageError, match=r"1\.1: Linear is quantized.*Prune the float model first"):
+        analyse(model, (X.float(),))

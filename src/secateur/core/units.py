@@ -20,7 +20,7 @@ from jaxtyping import Int
 from torch import Tensor, fx, nn
 
 from secateur.core.axes.atoms import NARROW, Atom, Label, Reason
-from secateur.core.axes.layout import index_map, positions
+from secateur.core.axes.layout import extent, index_map, positions
 from secateur.core.axes.program import masked_module, narrow_module
 from secateur.core.axes.rules import Step, Trace, operator, sizes_of
 from secateur.core.axes.trace import export, label_graph, tied
@@ -122,8 +122,25 @@ class Analysis:
     frozen: tuple[Frozen, ...]
     unruled: Mapping[str, str]
     unused: tuple[str, ...]
-    program: fx.GraphModule
+    program: fx.GraphModule = field(repr=False)
     trace: Trace = field(repr=False)
+    _tensors: Mapping[fx.Node, tuple[str, ...]] = field(repr=False)
+
+    def __str__(self) -> str:
+        """Every axis in words, and why the frozen ones are frozen."""
+        lines = []
+        for units in self.units:
+            notes = [] if units.exact else [f"approximate: {units.reason}"]
+            notes += [f"made in the forward by {text}" for text in units.constants]
+            tensors = ", ".join(f"{member.name}[{member.dim}]" for member in units.members[:4])
+            more = f" and {len(units.members) - 4} more" if len(units.members) > 4 else ""
+            lines.append("; ".join([f"{units.size} {units.name}: {tensors}{more}", *notes]))
+        for frozen in self.frozen:
+            tensors = ", ".join(f"{name}[{dim}]" for name, dim in frozen.members[:4])
+            more = f" and {len(frozen.members) - 4} more" if len(frozen.members) > 4 else ""
+            lines.append(f"frozen, {frozen.reason}: {tensors}{more}")
+        lines += [f"unused by the example: {name}" for name in self.unused]
+        return "\n".join(lines)
 
     def __getitem__(self, name: str) -> Units:
         """The axis of that name."""
@@ -143,7 +160,17 @@ class Analysis:
                 out.update(dict.fromkeys(names, index))
         return out
 
-    _tensors: Mapping[fx.Node, tuple[str, ...]] = field(default_factory=dict, repr=False)
+    def parameter_count(self, keep: Keep | None = None) -> int:
+        """Number of parameters that are left when only these units are kept; tied tensors count once.
+
+        Cost: index arithmetic, no tensor is touched; every axis left out of `keep` stays whole.
+        """
+        leaves = _leaves(self, keep or {})
+        total = 0
+        for node in self._tensors:
+            if isinstance(node.meta["val"], nn.Parameter):
+                total += prod(extent(self.trace.axes, label, leaves) for label in self.trace.dims[node])
+        return total
 
 
 def analyse(

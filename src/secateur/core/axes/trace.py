@@ -49,8 +49,14 @@ def export(
     With `dynamic` every size of the inputs that the model allows to vary may differ from the example's.
 
     Raises:
-        UsageError: the model cannot be exported, with the tracer's own words.
+        UsageError: a module is quantized, or the model cannot be exported (with the tracer's own words).
     """
+    for path, part in model.named_modules():
+        if ".quantized" in type(part).__module__:
+            raise UsageError(
+                f"{path or 'the model'}: {type(part).__name__} is quantized; its packed weights cannot be sliced. "
+                "Prune the float model first, then quantize."
+            )
     try:
         with torch.no_grad(), evaluating(model), returning(model, output), warnings.catch_warnings():
             warnings.simplefilter("ignore")
