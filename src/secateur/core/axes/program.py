@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from secateur.core.axes.layout import Extent, Kept, extent, positions
-from secateur.core.axes.rules import Record, Trace, arguments, operator
+from secateur.core.axes.step import Record, Trace, arguments, operator
 from secateur.core.axes.trace import attribute
 
 __all__ = ["masked_module", "narrow_module", "narrow_tensor"]

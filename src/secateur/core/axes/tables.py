@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from torch import fx
 
-from secateur.core.axes.rules import operator
+from secateur.core.axes.step import operator
 
 __all__ = ["shared_tables"]
 

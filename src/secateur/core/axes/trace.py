@@ -15,7 +15,8 @@ from torch.utils import _pytree as pytree
 
 from secateur.core.axes import rules_contract, rules_index, rules_pointwise, rules_reduce, rules_view
 from secateur.core.axes.atoms import Reason
-from secateur.core.axes.rules import Trace, sizes_of
+from secateur.core.axes.rules import visit
+from secateur.core.axes.step import Trace, sizes_of
 from secateur.core.axes.tables import shared_tables
 from secateur.errors import UsageError
 
@@ -197,7 +198,7 @@ def label_graph(
                 why = Reason("an input of the model", "input", str(node.target))
                 trace.dims[node] = tuple(trace.axes.label(size, why) for size in sizes_of(value))
         elif node.op == "call_function":
-            trace.visit(node)
+            visit(trace, node)
         elif node.op == "output":
             for result in pytree.tree_leaves(node.args):
                 if isinstance(result, fx.Node):

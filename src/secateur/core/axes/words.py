@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from secateur.core.axes.atoms import Atom, Label
-from secateur.core.axes.rules import Trace, arguments, operator
+from secateur.core.axes.step import Trace, arguments, operator
 
 __all__ = ["Roles", "kind_of", "name_of", "roles"]
 

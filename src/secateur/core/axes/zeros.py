@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from secateur.core.axes.atoms import Atom, Reason
-from secateur.core.axes.rules import Record, Step, Trace, operator
+from secateur.core.axes.step import Record, Step, Trace, operator
 
 __all__ = ["check_zeros"]
 
