@@ -6,7 +6,7 @@ from itertools import combinations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -148,6 +148,7 @@ def test_magnitude_needs_no_masks_to_find_its_zeros_again(amount):
 @pytest.mark.parametrize("name", EVERY)
 @settings(max_examples=3)
 @given(st.tuples(SPARSITIES, SPARSITIES).map(sorted))
+@example([0.5, 0.5])
 def test_what_earlier_masks_prune_stays_pruned_and_counts(name, amounts):
     """Trap 7: sparsity is of all weights, not of those that are left; weights that grew back are no exception."""
     masks, model = pruned(EVERY[name], amounts[0])
@@ -198,6 +199,16 @@ def test_wanda_keeps_the_best_of_all_subsets_of_a_row_of_eight(count, seed):
     for row, mask in zip(worth.tolist(), masks["weight"], strict=True):
         best = max(combinations(range(8), count), key=lambda kept: sum(row[j] for j in kept))
         assert tuple(mask.nonzero()[:, 0].tolist()) == best
+
+
+@pytest.mark.parametrize("score", [random.score, wanda.score], ids=["random", "wanda"])
+def test_the_number_of_nonzeros_is_exact_although_zeros_are_not_what_the_score_likes_least(score):
+    model = network()
+    model[0].weight.data[3:9] = 0
+    data = [torch.nn.functional.pad(x[:, :5], (0, 3)) for x in DATA]  # dead inputs, so that scores tie at zero
+    for nonzero in (24 + 160, 24 + 101, 24):  # 24 biases
+        prune_(model, nonzero=nonzero, recipe=Recipe(score, allocate=globally), data=data)
+        assert sum(int(torch.count_nonzero(p)) for p in model.parameters()) == nonzero
 
 
 @settings(max_examples=10)
