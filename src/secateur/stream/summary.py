@@ -1,0 +1,133 @@
+"""What is written beside the weights: the source's other files, the card, and everything under run/."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Iterable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from torch import Tensor
+
+from secateur import __version__
+from secateur.checkpoint import Checkpoint
+from secateur.folder import write_json, write_text
+from secateur.stream.output import Journal
+from secateur.stream.tensors import Work
+
+__all__ = ["copied_files", "facts_of", "write_summary"]
+
+
+def facts_of(checkpoint: Checkpoint, work: Work, batches: Iterable[Any] | None) -> dict[str, Any]:
+    """Everything that decides the bytes of the result; a resume must have the same."""
+    return {
+        "version": __version__,
+        "torch": version("torch"),
+        "recipe": repr(work.todo.recipe.describe()),
+        "layers": hashlib.sha256("\n".join(layer.name for layer in work.todo.layers).encode()).hexdigest(),
+        "weights kept": work.todo.keep,
+        "nonzero": work.nonzero,
+        "seed": work.seed,
+        "data": None if batches is None else _digest(batches),
+        "source": dict(sorted(checkpoint.files.items())),
+    }
+
+
+def copied_files(checkpoint: Checkpoint, folder: Path) -> None:
+    """Config, tokenizer and index as they are; weight files are written already."""
+    weights = {path.name for path in checkpoint.weights}
+    for name in checkpoint.files:
+        if name not in weights:
+            shutil.copyfile(checkpoint.folder / name, folder / name)
+
+
+def write_summary(
+    checkpoint: Checkpoint,
+    work: Work,
+    journal: Journal,
+    folder: Path,
+    notes: list[str],
+    asked: Mapping[str, Any] | None,
+) -> int:
+    """Write README.md, run/layers.json and run/run.json; the number of pruned weights.
+
+    Nothing that changes from run to run is written, so that a resumed run gives the same bytes.
+    """
+    pruned = sum(journal.done[layer.name]["pruned"] for layer in work.todo.layers)
+    write_json(folder / "run" / "layers.json", _layers(work, journal))
+    write_json(
+        folder / "run" / "run.json",
+        {
+            "secateur": __version__,
+            "torch": version("torch"),
+            "streamed": True,
+            "recipe": work.todo.recipe.describe(),
+            "seed": work.seed,
+            "weights": work.todo.size,
+            "pruned": pruned,
+            "source": {"sha256": checkpoint.fingerprint, "files": checkpoint.files},
+            "notes": notes,
+        },
+    )
+    if asked is not None:
+        write_text(folder / "run" / "recipe.yaml", yaml.safe_dump(dict(asked), sort_keys=False))
+    write_text(folder / "README.md", _card(work, pruned, notes))
+    return pruned
+
+
+def _layers(work: Work, journal: Journal) -> list[dict[str, Any]]:
+    chosen = [
+        {
+            "name": layer.name,
+            "role": layer.role,
+            "shape": list(layer.weight.shape),
+            "weights": layer.size,
+            **journal.done[layer.name],
+        }
+        for layer in work.todo.layers
+    ]
+    left = [{"name": layer.name, "role": layer.role, "left out": why} for layer, why in work.todo.left_out]
+    return [*chosen, *left]
+
+
+def _card(work: Work, pruned: int, notes: list[str]) -> str:
+    size = work.todo.size
+    lines = [
+        "# A pruned checkpoint",
+        "",
+        f"{pruned:,} of {size:,} weights in {len(work.todo.layers)} layers are zero (sparsity {pruned / size:.4f} of "
+        f"these layers), cut by secateur {__version__}: {work.todo}.",
+        "",
+        "The zeros are stored as ordinary numbers; files have the names, order and types of the source's. Masks are in",
+        "`run/masks.safetensors`, one bit a weight.",
+        *(f"\nNote: {note}." for note in notes),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _digest(value: Any) -> str:
+    found = hashlib.sha256()
+    _add(found, value)
+    return found.hexdigest()
+
+
+def _add(found: Any, value: Any) -> None:
+    """Hash nested containers of tensors; whatever else is in them by its text."""
+    if isinstance(value, Tensor):
+        found.update(f"{value.dtype}{tuple(value.shape)}".encode())
+        flat = value.detach().cpu().contiguous().reshape(-1)
+        found.update(np.ascontiguousarray(flat.view(torch.uint8).numpy()).data)
+    elif isinstance(value, Mapping):
+        for key in value:
+            found.update(f"{key}:".encode())
+            _add(found, value[key])
+    elif isinstance(value, list | tuple):
+        for item in value:
+            _add(found, item)
+    else:
+        found.update(repr(value).encode())

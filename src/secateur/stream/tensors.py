@@ -1,0 +1,190 @@
+"""Prune from file to file, a tensor at a time: everything that needs no forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from secateur.core.counts import distinct_parameters
+from secateur.core.masks import INTEGER
+from secateur.core.select import Candidates
+from secateur.core.where import Layer
+from secateur.errors import NumericError, UsageError
+from secateur.measure import Tell
+from secateur.prune import Plan, _candidates, _check_nonzero, _check_total, _finite, _mask
+from secateur.stream.output import Output
+from secateur.stream.places import Places
+
+__all__ = [
+    "Work",
+    "count_nonzeros",
+    "holding",
+    "keep_counts",
+    "prune_tensors",
+    "read_checked",
+    "units_of",
+    "weights_to_keep",
+    "write_pruned",
+]
+
+Statistics = Callable[[], Mapping[str, Mapping[str, Tensor]]]
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is to be pruned and from where.
+
+    Attributes:
+        model: the modules, without values.
+        todo: the plan.
+        places: where the weights lie.
+        nonzero: exact number of non-zeros asked for, None where a sparsity was.
+        seed: for random scores.
+        tell: progress.
+    """
+
+    model: nn.Module
+    todo: Plan
+    places: Places
+    nonzero: int | None
+    seed: int
+    tell: Tell
+
+    @property
+    def layers(self) -> dict[str, Layer]:
+        """The layers to prune by name."""
+        return {layer.name: layer for layer in self.todo.layers}
+
+    def candidates(self, statistics: Statistics) -> dict[str, Candidates]:
+        """The units of every layer; scores read the layer's weight when asked for and let it go again."""
+        return {layer.name: self._candidates(layer, statistics) for layer in self.todo.layers}
+
+    def shell(self, layer: Layer, statistics: Statistics) -> Candidates:
+        """The units of a layer whose weight is held while the scores are asked for."""
+        return _candidates(self.todo, layer, statistics, None, self.seed, self.nonzero is not None)
+
+    def _candidates(self, layer: Layer, statistics: Statistics) -> Candidates:
+        shell = self.shell(layer, statistics)
+
+        def scores() -> Tensor:
+            self.tell(f"scores of {layer.name}", 0, 1)
+            with holding(layer, read_checked(self.places, layer)):
+                return shell.scores()
+
+        return Candidates(shell.shape, shell.cells, scores)
+
+
+def read_checked(places: Places, layer: Layer) -> Tensor:
+    """A layer's weight as it is stored.
+
+    Raises:
+        NumericError: NaN or Inf in it.
+    """
+    weight = places.read(layer.name)
+    if not _finite(weight):
+        raise NumericError(f"{layer.name}: NaN or Inf among its weights; it cannot be pruned")
+    return weight
+
+
+@contextmanager
+def holding(layer: Layer, weight: Tensor) -> Iterator[None]:
+    """Give a module without values this weight for the time of the block."""
+    own = layer.module._parameters
+    empty = own[layer.layout.name]
+    own[layer.layout.name] = nn.Parameter(weight, requires_grad=False)
+    try:
+        yield
+    finally:
+        own[layer.layout.name] = empty
+
+
+def keep_counts(work: Work, statistics: Statistics) -> dict[str, Tensor]:
+    """Units kept in each competition of each layer, exactly as the recipe's allocator says.
+
+    Cost: no read where counts do not depend on scores; about two reads of all chosen layers for `globally`.
+    """
+    candidates = work.candidates(statistics)
+    counts = work.todo.recipe.allocation(candidates, work.todo.keep or 0)
+    _check_total(work.todo, candidates, counts)
+    return counts
+
+
+def prune_tensors(work: Work, counts: Mapping[str, Tensor], statistics: Statistics, output: Output) -> None:
+    """Write every tensor of the checkpoint: chosen layers pruned, all others as they are."""
+    layers = work.layers
+    order = units_of(work)
+    for step, unit in enumerate(order):
+        work.tell("writing", step, len(order))
+        if unit in output.journal.done:
+            continue
+        if unit in layers:
+            found = _prune_one(work, layers[unit], counts[unit], statistics, output)
+        else:
+            output.copy(unit)
+            found = None
+        output.finished(unit, found)
+    output.flush()
+    work.tell("writing", len(order), len(order))
+
+
+def units_of(work: Work) -> list[str]:
+    """Layers and the tensors that belong to none, in the order in which they lie in the files."""
+    places = work.places
+    owner = {}
+    for name in work.layers:
+        stored = [piece.name for piece in places.pieces[name]]
+        owner.update(dict.fromkeys([*stored, *places.copies.get(name, ())], name))
+    return list(dict.fromkeys(owner.get(name, name) for name in places.shards.tensors))
+
+
+def _prune_one(
+    work: Work, layer: Layer, counts: Tensor, statistics: Statistics, output: Output
+) -> dict[str, int]:
+    weight = read_checked(work.places, layer)
+    with holding(layer, weight):
+        mask = _mask(work.todo.recipe, layer, work.shell(layer, statistics), counts)
+        if work.nonzero is not None:
+            _check_nonzero({layer.name: layer}, {layer.name: mask}, work.nonzero)
+    weight.view(INTEGER[weight.element_size()]).mul_(mask)  # no negative zero, see `Masks.apply_`
+    return write_pruned(work, layer, weight, mask, output)
+
+
+def write_pruned(work: Work, layer: Layer, weight: Tensor, mask: Tensor, output: Output) -> dict[str, int]:
+    """Write one layer and its mask; how many weights are pruned and how many are zero."""
+    for name, values in work.places.parts(layer.name, weight):
+        output.write(name, values)
+    output.write_mask(layer.name, mask)
+    return {
+        "pruned": mask.numel() - int(torch.count_nonzero(mask)),
+        "zeros": weight.numel() - int(torch.count_nonzero(weight)),
+    }
+
+
+def count_nonzeros(model: nn.Module, places: Places, chosen: tuple[Layer, ...]) -> tuple[int, int]:
+    """Non-zeros of the chosen layers and of all other parameters, tied ones once.
+
+    Cost: one read of the checkpoint.
+    """
+    names = {name for layer in chosen for name in (layer.name, *layer.tied)}
+    own = sum(int(torch.count_nonzero(places.read(layer.name))) for layer in chosen)
+    others = 0
+    for name in distinct_parameters(model):
+        if name not in names:
+            places.check([name])
+            others += int(torch.count_nonzero(places.read(name)))
+    return own, others
+
+
+def weights_to_keep(own: int, others: int, nonzero: int) -> int:
+    """The number of non-zeros of the whole model as weights kept in the chosen layers."""
+    if not others <= nonzero <= others + own:
+        raise UsageError(
+            f"{nonzero:,} non-zero parameters cannot be reached: the chosen layers hold {own:,} of the model's "
+            f"{others + own:,}, so {others:,} to {others + own:,} are possible. Choose other layers or another "
+            "number"
+        )
+    return int(nonzero) - others
