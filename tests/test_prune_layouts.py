@@ -152,6 +152,17 @@ def test_the_number_of_nonzeros_counts_shared_memory_once():
     assert int(torch.count_nonzero(model[2].weight)) == 16  # untouched
 
 
+def test_the_number_of_nonzeros_with_a_tensor_whose_first_name_is_no_layer():
+    model = Wrapped(nn.Linear(4, 4, bias=False))
+    model.register_parameter("extra", nn.Parameter(torch.ones(3)))
+    bare = nn.Module()
+    bare.table = model.inner.weight
+    bare.rest = model
+    prune_(bare, nonzero=8, recipe=global_magnitude, only=["table", "rest.inner"])
+    assert int(torch.count_nonzero(bare.table)) == 5
+    assert sparsity(bare).model.nonzeros == 8
+
+
 @pytest.mark.parametrize("groups", [1, 2, 4])
 def test_a_convolution_is_pruned_filter_by_filter(groups):
     module, x = nn.Conv2d(8, 4, 3, groups=groups, padding=1), torch.randn(2, 8, 5, 5)
