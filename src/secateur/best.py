@@ -1,0 +1,225 @@
+"""best_: the strongest combination for a sparsity, picked on held-out data, with the reasons."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from secateur.core.masks import Masks
+from secateur.core.visit import merge
+from secateur.core.where import Layer, Only
+from secateur.errors import UsageError
+from secateur.pattern import Weights
+from secateur.prune import plan
+from secateur.recipes import Recipe, alps
+from secateur.recover.reconstruct import reconstruct_
+from secateur.search import Judge, Trial, evolve, try_allocations, try_slopes
+
+__all__ = ["Best", "Step", "best_"]
+
+SCOUT = 2  # epochs of reconstruction before an allocation is judged: what it then looks like is what counts
+
+
+@dataclass(frozen=True)
+class Step:
+    """Something that was tried, and what held-out data said of it.
+
+    Attributes:
+        name: what was tried, on top of what was taken before it.
+        divergence: KL(dense || pruned) in nats a token on the held-out data.
+        taken: whether it is part of the result.
+    """
+
+    name: str
+    divergence: float
+    taken: bool
+
+
+@dataclass(frozen=True)
+class Best:
+    """What `best_` did.
+
+    Attributes:
+        masks: kept weights, True = kept.
+        recipe: score, pattern, allocation and update that were picked.
+        reconstructed: whether sub-module reconstruction is part of the result.
+        steps: all that was tried, in order.
+    """
+
+    masks: Masks = field(repr=False)
+    recipe: Recipe
+    reconstructed: bool
+    steps: tuple[Step, ...]
+
+    @property
+    def picked(self) -> str:
+        """The combination in one line."""
+        return f"{self.recipe}" + (", reconstructed" if self.reconstructed else "")
+
+    def __str__(self) -> str:
+        lines = [f"picked {self.picked}", "tried, with the divergence from the dense model on held-out data:"]
+        lines += [
+            f"  {'+' if step.taken else '-'} {step.name}: {step.divergence:.4f} nats a token"
+            for step in self.steps
+        ]
+        return "\n".join(lines)
+
+
+def best_(
+    model: nn.Module,
+    sparsity: float | None = None,
+    data: Iterable[Any] | None = None,
+    *,
+    pattern: Any = Weights(),  # noqa: B008 - frozen
+    held_out: float = 0.125,
+    evolution: bool = False,
+    epochs: int | None = None,
+    only: Only = None,
+    skip: Only = None,
+    seed: int = 0,
+) -> Best:
+    """Prune a language model in place with the combination that does best on held-out calibration data.
+
+    ALPS finds support and weights, each layer calibrated on the already pruned stream; then attention and
+    feed-forward of every block are reconstructed with the masks frozen. For unstructured sparsity equal shares
+    compete with shares that rise or fall with depth, each judged after a short reconstruction, because an
+    allocation that wins before it often loses after it. The judge is the divergence from the dense model on
+    sequences that no step was fitted on; what does not help is taken back.
+
+    Args:
+        model: any model that gives logits and has repeated blocks; without blocks reconstruction is left out.
+        sparsity: zeros as a fraction of the chosen layers, in [0, 1]; leave it out where the pattern fixes it.
+        data: calibration batches of equal form; at least two sequences.
+        pattern: single weights, or for instance `NM(2, 4)`.
+        held_out: fraction of the sequences that only judge.
+        evolution: also search a share for each layer by evolution (about five more prunings).
+        epochs: of reconstruction at most; default 10, and 15 from 60 % on.
+        only, skip: which layers; as in `prune_`.
+        seed: of reconstruction and evolution.
+
+    Returns:
+        The masks, what was picked, and everything that was tried.
+
+    Raises:
+        UsageError: no data, too few sequences, and all that `prune_` refuses.
+        NumericError: NaN or Inf in weights, activations or predictions. On any error the model is as before.
+
+    Cost: one pruning by ALPS for each allocation tried (1 for N:M, 2 to 5 otherwise), then `epochs` forward
+        and backward passes of the calibration data; memory for three copies of the model.
+    """
+    if data is None:
+        raise UsageError("best needs calibration data; pass data=")
+    recipe = replace(alps, pattern=pattern)
+    todo = plan(model, sparsity, recipe, only=only, skip=skip)
+    fit, judged = _halves(merge(list(data)), held_out)
+    dense = copy.deepcopy(model)
+    judge = Judge(dense, [judged])
+    rebuild = _Rebuild(dense, fit, seed) if _has_blocks(todo.layers) else None
+    scout = rebuild and partial(rebuild, epochs=SCOUT)
+    options: dict[str, Any] = {"mend": scout, "only": only, "skip": skip, "seed": seed}
+    if recipe.fixed_by_pattern:
+        trials = try_allocations(dense, sparsity, recipe, [fit], judge, (), **options)
+    else:
+        assert sparsity is not None  # plan has checked
+        trials = try_slopes(dense, sparsity, recipe, [fit], judge, most=3, **options)
+        if evolution:
+            trials = _evolved(trials, dense, sparsity, recipe, fit, judge, options)
+    steps = [Step(_told(trial), trial.divergence, trial is trials[0]) for trial in trials]
+    final = trials[0]
+    if rebuild is not None and final.mended:
+        most = epochs or (15 if todo.sparsity is not None and todo.sparsity >= 0.6 else 10)
+        final = _finished(final, rebuild, most, judge)
+        steps.append(Step(f"reconstruction, {most} epochs", final.divergence, final is not trials[0]))
+    assert final.model is not None and final.masks is not None  # the best trial keeps its model
+    _copy_(model, final.model, final.masks)
+    return Best(final.masks, final.recipe, final.mended, tuple(steps))
+
+
+@dataclass(frozen=True)
+class _Rebuild:
+    """Reconstruction of a pruned model on the data to fit on."""
+
+    dense: nn.Module
+    fit: Any
+    seed: int
+
+    def __call__(self, model: nn.Module, masks: Masks, epochs: int) -> None:
+        count = _rows(self.fit)
+        if count > 1:
+            size = min(4, count // 2)
+            reconstruct_(
+                model, self.dense, masks, [self.fit], epochs=epochs, batch=size, held_out=0.0625, seed=self.seed
+            )
+
+
+def _told(trial: Trial) -> str:
+    return f"ALPS, {trial.name}" + (f", reconstruction of {SCOUT} epochs" if trial.mended else "")
+
+
+def _evolved(
+    trials: list[Trial],
+    dense: nn.Module,
+    sparsity: float,
+    recipe: Recipe,
+    fit: Any,
+    judge: Judge,
+    options: dict,
+) -> list[Trial]:
+    """The trials with the shares that evolution found among them, best first."""
+    searched = {key: value for key, value in options.items() if key != "mend"}
+    shares = evolve(dense, sparsity, recipe, [fit], judge, **searched)
+    found = try_allocations(dense, sparsity, replace(recipe, allocate=shares), [fit], judge, (), **options)[0]
+    return sorted([*trials, replace(found, name="evolution")], key=lambda trial: trial.divergence)
+
+
+def _finished(trial: Trial, rebuild: _Rebuild, epochs: int, judge: Judge) -> Trial:
+    """The trial reconstructed to the end, or as it is where held-out data like that less."""
+    model = copy.deepcopy(trial.model)
+    assert model is not None and trial.masks is not None  # the best trial keeps its model
+    rebuild(model, trial.masks, epochs)
+    divergence = judge(model)
+    return replace(trial, model=model, divergence=divergence) if divergence < trial.divergence else trial
+
+
+def _rows(batch: Any) -> int:
+    tensors = list(batch.values()) if isinstance(batch, Mapping) else [batch]
+    return next(len(value) for value in tensors if isinstance(value, Tensor))
+
+
+def _halves(batch: Any, held_out: float) -> tuple[Any, Any]:
+    """The sequences to fit on and, evenly spread among them, those to judge by."""
+    count = _rows(batch)
+    judges = max(1, round(held_out * count)) if 0 < held_out < 1 else 0
+    if not 0 < judges < count:
+        raise UsageError(
+            f"{count} sequences of calibration data with held_out={held_out:g} leave nothing to fit on or to judge "
+            "by; give at least two sequences and a fraction between 0 and 1"
+        )
+    place = torch.zeros(count, dtype=torch.bool)
+    place[torch.arange(judges) * count // judges] = True
+
+    def part(which: Tensor) -> Any:
+        if not isinstance(batch, Mapping):
+            return batch[which]
+        return {key: value[which] if isinstance(value, Tensor) else value for key, value in batch.items()}
+
+    return part(~place), part(place)
+
+
+def _has_blocks(chosen: Iterable[Layer]) -> bool:
+    return any(layer.block is not None for layer in chosen)
+
+
+def _copy_(model: nn.Module, source: nn.Module, masks: Masks) -> None:
+    """Take over every parameter that differs; then the zeros once more, in case of shared memory."""
+    parameters = dict(source.named_parameters())
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(parameters[name])
+    masks.apply_(model)
