@@ -23,11 +23,13 @@ from secateur.prune import Plan, _statistics_of, plan
 from secateur.recipes import Recipe, magnitude
 from secateur.run import check_apart
 from secateur.stream.architecture import build_empty
+from secateur.stream.blocks import prune_blocks
 from secateur.stream.output import Journal, Output
 from secateur.stream.places import find_places
 from secateur.stream.shards import open_shards
 from secateur.stream.summary import copied_files, facts_of, write_summary
 from secateur.stream.tensors import Work, count_nonzeros, keep_counts, prune_tensors, weights_to_keep
+from secateur.stream.walk import find_decoder
 from secateur.target import check_arguments, shape_of
 
 __all__ = ["Outcome", "asked_before", "prune_checkpoint"]
@@ -126,12 +128,14 @@ def prune_checkpoint(
         _check_memory(work, budget)
         needs_data = bool(recipe.update) or any(name != "generator" for name in work.todo.statistics)
         batches = _batches(work, data) if needs_data else None
+        if batches is not None:
+            find_decoder(work.model, work.todo.layers)
         journal = Journal(folder, facts_of(checkpoint, work, batches), asked)
         with _state_dropped_when_hopeless(folder):
             shapes = {layer.name: tuple(layer.weight.shape) for layer in work.todo.layers}
             output = Output(folder, work.places.shards, shapes, journal)
             try:
-                _carry_out(work, batches, output, folder, notes)
+                _carry_out(work, batches, output, folder)
             finally:
                 output.close()
             copied_files(checkpoint, folder)
@@ -256,9 +260,10 @@ def _batches(work: Work, data: Iterable[Any] | None) -> list[Any]:
     return batches
 
 
-def _carry_out(work: Work, batches: list[Any] | None, output: Output, folder: Path, notes: list[str]) -> None:
+def _carry_out(work: Work, batches: list[Any] | None, output: Output, folder: Path) -> None:
     if batches is not None:
-        raise UsageError(f"{work.todo.recipe} needs a forward pass, which cannot be streamed yet")
+        prune_blocks(work, batches, output, folder)
+        return
     counts = keep_counts(work, dict)
     prune_tensors(work, counts, dict, output)
 
