@@ -46,6 +46,12 @@ class Shared(nn.Module):
     def forward(self, x):
         return self.second(self.first(x))
 
+def wide():
+    return nn.Sequential(nn.Linear(384, 512), nn.ReLU(), nn.Linear(512, 8))
+
+def crowd():
+    return [torch.randn(700, 384) for _ in range(2)]
+
 def shared():
     return Shared()
 

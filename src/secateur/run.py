@@ -102,7 +102,7 @@ def prepare(
         only=list(asked.only) or None,
         skip=list(asked.skip) or None,
     )
-    needs_data = any(name in STATISTICS for name in todo.statistics)
+    needs_data = recipe.update is not None or any(name in STATISTICS for name in todo.statistics)
     given = sources(asked, loaded, needs_data=needs_data, tell=tell)
     notes = [*given.notes, *_rounding(loaded)]
     return Run(asked, loaded, todo, given.calibration, given.by, tuple(notes))
