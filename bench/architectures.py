@@ -44,6 +44,7 @@ class Row:
     removed: float = 0.0
     differences: dict[str, float] = field(default_factory=dict)
     tolerance: float = 0.0
+    changed: float = float("inf")  # how far pruning moves the output; a comparison of equals proves nothing
     seconds: float = 0.0
     unruled: dict[str, str] = field(default_factory=dict)
     error: str = ""
@@ -53,7 +54,7 @@ class Row:
         """Equal, refused by name, or wrong."""
         if self.error:
             return "refused"
-        good = all(value <= self.tolerance for value in self.differences.values())
+        good = all(value <= self.tolerance for value in self.differences.values()) and self.changed > 1e-4
         return ("equal" if not self.unruled else "equal, partly frozen") if good else "WRONG"
 
 
@@ -131,6 +132,8 @@ def measure(row: Row, seed: int) -> Analysis:
     masked, pruned = masked_program(analysis, keep), pruned_program(analysis, keep)
     if double:
         masked, pruned = doubled_(masked), doubled_(pruned)
+    after = tensors(pruned_program(analysis, keep)(*args, **kwargs), None)
+    row.changed = min(row.changed, difference(reference, after))
     found["masked"] = difference(tensors(masked(*args, **kwargs), None), tensors(pruned(*args, **kwargs), None))
     for key, value in found.items():
         row.differences[key] = max(row.differences.get(key, 0.0), value if value == value else float("inf"))
@@ -149,9 +152,9 @@ def table(names: list[str], seeds: int, *, axes: bool = False) -> list[Row]:
     """Measure and print every architecture."""
     print(
         "| architecture | verdict | axes (exact) | frozen | removed "
-        "| program | eager | masked | s | no rule for |"
+        "| changed | program | eager | masked | s | no rule for |"
     )
-    print("|---|---|---|---|---|---|---|---|---|---|", flush=True)
+    print("|---|---|---|---|---|---|---|---|---|---|---|", flush=True)
     rows = []
     for name in names:
         row = Row(name)
@@ -163,7 +166,8 @@ def table(names: list[str], seeds: int, *, axes: bool = False) -> list[Row]:
             row.error = f"{type(error).__name__}: {error}"[:160]
         d = row.differences
         print(
-            f"| {name} | {row.verdict} | {row.axes} ({row.exact}) | {row.frozen} | {row.removed:.0%} | "
+            f"| {name} | {row.verdict} | {row.axes} ({row.exact}) | {row.frozen} | {row.removed:.0%} "
+            f"| {row.changed:.0e} | "
             + " | ".join(f"{d.get(key, float('nan')):.0e}" for key in ("program", "eager", "masked"))
             + f" | {row.seconds:.1f} | {', '.join(row.unruled) or row.error} |",
             flush=True,

@@ -305,18 +305,19 @@ PLAIN: dict[str, Callable[[], Case]] = {
 }
 
 
+PEAKED = ("q_proj", "k_proj", "query", "key", "q_lin", "k_lin", "c_attn", "qkv", "q_b_", "kv_b_", "self_attn")
+
+
 def perturb_(model: nn.Module) -> nn.Module:
     """Make every norm, bias and statistic non-trivial and attention peaked, in place."""
     with torch.no_grad():
         for name, module in model.named_modules():
-            peaked = any(
-                word in name.rsplit(".", 1)[-1].lower()
-                for word in ("q_proj", "k_proj", "query", "key", "q_lin")
-            )
+            last = name.rsplit(".", 1)[-1].lower()
+            peaked = last in ("q", "k") or any(word in last for word in PEAKED)
             for key, value in module.named_parameters(recurse=False):
                 if value.dim() == 1:
                     value.add_(torch.randn_like(value) * 0.2)
-                elif peaked and key == "weight":
+                elif peaked and "weight" in key:
                     value.mul_(8.0)
             if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_var is not None:
                 module.running_mean.normal_(0, 0.3)

@@ -86,7 +86,7 @@ class Analysis:
         return out
 
     def parameter_count(self, keep: Keep | None = None) -> int:
-        """Number of parameters that are left when only these units are kept; tied tensors count once.
+        """Number of parameters in use that are left when only these units are kept; tied ones count once.
 
         Cost: index arithmetic, no tensor is touched; every axis left out of `keep` stays whole.
         """
