@@ -171,7 +171,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5500, help="optimizer steps of 4,096 tokens")
     parser.add_argument("--peak", type=float, default=3e-3, help="peak learning rate")
     parser.add_argument("--every", type=int, default=100, help="steps between checkpoints")
-    parser.add_argument("--compile", action="store_true", help="a sixth to a third faster, needs a C++ compiler")
+    parser.add_argument(
+        "--compile", action="store_true", help="a sixth to a third faster, needs a C++ compiler"
+    )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
@@ -203,7 +205,13 @@ def main() -> None:
         if (step + 1) % args.every == 0 or step + 1 == args.steps:
             held = held_out_loss(model, windows)
             save_state(args.work / "state.safetensors", model, optimizer, step + 1)
-            row = [step + 1, (step + 1) * BATCH * CONTEXT, f"{loss.item():.4f}", f"{held:.4f}", int(time.time() - began)]
+            row = [
+                step + 1,
+                (step + 1) * BATCH * CONTEXT,
+                f"{loss.item():.4f}",
+                f"{held:.4f}",
+                int(time.time() - began),
+            ]
             new = not (args.work / "training.csv").exists()
             with (args.work / "training.csv").open("a", newline="") as file:
                 writer = csv.writer(file)

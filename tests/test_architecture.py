@@ -197,7 +197,6 @@ def test_pruning_loads_torch_and_no_extra():
     assert not loaded & HEAVY
 
 
-@pytest.mark.skipif("secateur.cli" not in FILES, reason="there is no command line yet (src/secateur/cli.py)")
 def test_help_loads_none_of_the_large_packages():
     program = (
         "import runpy, sys\n"

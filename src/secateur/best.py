@@ -136,7 +136,8 @@ def best_(
         most = epochs or (15 if todo.sparsity is not None and todo.sparsity >= 0.6 else 10)
         final = _finished(final, rebuild, most, judge)
         steps.append(Step(f"reconstruction, {most} epochs", final.divergence, final is not trials[0]))
-    assert final.model is not None and final.masks is not None  # the best trial keeps its model
+    assert final.model is not None  # the best trial keeps its model
+    assert final.masks is not None
     _copy_(model, final.model, final.masks)
     return Best(final.masks, final.recipe, final.mended, tuple(steps))
 
@@ -181,7 +182,8 @@ def _evolved(
 def _finished(trial: Trial, rebuild: _Rebuild, epochs: int, judge: Judge) -> Trial:
     """The trial reconstructed to the end, or as it is where held-out data like that less."""
     model = copy.deepcopy(trial.model)
-    assert model is not None and trial.masks is not None  # the best trial keeps its model
+    assert model is not None  # the best trial keeps its model
+    assert trial.masks is not None
     rebuild(model, trial.masks, epochs)
     divergence = judge(model)
     return replace(trial, model=model, divergence=divergence) if divergence < trial.divergence else trial

@@ -110,7 +110,7 @@ def _log_probabilities(model: nn.Module, batch: Any) -> Tensor:
 
 def try_allocations(
     model: nn.Module,
-    sparsity: float,
+    sparsity: float | None,
     recipe: Recipe,
     data: Iterable[Any],
     judge: Callable[[nn.Module], float],
@@ -161,7 +161,8 @@ def try_allocations(
 def _mended(trial: Trial, mend: Mend, judge: Callable[[nn.Module], float]) -> Trial:
     """The trial mended, or as it was where that is no better."""
     mended = copy.deepcopy(trial.model)
-    assert mended is not None and trial.masks is not None  # a fresh trial holds its model
+    assert mended is not None  # a fresh trial holds its model
+    assert trial.masks is not None
     mend(mended, trial.masks)
     divergence = judge(mended)
     better = divergence < trial.divergence

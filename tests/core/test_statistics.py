@@ -112,7 +112,8 @@ def test_encoder_and_decoder_have_their_own_padding():
     mask, target_mask = torch.ones(2, 5).long(), torch.ones(2, 5).long()
     mask[1, 3:], target_mask[0, 2:] = 0, 0
     padded = gather(model, layers, ["input_norm"], [
-        {"input_ids": source, "attention_mask": mask, "decoder_input_ids": target, "decoder_attention_mask": target_mask}
+        {"input_ids": source, "attention_mask": mask,
+         "decoder_input_ids": target, "decoder_attention_mask": target_mask}
     ])  # fmt: skip
     alone = gather(model, layers, ["input_norm"], [
         {"input_ids": source[:1], "decoder_input_ids": target[:1, :2]},

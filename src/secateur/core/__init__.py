@@ -1,0 +1,1 @@
+"""What all axes share: masks, layouts, statistics, selection, units."""

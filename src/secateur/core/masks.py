@@ -173,7 +173,8 @@ def _unpack(path: str | Path, name: str, packed: np.ndarray, shape: tuple[int, .
         size *= n
     if packed.dtype != np.uint8 or packed.shape != ((size + 7) // 8,):
         raise InputError(
-            f"{path}: mask {name} holds {packed.size} bytes of {packed.dtype}, its shape {shape} needs {(size + 7) // 8} of uint8"
+            f"{path}: mask {name} holds {packed.size} bytes of {packed.dtype}, its shape {shape} needs "
+            f"{(size + 7) // 8} of uint8"
         )
     bits = np.unpackbits(packed)
     if bits[size:].any():
@@ -211,7 +212,8 @@ def undo_(model: nn.Module, masks: Masks) -> nn.Module:
     missing = [name for name in masks if name not in masks.originals]
     if missing:
         raise UsageError(
-            f"{missing[0]}: its weights from before pruning were not kept; prune with keep_originals=True to be able to undo"
+            f"{missing[0]}: its weights from before pruning were not kept; prune with keep_originals=True to be "
+            "able to undo"
         )
     parameters = named_parameters(model)
     for name in masks:

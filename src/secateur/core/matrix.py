@@ -32,7 +32,8 @@ class Layout:
         from_matrices: the inverse, parameter-shaped.
         rows: `(args, kwargs, real)` of a forward call -> for each part the `(token, in)` inputs that meet
             it, padding left out; `real` is a boolean tensor over the input's leading (for a convolution:
-            batch and spatial) positions, or None when all are real. None itself where a module has no input activations (an embedding looks rows up).
+            batch and spatial) positions, or None when all are real. None itself where a module has no input
+            activations (an embedding looks rows up).
     """
 
     name: str

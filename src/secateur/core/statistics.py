@@ -78,7 +78,8 @@ class Sums:
                 added = STATISTICS[name][0](rows.float())
                 if not bool(added.isfinite().all()):
                     raise NumericError(
-                        f"{self.name}: NaN or Inf among its input activations; look at the data and at the layers before it"
+                        f"{self.name}: NaN or Inf among its input activations; look at the data and at the layers "
+                        "before it"
                     )
                 before = self.totals[name][part]
                 self.totals[name][part] = added if before is None else before + added

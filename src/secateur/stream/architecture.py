@@ -60,7 +60,7 @@ def build_empty(checkpoint: Checkpoint, shards: Shards, *, trust_remote_code: bo
         with (
             pretrained._told(checkpoint, f"cannot be built as {model_class.__name__}"),
             pretrained._bounded(checkpoint),
-            hooks.register_module_parameter_registration_hook(_without_values),
+            hooks.register_module_parameter_registration_hook(_without_values),  # type: ignore[arg-type]
             torch.random.fork_rng([]),
         ):
             model = model_class(config)

@@ -113,9 +113,7 @@ def _scores(todo: Plan, seed: int) -> Callable[[Layer, int, Mapping[str, Tensor]
 At = Callable[[Running, int, list[Layer], Hidden], Mapping[str, Any]]
 
 
-def _walk(
-    work: Work, batches: Sequence[Any], output: Output, state: Path, what: str, at: At
-) -> None:
+def _walk(work: Work, batches: Sequence[Any], output: Output, state: Path, what: str, at: At) -> None:
     """Call `at` for every block that holds a chosen layer, in order, up to the last such block.
 
     A block's line goes into the journal after the hidden states behind it are on the disk.

@@ -117,13 +117,13 @@ class Output:
         content = values.contiguous().reshape(-1).view(torch.uint8)
         if content.numel() != stored.size:
             raise ValueError(f"{name}: {content.numel()} bytes for a place of {stored.size}")
-        _put(self._open[stored.file], stored.begin, memoryview(content.numpy()))
+        _put(self._open[stored.file], stored.begin, content.numpy().data)
         self._bytes += stored.size
 
     def write_mask(self, name: str, mask: Tensor) -> None:
         """Put a mask in its place, one bit a weight."""
         bits = np.packbits(mask.contiguous().numpy().reshape(-1))
-        _put(self._open["run/masks.safetensors"], self._mask_places[name], memoryview(bits))
+        _put(self._open["run/masks.safetensors"], self._mask_places[name], bits.data)
 
     def finished(self, unit: str, found: Any) -> None:
         """A unit is written; the journal hears of it once enough is on the disk."""

@@ -147,7 +147,7 @@ def _renamer(model: Any) -> Any:
 
     transforms = get_model_conversion_mapping(model)
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
-    renamings = [t for t in transforms if not isinstance(t, WeightConverter)]
+    renamings: Any = [t for t in transforms if not isinstance(t, WeightConverter)]
     state = model.state_dict()
 
     def rename(stored: str) -> tuple[str, Any, int]:

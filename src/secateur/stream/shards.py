@@ -82,7 +82,7 @@ class Shards:
         try:
             with open(path, "rb", buffering=0) as file:
                 file.seek(stored.begin)
-                view, done = memoryview(data.numpy()), 0
+                view, done = memoryview(data.numpy().data), 0
                 while done < stored.size and (count := file.readinto(view[done:])):
                     done += count
         except OSError as error:

@@ -100,8 +100,8 @@ def find_decoder(model: Any, layers: Sequence[Layer]) -> Decoder:
     outside = [layer for layer in layers if not layer.name.startswith(f"{path}.")]
     if outside:
         raise UsageError(
-            f"{outside[0].name} stands outside of the decoder's blocks ({path}), which alone can be calibrated from file "
-            f'to file. Skip it with skip="{outside[0].path}", prune in memory, or choose a recipe without data'
+            f"{outside[0].name} stands outside of the decoder's blocks ({path}), which alone can be calibrated from "
+            f'file to file. Skip it with skip="{outside[0].path}", prune in memory, or choose a recipe without data'
         )
     return Decoder(model, path, tuple(lists[path]))
 
@@ -199,9 +199,7 @@ def _outside_loaded(decoder: Decoder, places: Places) -> Iterator[None]:
             owner._parameters[last] = before
 
 
-def loaded_blocks(
-    decoder: Decoder, places: Places, first: int
-) -> Iterator[tuple[int, nn.Module]]:
+def loaded_blocks(decoder: Decoder, places: Places, first: int) -> Iterator[tuple[int, nn.Module]]:
     """Each block from `first` on with its weights in float32; the next one is read meanwhile."""
     with ThreadPoolExecutor(1, "reader") as reader:
         coming = reader.submit(_read_block, decoder, places, first) if first < len(decoder.blocks) else None
@@ -247,4 +245,3 @@ def _fill_buffers(module: nn.Module, prefix: str, places: Places) -> None:
                 f"{prefix}{name} is stored with shape {tuple(stored.shape)} instead of {tuple(buffer.shape)}"
             )
         buffer.copy_(stored)
-

@@ -1,0 +1,125 @@
+"""The verb `prune`."""
+
+from __future__ import annotations
+
+import json
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from secateur.cli.options import (
+    Device,
+    Dtype,
+    Json,
+    Model,
+    Offline,
+    Only,
+    Pickle,
+    Skip,
+    Threads,
+    Trust,
+    app,
+    listed,
+    use_threads,
+)
+from secateur.errors import UsageError
+
+__all__ = ["prune"]
+
+
+@app.command()
+def prune(
+    model: Model,
+    out: Annotated[Path | None, typer.Option("--out", help="folder to write")] = None,
+    method: Annotated[
+        str,
+        typer.Option(help="magnitude, wanda, sparsegpt, alps, ... (see docs/methods.md)"),
+    ] = "magnitude",
+    sparsity: Annotated[
+        float | None, typer.Option(help="zeros to reach, as a fraction of the chosen weights")
+    ] = None,
+    nonzero: Annotated[
+        str | None, typer.Option(help="instead: non-zero parameters of the whole model, e.g. 104.69M")
+    ] = None,
+    tau: Annotated[
+        float | None, typer.Option(help="for threshold: cut weights of magnitude at most tau")
+    ] = None,
+    percentile: Annotated[
+        float | None, typer.Option(help="for percentile: percent of each layer to cut")
+    ] = None,
+    pattern: Annotated[
+        str, typer.Option(help="weights, rows, columns, 2:4 (n kept of m), blocks:4x1")
+    ] = "weights",
+    allocate: Annotated[
+        str | None, typer.Option(help="per-row, per-layer or global; default: the method's own")
+    ] = None,
+    only: Only = None,
+    skip: Skip = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="calibration: .txt, .jsonl:field, .parquet:column, folder, python-docs, file.py:function"
+        ),
+    ] = None,
+    samples: Annotated[int, typer.Option(help="calibration sequences or batches")] = 128,
+    context: Annotated[
+        int | None, typer.Option(help="tokens in a sequence; default: the model's, at most 2048")
+    ] = None,
+    evaluate: Annotated[
+        str | None, typer.Option(help="text to measure perplexity on; default: a held-out fifth of --data")
+    ] = None,
+    labelled: Annotated[
+        str | None, typer.Option(help="file.py:function giving (inputs, labels) batches for accuracy")
+    ] = None,
+    evaluate_tokens: Annotated[int, typer.Option(help="tokens of that text to use")] = 32_768,
+    seed: Annotated[int, typer.Option(help="of everything random")] = 0,
+    dtype: Dtype = None,
+    device: Device = "cpu",
+    threads: Threads = None,
+    if_exists: Annotated[str, typer.Option("--if-exists", help="fail or overwrite")] = "fail",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="say what would be done and stop")] = False,
+    json_: Json = False,
+    offline: Offline = False,
+    trust_remote_code: Trust = False,
+    allow_pickle: Pickle = False,
+) -> None:
+    """Prune a model, measure it before and after, and write a folder that loads anywhere."""
+    from secateur.request import request
+
+    given: dict[str, Any] = {
+        "model": model, "method": method, "sparsity": sparsity, "tau": tau, "percentile": percentile,
+        "nonzero": nonzero, "pattern": pattern, "allocate": allocate, "only": listed(only), "skip": listed(skip),
+        "data": data, "samples": samples, "context": context, "evaluate": evaluate, "labelled": labelled,
+        "evaluate_tokens": evaluate_tokens, "seed": seed, "dtype": dtype, "device": device,
+    }  # fmt: skip
+    asked = request({key: value for key, value in given.items() if value is not None and value != ()})
+    if out is None and not dry_run:
+        raise UsageError("--out FOLDER is missing; say where the result goes, or ask for --dry-run")
+    if if_exists not in ("fail", "overwrite"):
+        raise UsageError(f"--if-exists {if_exists!r} is not known; expected fail or overwrite")
+    use_threads(threads)
+    from secateur.folder import new_folder
+    from secateur.run import carry_out, check_apart, prepare
+    from secateur.terminal import progress, show_measurements
+
+    with ExitStack() as stack:
+        if out is not None and not dry_run:  # first, so that a folder that is taken is told at once
+            check_apart(model, out)
+            folder = stack.enter_context(new_folder(out, if_exists))
+        tell = stack.enter_context(progress())
+        run = prepare(
+            asked, offline=offline, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle, tell=tell
+        )
+        if dry_run:
+            typer.echo(json.dumps({"plan": str(run).splitlines()}) if json_ else str(run))
+            return
+        typer.echo(str(run), err=json_)
+        result = carry_out(run, folder, tell)
+    if json_:
+        plain = {name: [m.to_dict() for m in found] for name, found in result.measurements.items()}
+        typer.echo(json.dumps({"out": str(out), "sparsity": result.masks.sparsity, "measurements": plain}))
+        return
+    show_measurements(result.measurements)
+    typer.echo(f"written  {out}\nreport   {out}/run/report.html")
