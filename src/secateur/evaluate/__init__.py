@@ -9,11 +9,11 @@ from secateur.evaluate.flops import flops
 from secateur.evaluate.harness import harness
 from secateur.evaluate.language import PROTOCOLS, loglikelihood_rolling, perplexity
 from secateur.evaluate.machine import hardware
-from secateur.evaluate.measurement import Condition, Measurement, Spread
 from secateur.evaluate.memory import peak_memory
 from secateur.evaluate.size import disk_bytes, nonzeros, parameters, state_bytes
 from secateur.evaluate.speed import PairedLatency, latency, paired_latency, throughput
 from secateur.evaluate.text import rouge
+from secateur.measurement import Condition, Measurement, Spread
 
 __all__ = [
     "PROTOCOLS",

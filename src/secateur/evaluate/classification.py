@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from secateur.errors import NumericError, UsageError, nearest
 from secateur.evaluate.forward import call, device_of, dtype_of, logits_of, move, undisturbed
-from secateur.evaluate.measurement import Condition, Measurement
+from secateur.measurement import Condition, Measurement
 
 __all__ = ["AVERAGES", "Predictions", "accuracy", "f1", "predict"]
 

@@ -21,8 +21,8 @@ from secateur.evaluate.likelihood import (
     number_format,
     wide,
 )
-from secateur.evaluate.measurement import Condition, Measurement
 from secateur.evaluate.windows import chunks
+from secateur.measurement import Condition, Measurement
 
 __all__ = ["divergence"]
 

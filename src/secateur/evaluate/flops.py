@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from secateur.errors import UsageError
 from secateur.evaluate.forward import batch_size_of, call, device_of, move, undisturbed
-from secateur.evaluate.measurement import Condition, Measurement
+from secateur.measurement import Condition, Measurement
 
 __all__ = ["flops"]
 

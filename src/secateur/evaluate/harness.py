@@ -14,7 +14,7 @@ from torch import nn
 
 from secateur.errors import UsageError, nearest
 from secateur.evaluate.forward import device_of, dtype_of, undisturbed
-from secateur.evaluate.measurement import Condition, Measurement, Spread
+from secateur.measurement import Condition, Measurement, Spread
 
 __all__ = ["harness"]
 

@@ -13,8 +13,8 @@ from torch import nn
 from secateur.errors import NumericError, UsageError, nearest
 from secateur.evaluate.corpus import check_tokens, context_for, documents, encode, texts, vocabulary
 from secateur.evaluate.likelihood import Piece, Progress, batch_for, losses, number_format
-from secateur.evaluate.measurement import Condition, Measurement
 from secateur.evaluate.windows import rolling_windows, sliding_windows
+from secateur.measurement import Condition, Measurement
 
 __all__ = ["PROTOCOLS", "loglikelihood_rolling", "perplexity"]
 

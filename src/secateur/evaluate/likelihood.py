@@ -13,8 +13,8 @@ from torch.nn import functional
 
 from secateur.errors import NumericError, UsageError
 from secateur.evaluate.forward import accepts, device_of, dtype_of, logits_of, undisturbed
-from secateur.evaluate.measurement import Condition
 from secateur.evaluate.windows import Window
+from secateur.measurement import Condition
 
 __all__ = [
     "SCORES_AT_ONCE",

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from secateur.evaluate.measurement import Condition
+from secateur.measurement import Condition
 
 __all__ = ["hardware"]
 

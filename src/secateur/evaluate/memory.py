@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from secateur.errors import UsageError
-from secateur.evaluate.measurement import Condition, Measurement
+from secateur.measurement import Condition, Measurement
 
 __all__ = ["peak_memory"]
 

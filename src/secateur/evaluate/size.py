@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.errors import UsageError
-from secateur.evaluate.measurement import Measurement
+from secateur.measurement import Measurement
 
 __all__ = ["disk_bytes", "nonzeros", "parameters", "state_bytes"]
 

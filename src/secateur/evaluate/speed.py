@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from secateur.errors import UsageError
 from secateur.evaluate.forward import batch_size_of, call, device_of, dtype_of, move, undisturbed
 from secateur.evaluate.machine import hardware
-from secateur.evaluate.measurement import Condition, Measurement, Spread
+from secateur.measurement import Condition, Measurement, Spread
 
 __all__ = ["PairedLatency", "latency", "paired_latency", "throughput"]
 

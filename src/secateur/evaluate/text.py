@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from secateur.errors import UsageError
-from secateur.evaluate.measurement import Condition, Measurement
+from secateur.measurement import Condition, Measurement
 
 __all__ = ["rouge"]
 
