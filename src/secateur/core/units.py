@@ -23,6 +23,7 @@ from secateur.core.axes.program import masked_module, narrow_module
 from secateur.core.axes.step import Trace
 from secateur.core.axes.trace import export, label_graph, tied
 from secateur.core.axes.zeros import check_zeros
+from secateur.core.masks import Masks
 from secateur.errors import UsageError, nearest
 
 __all__ = ["Analysis", "Frozen", "Member", "Units", "analyse", "masked_program", "pruned_program"]
@@ -84,6 +85,33 @@ class Analysis:
             if any(i is not None for i in index):
                 out.update(dict.fromkeys(names, index))
         return out
+
+    def masks(self, keep: Keep) -> Masks:
+        """Masks of every parameter that carries these axes, the removed units zero; tied tensors by their first name.
+
+        `unit_masks.keep_of` is the inverse.
+
+        Args:
+            keep: Axis name -> units that stay; axes left out stay whole and give no mask.
+
+        Raises:
+            UsageError: an unknown axis, an index out of range or given twice, or nothing left.
+
+        Cost:
+            One boolean for each number of these parameters.
+        """
+        index = self.kept_indices(keep)
+        carried = dict.fromkeys(m.name for name in keep for m in self[name].members if m.is_parameter)
+        shapes = self.shapes()
+        return Masks({name: _outer(shapes[name], index.get(name, ())) for name in carried})
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of every tensor in use, under all of its names."""
+        return {name: tuple(node.meta["val"].shape) for node, names in self._tensors.items() for name in names}
+
+    def first_names(self) -> dict[str, str]:
+        """Name -> first name of the same tensor, for every tensor in use."""
+        return {name: names[0] for names in self._tensors.values() for name in names}
 
     def parameter_count(self, keep: Keep | None = None) -> int:
         """Number of parameters in use that are left when only these units are kept; tied ones count once.
@@ -150,6 +178,17 @@ def analyse(
     )
     tensors = {node: ties[name] for name, node in holders.items()}
     return Analysis(units, frozen, trace.unruled, unused, module, trace, tensors)
+
+
+def _outer(shape: tuple[int, ...], index: Sequence[Tensor | None]) -> Tensor:
+    """True where every dimension's position is kept."""
+    mask = torch.ones(shape, dtype=torch.bool)
+    for dim, kept in enumerate(index):
+        if kept is not None:
+            gone = torch.ones(shape[dim], dtype=torch.bool)
+            gone[kept] = False
+            mask.index_fill_(dim, gone.nonzero().flatten(), False)
+    return mask
 
 
 def _holding(module: fx.GraphModule, trace: Trace) -> list[tuple[str, fx.Node]]:
