@@ -21,9 +21,9 @@ import yaml
 from secateur import __version__, evaluate, report
 from secateur.card import model_card
 from secateur.core.counts import Sparsity, sparsity
+from secateur.core.forward import dtype_of
 from secateur.core.masks import Masks
 from secateur.evaluate import Measurement
-from secateur.evaluate.forward import dtype_of
 from secateur.folder import write_json, write_text
 from secateur.model import Loaded
 from secateur.prune import Plan

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from secateur.allocate.shares import Shares, Slope
+from secateur.core.forward import logits_of, undisturbed
 from secateur.core.masks import Masks
 from secateur.core.statistics import forward
 from secateur.core.where import Layer, Only, select
 from secateur.errors import NumericError, UsageError
-from secateur.evaluate.forward import logits_of, undisturbed
 from secateur.prune import prune_
 from secateur.recipes import Recipe
 

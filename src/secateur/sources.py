@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from secateur import data, own
+from secateur.core.digest import digest
+from secateur.core.forward import call, undisturbed
 from secateur.errors import UsageError
 from secateur.evaluate.corpus import context_for, positions
-from secateur.evaluate.forward import call, undisturbed
 from secateur.measure import Tell, Yardstick
 from secateur.model import Loaded
 from secateur.request import PruneRequest, spec_name
@@ -86,26 +86,6 @@ def input_of(batch: Any) -> Any:
     if isinstance(batch, tuple | list) and batch:
         batch = batch[0]
     return {k: v for k, v in batch.items() if k != "labels"} if isinstance(batch, Mapping) else batch
-
-
-def digest(batches: Any) -> str:
-    """SHA-256 in hexadecimal of every tensor in nested batches, with names, types and shapes."""
-    found = hashlib.sha256()
-
-    def add(value: Any) -> None:
-        if isinstance(value, Tensor):
-            found.update(f"{value.dtype}{tuple(value.shape)}".encode())
-            found.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-        elif isinstance(value, Mapping):
-            for name in sorted(value, key=str):
-                found.update(str(name).encode())
-                add(value[name])
-        elif isinstance(value, list | tuple):
-            for item in value:
-                add(item)
-
-    add(batches)
-    return found.hexdigest()
 
 
 def _device(model: nn.Module) -> torch.device:

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from secateur.core.forward import call, device_of, dtype_of, logits_of, move, undisturbed
 from secateur.errors import NumericError, UsageError, nearest
-from secateur.evaluate.forward import call, device_of, dtype_of, logits_of, move, undisturbed
 from secateur.measurement import Condition, Measurement
 
 __all__ = ["AVERAGES", "Predictions", "accuracy", "f1", "predict"]

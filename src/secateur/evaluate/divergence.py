@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from secateur.core.forward import undisturbed
 from secateur.errors import NumericError, UsageError
 from secateur.evaluate.corpus import check_tokens, context_for, documents, vocabulary
-from secateur.evaluate.forward import undisturbed
 from secateur.evaluate.likelihood import (
     SCORES_AT_ONCE,
     Progress,

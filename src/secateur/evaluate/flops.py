@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
+from secateur.core.forward import batch_size_of, call, device_of, move, undisturbed
 from secateur.errors import UsageError
-from secateur.evaluate.forward import batch_size_of, call, device_of, move, undisturbed
 from secateur.measurement import Condition, Measurement
 
 __all__ = ["flops"]

@@ -12,8 +12,8 @@ from typing import Any, cast
 import numpy as np
 from torch import nn
 
+from secateur.core.forward import device_of, dtype_of, undisturbed
 from secateur.errors import UsageError, nearest
-from secateur.evaluate.forward import device_of, dtype_of, undisturbed
 from secateur.measurement import Condition, Measurement, Spread
 
 __all__ = ["harness"]

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from secateur.core.forward import accepts, device_of, dtype_of, logits_of, undisturbed
 from secateur.errors import NumericError, UsageError
-from secateur.evaluate.forward import accepts, device_of, dtype_of, logits_of, undisturbed
 from secateur.evaluate.windows import Window
 from secateur.measurement import Condition
 

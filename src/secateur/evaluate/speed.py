@@ -11,8 +11,8 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from secateur.core.forward import batch_size_of, call, device_of, dtype_of, move, undisturbed
 from secateur.errors import UsageError
-from secateur.evaluate.forward import batch_size_of, call, device_of, dtype_of, move, undisturbed
 from secateur.evaluate.machine import hardware
 from secateur.measurement import Condition, Measurement, Spread
 

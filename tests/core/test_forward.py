@@ -4,8 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from secateur.errors import UsageError
-from secateur.evaluate.forward import (
+from secateur.core.forward import (
     accepts,
     batch_size_of,
     call,
@@ -15,6 +14,7 @@ from secateur.evaluate.forward import (
     move,
     undisturbed,
 )
+from secateur.errors import UsageError
 
 
 def test_every_module_gets_its_own_mode_back():
