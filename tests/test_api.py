@@ -30,6 +30,7 @@ NAMES = [
     "alps",
     "global_magnitude",
     "globally",
+    "hold_",
     "magnitude",
     "per_layer",
     "per_row",

@@ -28,6 +28,7 @@ _HOME = {
     "alps": "secateur.recipes",
     "global_magnitude": "secateur.recipes",
     "globally": "secateur.allocate",
+    "hold_": "secateur.core.hold",
     "magnitude": "secateur.recipes",
     "per_layer": "secateur.allocate",
     "per_row": "secateur.allocate",
@@ -63,6 +64,7 @@ __all__ = [
     "alps",
     "global_magnitude",
     "globally",
+    "hold_",
     "magnitude",
     "per_layer",
     "per_row",
@@ -83,6 +85,7 @@ __all__ = [
 if TYPE_CHECKING:
     from secateur.allocate import Percentile, Threshold, globally, per_layer, per_row
     from secateur.core.counts import sparsity
+    from secateur.core.hold import hold_
     from secateur.core.masks import Masks, undo_
     from secateur.evaluate import Measurement
     from secateur.pattern import NM, Blocks, Columns, Rows, Weights

@@ -119,8 +119,7 @@ class Masks(Mapping[str, Tensor]):
             check_fits(name, mask, parameters)
         for name, mask in self.items():
             weight = parameters[name].detach()
-            # bit patterns times 0 or 1: no negative zero, no NaN times zero, and 15 times faster than masked_fill_
-            weight.view(INTEGER[weight.element_size()]).mul_(mask.to(weight.device))
+            zero_(weight, mask.to(weight.device))
         return model
 
     def save(self, path: str | Path) -> None:
@@ -198,6 +197,12 @@ def check_fits(name: str, mask: Tensor, parameters: Mapping[str, Tensor]) -> Non
         raise UsageError(
             f"mask of {name}: expected shape {expected}, got {got}; these masks belong to another model"
         )
+
+
+def zero_(values: Tensor, mask: Tensor) -> None:
+    """Write zero where the mask is False, in place; both on one device."""
+    # bit patterns times 0 or 1: no negative zero, no NaN times zero, and 15 times faster than masked_fill_
+    values.view(INTEGER[values.element_size()]).mul_(mask)
 
 
 def undo_(model: nn.Module, masks: Masks) -> nn.Module:
