@@ -16,16 +16,19 @@ from secateur import (
     prune_,
     random,
     ria,
+    taylor,
     threshold,
     wanda,
     wanda_l1,
 )
+from secateur.errors import UsageError
 
 WITH_DATA = {
     "wanda": wanda,
     "wanda l1": wanda_l1,
     "ria": ria,
     "activation": activation,
+    "taylor": taylor,
     "global wanda": replace(wanda, allocate=globally),
 }
 
@@ -184,3 +187,28 @@ def test_a_score_may_return_any_floating_type():
     recipes = [replace(global_magnitude, score=score) for score in scores]
     masks = [prune_(layer, 0.5, recipe) for layer, recipe in zip(layers, recipes, strict=True)]
     assert all(each == masks[0] for each in masks)
+
+
+def test_the_loss_decides_what_a_gradient_says():
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
+    x, y = torch.randn(20, 4), torch.randn(20, 3)
+    first = prune_(deepcopy(model), 0.5, taylor, data=[(x, y)], loss=nn.MSELoss())
+    weight = model[2].weight.detach().clone().requires_grad_()
+    loss = nn.functional.mse_loss(torch.relu(model[0](x)) @ weight.t() + model[2].bias, y)
+    (gradient,) = torch.autograd.grad(loss, weight)
+    scores = (weight * gradient).abs().detach()
+    assert torch.equal(first["2.weight"], scores > scores.flatten().kthvalue(9).values)
+    with pytest.raises(UsageError, match="needs calibration data for grad; pass data="):
+        prune_(model, 0.5, taylor)
+    with pytest.raises(UsageError, match="pass loss="):
+        prune_(model, 0.5, taylor, data=[(x, y)])
+
+
+def test_gradients_of_the_dense_model_go_with_an_update():
+    from secateur.recipes import wanda_mended
+
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
+    data = [(torch.randn(20, 4), torch.randint(0, 3, (20,)))]
+    plain = prune_(deepcopy(model), 0.5, taylor, data=data)
+    mended = prune_(model, 0.5, replace(taylor, update=wanda_mended.update), data=data)
+    assert mended == plain

@@ -12,9 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from secateur.core.gradients import GRADIENTS, KNOWN, gather_all
+from secateur.core.loss import Loss
 from secateur.core.masks import Masks, check_fits
 from secateur.core.select import Candidates, smallest
-from secateur.core.statistics import STATISTICS, gather
+from secateur.core.statistics import STATISTICS
 from secateur.core.where import Layer, Only, select
 from secateur.errors import NumericError, UsageError, nearest
 from secateur.mend import mend_, update_statistics
@@ -89,6 +91,7 @@ def prune_(
     *,
     nonzero: int | None = None,
     data: Iterable[Any] | None = None,
+    loss: Loss | None = None,
     only: Only = None,
     skip: Only = None,
     masks: Masks | None = None,
@@ -103,7 +106,9 @@ def prune_(
             that decides for itself (threshold, percentile, N:M).
         recipe: score, pattern and allocator.
         nonzero: instead of a sparsity, the exact number of non-zero parameters that the whole model is to have.
-        data: calibration batches, for scores that need activations; see `core.statistics.gather`.
+        data: calibration batches, for scores that need activations or gradients; see `core.statistics.gather`.
+        loss: `loss(output, target)`, for scores that need gradients; default: what the batches imply (labels, the
+            next token), see `core.loss.loss_of`.
         only, skip: which layers; a role (`all`, `attention`, `ffn`, `encoder`, `decoder`, `head`), a glob over
             module paths, a module type, a predicate `(path, module) -> bool`, or a list of these. The
             default is every layer but embeddings, routers and the vocabulary head of language models.
@@ -133,7 +138,7 @@ def prune_(
     _check_weights(todo.layers)
     if recipe.update is not None:
         data = _for_update(recipe, data, masks)
-    statistics = cache(lambda: _gather(model, todo, data))
+    statistics = cache(lambda: _gather(model, todo, data, loss))
     candidates = {
         name: _candidates(todo, layer, statistics, masks, seed, zeros_last=nonzero is not None)
         for name, layer in layers.items()
@@ -143,7 +148,7 @@ def prune_(
     counts = recipe.allocation(candidates, todo.keep or 0)
     _check_total(todo, candidates, counts)
     if recipe.update is not None:
-        return _mended(model, todo, counts, data or (), seed, keep_originals)
+        return _mended(model, todo, counts, data or (), loss, seed, keep_originals)
     kept = {name: _mask(recipe, layers[name], candidates[name], counts[name]) for name in layers}
     _check_stays_pruned(kept, masks)
     if nonzero is not None:
@@ -171,6 +176,7 @@ def _mended(
     todo: Plan,
     counts: Mapping[str, Tensor],
     data: Iterable[Any],
+    loss: Loss | None,
     seed: int,
     keep_originals: bool,
 ) -> Masks:
@@ -178,9 +184,12 @@ def _mended(
     layers = {layer.name: layer for layer in todo.layers}
     originals = {name: layer.weight.detach().clone() for name, layer in layers.items()}
     names = [name for name in {*todo.statistics, *update_statistics(todo.recipe)} if name in STATISTICS]
+    slopes = [name for name in todo.statistics if name in GRADIENTS]  # of the dense model: the stream has none
+    dense = gather_all(model, todo.layers, slopes, data, loss) if slopes else {}
 
     def scores(layer: Layer, part: int, known: Mapping[str, Tensor]) -> Tensor:
         given: dict[str, Any] = {name: known[name] for name in todo.statistics if name in known}
+        given |= {name: dense[layer.name][name][part] for name in slopes}
         if "generator" in todo.statistics:
             given["generator"] = torch.Generator().manual_seed(_seed_of(seed, f"{layer.name}:{part}"))
         matrix = layer.layout.to_matrices(layer.weight.detach())[part].float()
@@ -202,7 +211,7 @@ def _statistics_of(score: Callable[..., Any]) -> tuple[str, ...]:
         names = tuple(inspect.signature(score).parameters)[1:]
     except (TypeError, ValueError):
         raise UsageError(f"score {score!r} is no function of (weight, <statistics by name>)") from None
-    known = (*STATISTICS, "generator")
+    known = (*KNOWN, "generator")
     for name in names:
         if name not in known:
             raise UsageError(
@@ -212,15 +221,17 @@ def _statistics_of(score: Callable[..., Any]) -> tuple[str, ...]:
     return names
 
 
-def _gather(model: nn.Module, todo: Plan, data: Iterable[Any] | None) -> dict[str, dict[str, Tensor]]:
-    names = [name for name in todo.statistics if name in STATISTICS]
+def _gather(
+    model: nn.Module, todo: Plan, data: Iterable[Any] | None, loss: Loss | None
+) -> dict[str, dict[str, Tensor]]:
+    names = [name for name in todo.statistics if name in KNOWN]
     if not names:
         return {}
     if data is None:
         raise UsageError(
             f"{todo.recipe.describe()['score']} needs calibration data for {', '.join(names)}; pass data="
         )
-    return gather(model, todo.layers, names, data)
+    return gather_all(model, todo.layers, names, data, loss)
 
 
 def _candidates(

@@ -24,12 +24,14 @@ __all__ = [
     "activation",
     "admm",
     "alps",
+    "fisher",
     "global_magnitude",
     "magnitude",
     "percentile",
     "random",
     "ria",
     "sparsegpt",
+    "taylor",
     "threshold",
     "wanda",
     "wanda_l1",
@@ -102,6 +104,8 @@ sparsegpt = Recipe(scores.wanda, update=SparseGPT())
 admm = Recipe(scores.wanda, update=ADMM())
 alps = Recipe(scores.wanda, update=ALPS())
 random = Recipe(scores.random)
+taylor = Recipe(scores.taylor)
+fisher = Recipe(scores.fisher)
 
 
 def threshold(tau: float, *, relative: bool = False) -> Recipe:
@@ -123,6 +127,8 @@ METHODS: dict[str, Recipe] = {
     "ria": ria,
     "activation": activation,
     "random": random,
+    "taylor": taylor,
+    "fisher": fisher,
     "wanda-mended": wanda_mended,
     "sparsegpt": sparsegpt,
     "admm": admm,

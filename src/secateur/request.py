@@ -29,6 +29,8 @@ METHOD_NAMES = (
     "ria",
     "activation",
     "random",
+    "taylor",
+    "fisher",
     "wanda-mended",
     "sparsegpt",
     "admm",

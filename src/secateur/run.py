@@ -21,8 +21,8 @@ from secateur import measure as measuring
 from secateur import model as models
 from secateur import report
 from secateur.checkpoint import headers
+from secateur.core.gradients import KNOWN
 from secateur.core.masks import Masks
-from secateur.core.statistics import STATISTICS
 from secateur.errors import UsageError
 from secateur.folder import new_folder
 from secateur.measure import Tell, Yardstick
@@ -102,7 +102,7 @@ def prepare(
         only=list(asked.only) or None,
         skip=list(asked.skip) or None,
     )
-    needs_data = recipe.update is not None or any(name in STATISTICS for name in todo.statistics)
+    needs_data = recipe.update is not None or any(name in KNOWN for name in todo.statistics)
     given = sources(asked, loaded, needs_data=needs_data, tell=tell)
     notes = [*given.notes, *_rounding(loaded)]
     return Run(asked, loaded, todo, given.calibration, given.by, tuple(notes))

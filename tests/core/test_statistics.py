@@ -47,6 +47,9 @@ def test_values_against_the_definitions():
         torch.testing.assert_close(stats[name]["input_norm"], rows.norm(dim=0)[None])
         torch.testing.assert_close(stats[name]["input_norm_l1"], rows.abs().sum(0)[None])
         torch.testing.assert_close(stats[name]["input_activation"], rows.abs().mean(0)[None])
+        torch.testing.assert_close(stats[name]["input_mean"], rows.mean(0)[None])
+        torch.testing.assert_close(stats[name]["input_variance"], rows.var(0, correction=0)[None])
+        torch.testing.assert_close(stats[name]["input_zeros"], (rows == 0).float().mean(0)[None])
 
 
 @given(st.lists(st.integers(1, 6), min_size=1, max_size=6), st.integers(1, 4), st.integers(0, 3))

@@ -1,6 +1,7 @@
 """Scores: the laws that any score obeys, and the published equations by loops over single weights."""
 
 import inspect
+import itertools
 import math
 
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from secateur.score import RIA, activation, magnitude, random, wanda, wanda_l1
+from secateur.score import RIA, activation, fisher, magnitude, random, taylor, wanda, wanda_l1
 
 SCORES = {
     "magnitude": magnitude,
@@ -137,3 +138,17 @@ def test_random_depends_on_its_generator_alone():
     assert not torch.equal(draw, random(weight, torch.Generator().manual_seed(4)))
     assert torch.equal(torch.get_rng_state(), state)
     assert bool(((draw >= 0) & (draw < 1)).all())
+
+
+@settings(max_examples=20)
+@given(layer(st.floats(-8, 8, width=32)), st.integers(0, 99))
+def test_scores_of_gradients_are_their_equations(drawn, seed):
+    weight, _ = drawn
+    gradient = torch.randn(weight.shape, generator=torch.Generator().manual_seed(seed))
+    for i, j in itertools.product(*map(range, weight.shape)):
+        without = weight.clone()
+        without[i, j] = 0
+        lost = abs(float(((without - weight) * gradient).double().sum()))
+        assert taylor(weight, gradient)[i, j].item() == pytest.approx(lost, rel=1e-5, abs=1e-30)
+        expected = float(weight[i, j].double() ** 2) * float(gradient[i, j].double() ** 2) / 2
+        assert fisher(weight, gradient**2)[i, j].item() == pytest.approx(expected, rel=1e-5, abs=1e-30)

@@ -45,6 +45,18 @@ def _products(rows: Tensor) -> Tensor:
     return rows.t() @ rows
 
 
+def _zeros(rows: Tensor) -> Tensor:
+    return (rows == 0).sum(0, dtype=torch.float64)
+
+
+def _moments(rows: Tensor) -> Tensor:
+    return torch.stack([rows.sum(0, dtype=torch.float64), rows.square().sum(0, dtype=torch.float64)])
+
+
+def _variance(total: Tensor, tokens: int) -> Tensor:
+    return (total[1] / tokens - (total[0] / tokens).square()).clamp(min=0)
+
+
 # inputs of a layer, and a function that gives the rows of each part
 Receive = Callable[[Tensor, Callable[[], "list[Tensor]"]], None]
 
@@ -56,6 +68,12 @@ STATISTICS: Mapping[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, int
     "input_norm_l1": (_magnitudes, lambda total, tokens: total),
     # mean |x_j|: how strongly the neuron that feeds this column is active
     "input_activation": (_magnitudes, lambda total, tokens: total / tokens),
+    # mean x_j over all tokens
+    "input_mean": (lambda rows: rows.sum(0, dtype=torch.float64), lambda total, tokens: total / tokens),
+    # mean (x_j - mean x_j)^2: how much the neuron that feeds this column fluctuates
+    "input_variance": (_moments, _variance),
+    # fraction of tokens at which x_j is exactly zero
+    "input_zeros": (_zeros, lambda total, tokens: total / tokens),
     # X^T X over all tokens, (in, in): what weight updates need
     "second_moment": (_products, lambda total, tokens: total),
 }

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from secateur.checkpoint import Checkpoint, read_checkpoint
+from secateur.core.gradients import GRADIENTS
 from secateur.core.where import Only, select
 from secateur.errors import InputError, NumericError, ResourceError, UsageError
 from secateur.folder import interrupted, new_folder
@@ -200,6 +201,11 @@ def _prepared(
         todo = plan(model, sparsity, recipe, only=only, skip=skip)
     else:
         todo = _plan_of_nonzero(architecture.model, places, sparsity, recipe, nonzero, only, skip)
+    if slopes := [name for name in todo.statistics if name in GRADIENTS]:
+        raise UsageError(
+            f"{todo.recipe} needs {', '.join(slopes)}, and gradients need the whole model in memory; load it and use "
+            "prune_, or choose a score of activations"
+        )
     if recipe.update is not None or set(todo.statistics) - {"generator"}:
         if not architecture.known:
             raise UsageError(
