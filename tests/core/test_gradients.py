@@ -129,6 +129,9 @@ def test_what_goes_wrong_is_said():
         gather_gradients(model, whole, ["grad"], [])
     with pytest.raises(UsageError, match=r"leading sizes \[3, 7\]; give batches of one row"):
         gather_gradients(model, whole, ["input_gate"], [(x, y[:3])])
+    words = nn.Embedding(7, 7)
+    with pytest.raises(UsageError, match="hold nothing to predict, such as two tokens"):
+        gather_gradients(words, layers(words), ["grad"], [torch.zeros(2, 1, dtype=torch.long)])
     unused = nn.ModuleDict({"a": nn.Linear(3, 4), "b": nn.Linear(3, 4)})
     unused.forward = unused["a"].forward
     with pytest.raises(UsageError, match=r"b\.weight: the loss of the calibration data does not depend"):

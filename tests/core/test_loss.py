@@ -61,6 +61,8 @@ def test_token_ids_imply_the_next_token_and_padding_does_not_count():
     torch.testing.assert_close(loss_of(model, {"input_ids": padded, "attention_mask": mask})[0], value)
     left = torch.cat([torch.full((1, 3), 2), ids], 1)
     assert loss_of(model, {"input_ids": left, "attention_mask": mask.flip(1)})[1] == 5
+    nothing, count = loss_of(model, ids[:, :1])
+    assert (nothing.item(), count) == (0, 0)
 
 
 def test_labels_imply_the_models_own_loss():
@@ -79,7 +81,6 @@ def test_labels_imply_the_models_own_loss():
         (nn.Linear(3, 2), (torch.zeros(4, 3), torch.zeros(4, 2)), None, UsageError, "pass loss="),
         (Words(), {"input_ids": torch.zeros(1, 4, dtype=torch.long), "labels": torch.zeros(1, 4)}, None, UsageError,
          "Words was given labels and returns no loss"),
-        (Words(), {"input_ids": torch.zeros(2, 1, dtype=torch.long)}, None, UsageError, "no two tokens in a row"),
         (nn.Linear(3, 2), (torch.zeros(4, 3), None), lambda o, t: o, UsageError, r"shape \(\), got \(4, 2\)"),
         (nn.Linear(3, 2), (torch.zeros(4, 3), None), lambda o, t: 1.0, UsageError, "got float"),
         (nn.Linear(3, 2), (torch.zeros(4, 3), None), lambda o, t: o.sum() / 0, NumericError, "NaN or Inf"),

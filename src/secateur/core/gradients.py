@@ -104,6 +104,10 @@ def gather_gradients(
                     _add(sums[layer.name], names, layer, gradient, count)
     if rows == 0:
         raise UsageError("data holds no batch; calibration needs at least one")
+    if predictions == 0:
+        raise UsageError(
+            "the calibration data hold nothing to predict, such as two tokens in a row; give longer rows"
+        )
     for layer in layers:
         if layer.name not in reached:
             raise UsageError(

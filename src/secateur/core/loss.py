@@ -110,11 +110,9 @@ def _next_token(logits: Tensor, ids: Tensor, inputs: Any) -> tuple[Tensor, int]:
     if mask is not None and mask.shape == ids.shape:
         labels = labels.masked_fill(~(mask[:, 1:].bool() & mask[:, :-1].bool()), -100)
     count = int(torch.count_nonzero(labels != -100))
-    if count == 0:
-        raise UsageError(
-            "a calibration batch holds no two tokens in a row, so there is no next token to predict"
-        )
-    return F.cross_entropy(logits[:, :-1].reshape(-1, logits.shape[-1]).float(), labels.reshape(-1)), count
+    flat = logits[:, :-1].reshape(-1, logits.shape[-1]).float()
+    # a sum, because a batch of single tokens predicts nothing, and its mean would be NaN
+    return F.cross_entropy(flat, labels.reshape(-1), reduction="sum") / max(1, count), count
 
 
 def _rows(inputs: Any) -> int:
