@@ -1,0 +1,149 @@
+"""Fine-tuning after pruning: the kept weights learn to do without the pruned ones, which stay exactly zero."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, Literal, Unpack
+
+import torch
+from torch import nn
+
+from secateur.core.digest import digest
+from secateur.core.forward import undisturbed
+from secateur.core.masks import Masks
+from secateur.errors import NumericError, UsageError
+from secateur.measurement import Measurement
+from secateur.recover.batches import identity
+from secateur.recover.loop import train_
+from secateur.recover.losses import IGNORED, Loss, inputs_and_labels, loss_named, loss_of
+from secateur.recover.training import Judge, Options, Tuned, name_of, training
+
+__all__ = ["Metric", "finetune_", "judge_by"]
+
+Metric = Callable[[nn.Module, Any], Any]
+
+
+def finetune_(
+    model: nn.Module,
+    data: Iterable[Any],
+    masks: Masks | None = None,
+    *,
+    loss: str | Loss | None = None,
+    validation: Iterable[Any] | None = None,
+    metric: Metric | None = None,
+    better: Literal["higher", "lower"] | None = None,
+    **options: Unpack[Options],
+) -> Tuned:
+    """Train a pruned model on; pruned weights stay exactly zero, and the best epoch is kept.
+
+    Args:
+        model: trained in place, where its parameters need a gradient.
+        data: a list of batches, whose rows are shuffled each epoch, or anything sized that can be walked
+            through once an epoch (a DataLoader). A batch is a pair `(inputs, labels)`, a mapping of named inputs with or
+            without `labels`, or a tensor of token ids.
+        masks: what `prune_` returned. Without them zeros are weights like any other and will be trained away.
+        loss: a name of `LOSSES` (language-model, single-label, multi-label, regression), or a function of logits and labels
+            as torch's own; None chooses by the shapes where they leave no doubt.
+        validation: batches that are never trained on.
+        metric: `(model, validation) -> Measurement or number`, as `evaluate.accuracy` and `evaluate.perplexity` are;
+            None for the loss itself.
+        better: whether more or less of the metric is better; needed where its name does not say so.
+        options: `epochs`, `lr`, `original_lr`, `warm_up`, `decay`, `weight_decay`, `clip`, `accumulate`, `autocast`,
+            `patience`, `optimizer`, `seed`, `checkpoint`, `every`, `tell`; see `Training`. By default three epochs of AdamW at a
+            tenth of the original rate.
+
+    Returns:
+        The history, epoch by epoch, and which epoch was kept; the state before training is one of them.
+
+    Raises:
+        UsageError: data, shapes, options or a checkpoint that do not fit; masks of another model.
+        InputError: a checkpoint that was altered.
+        NumericError: NaN or Inf in the loss, the gradients or the weights; says at which step, and the model has its
+            last good state.
+
+    Cost: `epochs` forward and backward passes of the data and a validation after each; memory for the gradients, two
+        moments, and one more copy of the weights (the best). With `checkpoint`, one pass over the data to tell
+        them from others, and a file of four times the weights.
+
+    Example:
+        >>> from secateur.core.masks import Masks
+        >>> model = nn.Linear(4, 2)
+        >>> masks = Masks({"weight": torch.rand(2, 4) > 0.5})
+        >>> data = [(torch.randn(8, 4), torch.randint(0, 2, (8,)))]
+        >>> tuned = finetune_(model, data, masks, epochs=2, lr=1e-3)
+        >>> tuned.best, bool((model.weight[~masks["weight"]] == 0).all())
+        (2, True)
+    """
+    how = training(**options)
+    chosen = loss_named(loss)
+    judge = judge_by(model, validation, metric, better, chosen)
+    about = {"task": "finetune", "loss": "by shape" if chosen is None else name_of(chosen)}
+    return train_(
+        model,
+        lambda batch: loss_of(model, batch, chosen),
+        data,
+        how,
+        masks=masks,
+        judge=judge,
+        label="fine-tuning",
+        about=about,
+    )
+
+
+def judge_by(
+    model: nn.Module,
+    validation: Iterable[Any] | None,
+    metric: Metric | None,
+    better: Literal["higher", "lower"] | None,
+    loss: Loss | None,
+) -> Judge | None:
+    """What says which epoch is best; None without validation data.
+
+    Raises:
+        UsageError: a metric without data, or data that can be walked through only once.
+    """
+    if validation is None:
+        if metric is not None:
+            raise UsageError("metric= needs data to measure on; give validation=")
+        return None
+    if iter(validation) is validation:
+        raise UsageError("validation can be walked through only once; give a list of batches or a DataLoader")
+    name = "loss" if metric is None else name_of(metric)
+    seen = digest(validation) if isinstance(validation, list | tuple | torch.Tensor) else identity(validation, 0)
+    if better not in (None, "higher", "lower"):
+        raise UsageError(f"better is {better!r}; expected higher or lower")
+
+    def measure() -> Measurement:
+        if metric is None:
+            return _validation_loss(model, validation, loss)
+        with undisturbed(model):
+            found = metric(model, validation)
+        return found if isinstance(found, Measurement) else Measurement(name, found, "1")
+
+    return Judge(measure, better, f"{name}:{seen}")
+
+
+def _validation_loss(model: nn.Module, validation: Iterable[Any], loss: Loss | None) -> Measurement:
+    """Mean loss, each batch counting by its labels."""
+    total, weight, batches = 0.0, 0, 0
+    with undisturbed(model):
+        for batch in validation:
+            count = _labels(batch)
+            total += float(loss_of(model, batch, loss)) * count
+            weight += count
+            batches += 1
+    if not weight:
+        raise UsageError("validation holds no label to judge by; give batches with labels")
+    if not abs(total) < float("inf"):
+        raise NumericError(f"the loss on the validation data is {total}")
+    return Measurement("loss", total / weight, "1", {"dataset": "validation", "batches": batches})
+
+
+def _labels(batch: Any) -> int:
+    """How many labels a batch is judged by."""
+    inputs, labels = inputs_and_labels(batch)
+    if labels is not None:
+        return int((labels != IGNORED).sum())
+    mask = inputs.get("attention_mask") if isinstance(inputs, dict) else None
+    ids = next(iter(inputs.values())) if isinstance(inputs, dict) else inputs
+    return int(mask.sum()) if mask is not None else ids.numel()

@@ -1,0 +1,159 @@
+"""Where training stands, in one safetensors file: tensors, and everything else as JSON in its header.
+
+One file, written beside and renamed, so that a kill leaves the earlier one; no pickle.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from secateur.errors import InputError, ResourceError, UsageError
+
+__all__ = [
+    "check_same",
+    "generators",
+    "load_optimizer_",
+    "optimizer_state",
+    "read_state",
+    "set_generators",
+    "write_state",
+]
+
+FORMAT = "secateur.training.v1"
+_OPTIMIZER = "optimizer"
+
+
+def write_state(path: Path, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> None:
+    """Write tensors and JSON values as one file, whole or not at all.
+
+    Raises:
+        ResourceError: the disk is full; the earlier file is as it was.
+    """
+    from safetensors.torch import save_file
+
+    beside = path.with_name(f".{path.name}.tmp")
+    header = {"secateur": json.dumps({"format": FORMAT, **plain}, allow_nan=False)}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({name: _own(tensor) for name, tensor in tensors.items()}, beside, metadata=header)
+        with open(beside, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except Exception as error:
+        beside.unlink(missing_ok=True)
+        if "No space left" in str(error):
+            raise ResourceError(
+                f"{path}: no space left on the disk; the earlier checkpoint is intact. Free some and run again"
+            ) from error
+        if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
+            raise UsageError(
+                f"{path}: the checkpoint cannot be written here ({error}); choose another place"
+            ) from error
+        raise
+
+
+def read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What `write_state` wrote.
+
+    Raises:
+        InputError: no readable file of this kind.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), "pt") as file:
+            text = (file.metadata() or {}).get("secateur", "")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+        plain = json.loads(text)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise InputError(f"{path}: no readable checkpoint of training ({error}); delete it to start anew") from None
+    if not isinstance(plain, dict) or plain.get("format") != FORMAT:
+        raise InputError(f"{path}: no checkpoint of training of format {FORMAT}; delete it to start anew")
+    return tensors, plain
+
+
+def check_same(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Refuse to go on with anything but what was begun.
+
+    Raises:
+        UsageError: naming everything that changed.
+    """
+    said = []
+    for key in dict.fromkeys([*before, *now]):
+        if before.get(key) != now.get(key):
+            short = key in ("model", "data", "masks", "teacher", "validation")
+            said.append(f"the {key} changed" if short else f"{key} was {before.get(key)!r}, now {now.get(key)!r}")
+    if said:
+        raise UsageError(
+            f"{path}: this checkpoint belongs to another run ({'; '.join(said)}). Give what was given then, or delete "
+            "it to start anew"
+        )
+
+
+def optimizer_state(optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """An optimizer's state as tensors by name, and the rest as JSON values."""
+    state = optimizer.state_dict()
+    tensors: dict[str, Tensor] = {}
+    plain: dict[str, dict[str, Any]] = {}
+    for number, entry in state["state"].items():
+        for key, value in entry.items():
+            if isinstance(value, Tensor):
+                tensors[f"{_OPTIMIZER}.{number}.{key}"] = value
+            else:
+                plain.setdefault(str(number), {})[key] = value
+    return tensors, {"state": plain, "groups": state["param_groups"]}
+
+
+def load_optimizer_(optimizer: Optimizer, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> None:
+    """Put back what `optimizer_state` gave; JSON's lists become the tuples they were (betas)."""
+    state: dict[int, dict[str, Any]] = {int(number): dict(entry) for number, entry in plain["state"].items()}
+    for name, tensor in tensors.items():
+        if name.startswith(f"{_OPTIMIZER}."):
+            _, number, key = name.split(".", 2)
+            state.setdefault(int(number), {})[key] = tensor
+    groups = [
+        {key: tuple(value) if isinstance(value, list) and key != "params" else value for key, value in group.items()}
+        for group in plain["groups"]
+    ]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def generators() -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Where the generators of torch, numpy and random stand."""
+    tensors = {"rng.torch": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        for number, state in enumerate(torch.cuda.get_rng_state_all()):
+            tensors[f"rng.cuda.{number}"] = state
+    name, keys, place, has_gauss, cached = np.random.get_state()
+    tensors["rng.numpy"] = torch.from_numpy(np.asarray(keys, dtype=np.uint32).view(np.int32).copy())
+    version, words, gauss = random.getstate()
+    plain = {"numpy": [name, place, has_gauss, cached], "random": [version, list(words), gauss]}
+    return tensors, plain
+
+
+def set_generators(tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> None:
+    """Put the generators back to where `generators` found them."""
+    torch.set_rng_state(tensors["rng.torch"])
+    cuda = sorted(name for name in tensors if name.startswith("rng.cuda."))
+    if cuda and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all([tensors[name] for name in cuda])
+    name, place, has_gauss, cached = plain["numpy"]
+    keys = tensors["rng.numpy"].numpy().view(np.uint32)
+    np.random.set_state((name, keys, place, has_gauss, cached))
+    version, words, gauss = plain["random"]
+    random.setstate((version, tuple(words), gauss))
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """The tensor alone in its memory, on the CPU: safetensors refuses shared memory."""
+    return tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
