@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 
 # public name -> the module that defines it
 _HOME = {
+    "Adapters": "secateur.recover",
     "Blocks": "secateur.pattern",
     "Columns": "secateur.pattern",
     "Masks": "secateur.core.masks",
@@ -22,15 +23,20 @@ _HOME = {
     "Recipe": "secateur.recipes",
     "Rows": "secateur.pattern",
     "Threshold": "secateur.allocate",
+    "Tuned": "secateur.recover",
     "Weights": "secateur.pattern",
     "activation": "secateur.recipes",
     "admm": "secateur.recipes",
     "alps": "secateur.recipes",
+    "distill_": "secateur.recover",
+    "finetune_": "secateur.recover",
     "fisher": "secateur.recipes",
     "global_magnitude": "secateur.recipes",
     "globally": "secateur.allocate",
     "hold_": "secateur.core.hold",
+    "lora_": "secateur.recover",
     "magnitude": "secateur.recipes",
+    "merge_": "secateur.recover",
     "per_layer": "secateur.allocate",
     "per_row": "secateur.allocate",
     "percentile": "secateur.recipes",
@@ -50,6 +56,7 @@ _HOME = {
 
 __all__ = [
     "NM",
+    "Adapters",
     "Blocks",
     "Columns",
     "Masks",
@@ -59,16 +66,21 @@ __all__ = [
     "Recipe",
     "Rows",
     "Threshold",
+    "Tuned",
     "Weights",
     "__version__",
     "activation",
     "admm",
     "alps",
+    "distill_",
+    "finetune_",
     "fisher",
     "global_magnitude",
     "globally",
     "hold_",
+    "lora_",
     "magnitude",
+    "merge_",
     "per_layer",
     "per_row",
     "percentile",
@@ -112,6 +124,7 @@ if TYPE_CHECKING:
         wanda_l1,
         wanda_mended,
     )
+    from secateur.recover import Adapters, Tuned, distill_, finetune_, lora_, merge_
 
 
 def __getattr__(name: str) -> Any:

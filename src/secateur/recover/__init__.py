@@ -1,7 +1,37 @@
-"""How is it mended? `(weight "out in", choose, <statistics by parameter name>) -> Updated(weight, mask, damping)`."""
+"""How is it mended? Layer by layer while pruning, or by training the whole model with the masks held.
 
+An update is `(weight "out in", choose, <statistics by parameter name>) -> Updated(weight, mask, damping)`. What
+trains takes a model, batches and masks, and gives the history of what was measured.
+"""
+
+from secateur.recover.distill import distill_
+from secateur.recover.finetune import finetune_
+from secateur.recover.lora import Adapters, lora_, merge_
+from secateur.recover.losses import LOSSES, language_model, multi_label, regression, single_label
 from secateur.recover.quadratic import loss
 from secateur.recover.swaps import Swaps
+from secateur.recover.training import Epoch, Training, Tuned
 from secateur.recover.update import ADMM, ALPS, LeastSquares, SparseGPT, Updated
 
-__all__ = ["ADMM", "ALPS", "LeastSquares", "SparseGPT", "Swaps", "Updated", "loss"]
+__all__ = [
+    "ADMM",
+    "ALPS",
+    "LOSSES",
+    "Adapters",
+    "Epoch",
+    "LeastSquares",
+    "SparseGPT",
+    "Swaps",
+    "Training",
+    "Tuned",
+    "Updated",
+    "distill_",
+    "finetune_",
+    "language_model",
+    "lora_",
+    "loss",
+    "merge_",
+    "multi_label",
+    "regression",
+    "single_label",
+]

@@ -17,8 +17,8 @@ __all__ = ["Shuffled", "identity", "trainable"]
 class Shuffled:
     """A list of batches, dealt anew every time it is walked through, in an order of torch's generator.
 
-    Where all batches hold rows of equal shapes, the rows themselves are mixed into batches of the first one's size; else whole
-    batches take turns (windows padded to different lengths, for instance).
+    Where all batches hold rows of equal shapes, the rows themselves are mixed into batches of the first one's size;
+    else whole batches take turns (windows padded to different lengths, for instance).
 
     Args:
         batches: tensors, pairs or mappings, at least one.

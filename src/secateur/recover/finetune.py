@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, Unpack
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from secateur.core.digest import digest
 from secateur.core.forward import undisturbed
@@ -39,18 +38,18 @@ def finetune_(
     Args:
         model: trained in place, where its parameters need a gradient.
         data: a list of batches, whose rows are shuffled each epoch, or anything sized that can be walked
-            through once an epoch (a DataLoader). A batch is a pair `(inputs, labels)`, a mapping of named inputs with or
-            without `labels`, or a tensor of token ids.
+            through once an epoch (a DataLoader). A batch is a pair `(inputs, labels)`, a mapping of named inputs
+            with or without `labels`, or a tensor of token ids.
         masks: what `prune_` returned. Without them zeros are weights like any other and will be trained away.
-        loss: a name of `LOSSES` (language-model, single-label, multi-label, regression), or a function of logits and labels
-            as torch's own; None chooses by the shapes where they leave no doubt.
+        loss: a name of `LOSSES` (language-model, single-label, multi-label, regression), or a function of logits
+            and labels as torch's own; None chooses by the shapes where they leave no doubt.
         validation: batches that are never trained on.
-        metric: `(model, validation) -> Measurement or number`, as `evaluate.accuracy` and `evaluate.perplexity` are;
-            None for the loss itself.
+        metric: `(model, validation) -> Measurement or number`, as `evaluate.accuracy` and `evaluate.perplexity`
+            are; None for the loss itself.
         better: whether more or less of the metric is better; needed where its name does not say so.
-        options: `epochs`, `lr`, `original_lr`, `warm_up`, `decay`, `weight_decay`, `clip`, `accumulate`, `autocast`,
-            `patience`, `optimizer`, `seed`, `checkpoint`, `every`, `tell`; see `Training`. By default three epochs of AdamW at a
-            tenth of the original rate.
+        options: `epochs`, `lr`, `original_lr`, `warm_up`, `decay`, `weight_decay`, `clip`, `accumulate`,
+            `autocast`, `patience`, `optimizer`, `seed`, `checkpoint`, `every`, `tell`; see `Training`. By default
+            three epochs of AdamW at a tenth of the original rate.
 
     Returns:
         The history, epoch by epoch, and which epoch was kept; the state before training is one of them.
@@ -58,15 +57,15 @@ def finetune_(
     Raises:
         UsageError: data, shapes, options or a checkpoint that do not fit; masks of another model.
         InputError: a checkpoint that was altered.
-        NumericError: NaN or Inf in the loss, the gradients or the weights; says at which step, and the model has its
-            last good state.
+        NumericError: NaN or Inf in the loss, the gradients or the weights; says at which step, and the model has
+            its last good state.
 
-    Cost: `epochs` forward and backward passes of the data and a validation after each; memory for the gradients, two
-        moments, and one more copy of the weights (the best). With `checkpoint`, one pass over the data to tell
+    Cost: `epochs` forward and backward passes of the data and a validation after each; memory for the gradients,
+        two moments, and one more copy of the weights (the best). With `checkpoint`, one pass over the data to tell
         them from others, and a file of four times the weights.
 
     Example:
-        >>> from secateur.core.masks import Masks
+        >>> import torch
         >>> model = nn.Linear(4, 2)
         >>> masks = Masks({"weight": torch.rand(2, 4) > 0.5})
         >>> data = [(torch.randn(8, 4), torch.randint(0, 2, (8,)))]
@@ -76,11 +75,15 @@ def finetune_(
     """
     how = training(**options)
     chosen = loss_named(loss)
-    judge = judge_by(model, validation, metric, better, chosen)
+
+    def objective(batch: Any) -> Tensor:
+        return loss_of(model, batch, chosen)
+
+    judge = judge_by(model, validation, metric, better, objective)
     about = {"task": "finetune", "loss": "by shape" if chosen is None else name_of(chosen)}
     return train_(
         model,
-        lambda batch: loss_of(model, batch, chosen),
+        objective,
         data,
         how,
         masks=masks,
@@ -95,7 +98,7 @@ def judge_by(
     validation: Iterable[Any] | None,
     metric: Metric | None,
     better: Literal["higher", "lower"] | None,
-    loss: Loss | None,
+    objective: Callable[[Any], Tensor],
 ) -> Judge | None:
     """What says which epoch is best; None without validation data.
 
@@ -108,42 +111,48 @@ def judge_by(
         return None
     if iter(validation) is validation:
         raise UsageError("validation can be walked through only once; give a list of batches or a DataLoader")
-    name = "loss" if metric is None else name_of(metric)
-    seen = digest(validation) if isinstance(validation, list | tuple | torch.Tensor) else identity(validation, 0)
+    name = "loss" if metric is None else name_of(metric).rpartition(".")[2]
     if better not in (None, "higher", "lower"):
         raise UsageError(f"better is {better!r}; expected higher or lower")
 
     def measure() -> Measurement:
         if metric is None:
-            return _validation_loss(model, validation, loss)
+            return _mean(model, validation, objective)
         with undisturbed(model):
             found = metric(model, validation)
         return found if isinstance(found, Measurement) else Measurement(name, found, "1")
 
-    return Judge(measure, better, f"{name}:{seen}")
+    def seen() -> str:
+        return (
+            f"{name}:{digest(validation) if isinstance(validation, list | tuple) else identity(validation, 0)}"
+        )
+
+    return Judge(measure, better, seen)
 
 
-def _validation_loss(model: nn.Module, validation: Iterable[Any], loss: Loss | None) -> Measurement:
-    """Mean loss, each batch counting by its labels."""
+def _mean(model: nn.Module, validation: Iterable[Any], objective: Callable[[Any], Tensor]) -> Measurement:
+    """Mean of the objective, each batch counting by what it is judged by."""
     total, weight, batches = 0.0, 0, 0
     with undisturbed(model):
         for batch in validation:
-            count = _labels(batch)
-            total += float(loss_of(model, batch, loss)) * count
+            count = _judged(batch)
+            total += float(objective(batch)) * count
             weight += count
             batches += 1
     if not weight:
-        raise UsageError("validation holds no label to judge by; give batches with labels")
+        raise UsageError("validation holds nothing to judge by; give batches with labels")
     if not abs(total) < float("inf"):
         raise NumericError(f"the loss on the validation data is {total}")
     return Measurement("loss", total / weight, "1", {"dataset": "validation", "batches": batches})
 
 
-def _labels(batch: Any) -> int:
-    """How many labels a batch is judged by."""
+def _judged(batch: Any) -> int:
+    """How many labels a batch is judged by; real tokens or rows where it brings none."""
     inputs, labels = inputs_and_labels(batch)
     if labels is not None:
         return int((labels != IGNORED).sum())
-    mask = inputs.get("attention_mask") if isinstance(inputs, dict) else None
-    ids = next(iter(inputs.values())) if isinstance(inputs, dict) else inputs
-    return int(mask.sum()) if mask is not None else ids.numel()
+    named = inputs if isinstance(inputs, Mapping) else {"": inputs}
+    if "attention_mask" in named:
+        return int(named["attention_mask"].sum())
+    first = next(iter(named.values()))
+    return len(first) if first.is_floating_point() else first.numel()

@@ -95,11 +95,12 @@ class _Run:
         self.about = {} if self.path is None else self._identity(about)
 
     def go(self) -> Tuned:
+        begun = self._begun()
         held = hold_(self.model, self.masks, self.optimizer, gradients=True) if self.masks else nullcontext()
         with _as_before(self.model), held:
             self.good = self._copied()
-            if self.path is not None and self.path.exists():
-                self._resume()
+            if begun is not None:
+                self._resume(*begun)
             elif self.judge is not None:
                 self._judge()
             while self.epoch < self.how.epochs and not self._tired():
@@ -227,7 +228,7 @@ class _Run:
         seen = {"model": digest(self._tensors()), "masks": digest(dict(self.masks))}
         seen |= {"data": identity(self.data, self.how.seed)}
         if self.judge is not None:
-            seen |= {"validation": self.judge.identity}
+            seen |= {"validation": self.judge.identity()}
         return seen | dict(about) | self.how.describe()
 
     def _write(self) -> None:
@@ -240,16 +241,26 @@ class _Run:
         tensors |= {f"good.{name}": tensor for name, tensor in self.good.items()}
         counts = {key: getattr(self, key) for key in _COUNTS}
         history = [
-            {"number": e.number, "steps": e.steps, "seconds": e.seconds, "found": [m.to_dict() for m in e.measurements]}
+            {
+                "number": e.number,
+                "steps": e.steps,
+                "seconds": e.seconds,
+                "found": [m.to_dict() for m in e.measurements],
+            }
             for e in self.history
         ]
         rest = {"about": self.about, "counts": counts, "losses": self.losses, "history": history}
         states.write_state(self.path, tensors, {**rest, "optimizer": optimizer, "generators": plain})
 
-    def _resume(self) -> None:
-        assert self.path is not None
+    def _begun(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """What a checkpoint of this very run holds, before anything is touched; None where there is none."""
+        if self.path is None or not self.path.exists():
+            return None
         tensors, plain = states.read_state(self.path)
         states.check_same(self.path, plain.get("about", {}), self.about)
+        return tensors, plain
+
+    def _resume(self, tensors: dict[str, Tensor], plain: dict[str, Any]) -> None:
         try:
             for key in _COUNTS:
                 setattr(self, key, plain["counts"][key])
@@ -279,7 +290,9 @@ def _epoch(entry: Mapping[str, Any]) -> Epoch:
 def _optimizer(whole: nn.Module, how: Training) -> torch.optim.Optimizer:
     trained = [p for p in whole.parameters() if p.requires_grad and p.is_floating_point()]
     if not trained:
-        raise UsageError("no parameter needs a gradient, so there is nothing to train; call requires_grad_(True)")
+        raise UsageError(
+            "no parameter needs a gradient, so there is nothing to train; call requires_grad_(True)"
+        )
     groups = [
         {"params": [p for p in trained if p.dim() > 1], "weight_decay": how.weight_decay},
         {"params": [p for p in trained if p.dim() <= 1], "weight_decay": 0.0},

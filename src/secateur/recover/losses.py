@@ -20,7 +20,9 @@ __all__ = [
     "IGNORED",
     "LOSSES",
     "Loss",
+    "chosen_by_shape",
     "inputs_and_labels",
+    "labels_of",
     "language_model",
     "loss_named",
     "loss_of",
@@ -149,11 +151,8 @@ def loss_of(model: nn.Module, batch: Any, loss: Loss | None) -> Tensor:
     """
     inputs, labels = inputs_and_labels(batch)
     logits = logits_of(call(model, move(inputs, device_of(model))))
-    if loss is None:
-        loss = _chosen(logits, labels, inputs)
-    if labels is None:
-        labels = _own_tokens(inputs)
-    return loss(logits, labels.to(logits.device))
+    chosen = chosen_by_shape(logits, labels) if loss is None else loss
+    return chosen(logits, labels_of(inputs, labels).to(logits.device))
 
 
 def inputs_and_labels(batch: Any) -> tuple[Any, Tensor | None]:
@@ -180,8 +179,15 @@ def inputs_and_labels(batch: Any) -> tuple[Any, Tensor | None]:
     )
 
 
-def _own_tokens(inputs: Any) -> Tensor:
-    """The tokens that a language model reads are what it is to predict, but for padding."""
+def labels_of(inputs: Any, labels: Tensor | None) -> Tensor:
+    """The given labels; without any, the tokens that a language model reads are what it is to predict, but for
+    padding.
+
+    Raises:
+        UsageError: neither labels nor token ids.
+    """
+    if labels is not None:
+        return labels
     ids = inputs.get("input_ids") if isinstance(inputs, Mapping) else inputs
     if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.dim() != 2:
         raise UsageError(
@@ -192,7 +198,12 @@ def _own_tokens(inputs: Any) -> Tensor:
     return ids if mask is None else torch.where(mask.bool(), ids, IGNORED)
 
 
-def _chosen(logits: Tensor, labels: Tensor | None, inputs: Any) -> Loss:
+def chosen_by_shape(logits: Tensor, labels: Tensor | None) -> Loss:
+    """The loss that the shapes and the labels' type leave no doubt of; see `loss_of`.
+
+    Raises:
+        UsageError: they fit no loss, or more than one.
+    """
     if labels is None:
         return language_model
     whole, one = not labels.is_floating_point(), logits.shape[:-1] == labels.shape

@@ -9,6 +9,7 @@ import json
 import os
 import random
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,8 @@ def write_state(path: Path, tensors: Mapping[str, Tensor], plain: Mapping[str, A
             os.fsync(file.fileno())
         os.replace(beside, path)
     except Exception as error:
-        beside.unlink(missing_ok=True)
+        with suppress(OSError):
+            beside.unlink()
         if "No space left" in str(error):
             raise ResourceError(
                 f"{path}: no space left on the disk; the earlier checkpoint is intact. Free some and run again"
@@ -76,7 +78,9 @@ def read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
         plain = json.loads(text)
     except (SafetensorError, OSError, ValueError) as error:
-        raise InputError(f"{path}: no readable checkpoint of training ({error}); delete it to start anew") from None
+        raise InputError(
+            f"{path}: no readable checkpoint of training ({error}); delete it to start anew"
+        ) from None
     if not isinstance(plain, dict) or plain.get("format") != FORMAT:
         raise InputError(f"{path}: no checkpoint of training of format {FORMAT}; delete it to start anew")
     return tensors, plain
@@ -92,7 +96,9 @@ def check_same(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) ->
     for key in dict.fromkeys([*before, *now]):
         if before.get(key) != now.get(key):
             short = key in ("model", "data", "masks", "teacher", "validation")
-            said.append(f"the {key} changed" if short else f"{key} was {before.get(key)!r}, now {now.get(key)!r}")
+            said.append(
+                f"the {key} changed" if short else f"{key} was {before.get(key)!r}, now {now.get(key)!r}"
+            )
     if said:
         raise UsageError(
             f"{path}: this checkpoint belongs to another run ({'; '.join(said)}). Give what was given then, or delete "
@@ -122,7 +128,10 @@ def load_optimizer_(optimizer: Optimizer, tensors: Mapping[str, Tensor], plain: 
             _, number, key = name.split(".", 2)
             state.setdefault(int(number), {})[key] = tensor
     groups = [
-        {key: tuple(value) if isinstance(value, list) and key != "params" else value for key, value in group.items()}
+        {
+            key: tuple(value) if isinstance(value, list) and key != "params" else value
+            for key, value in group.items()
+        }
         for group in plain["groups"]
     ]
     optimizer.load_state_dict({"state": state, "param_groups": groups})

@@ -1,4 +1,5 @@
-"""How a model is trained, and what training came to: options and results that fine-tuning and distillation share."""
+"""How a model is trained, and what training came to: options and results that fine-tuning and distillation
+share."""
 
 from __future__ import annotations
 
@@ -69,8 +70,8 @@ class Training:
         optimizer: `(parameter groups, lr=...) -> Optimizer`; None for AdamW.
         seed: of the order of batches, of dropout, and of everything else that draws; the generators are as before
             afterwards.
-        checkpoint: a file that is written after every epoch; where it is there already, training goes on from it, with the same result
-            as if it had never stopped.
+        checkpoint: a file that is written after every epoch; where it is there already, training goes on from it,
+            with the same result as if it had never stopped.
         every: also after so many steps.
         tell: progress `(label, done, total)`.
     """
@@ -207,12 +208,12 @@ class Judge:
     Attributes:
         measure: no arguments; gives the Measurement.
         better: "higher" or "lower"; None goes by the measurement's name.
-        identity: its name, and the digest of the data that it looks at.
+        identity: gives its name and the digest of the data that it looks at.
     """
 
     measure: Callable[[], Measurement]
     better: str | None = None
-    identity: str = ""
+    identity: Callable[[], str] = str
 
     def higher(self, found: Measurement) -> bool:
         """Whether more of what was measured is better.
