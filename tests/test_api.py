@@ -29,6 +29,7 @@ NAMES = [
     "__version__",
     "activation",
     "admm",
+    "align",
     "alps",
     "fisher",
     "distill_",

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-# public name -> the module that defines it
+# public name -> the module that defines it; a subpackage is defined by this one
 _HOME = {
     "Adapters": "secateur.recover",
     "Blocks": "secateur.pattern",
@@ -27,6 +27,7 @@ _HOME = {
     "Weights": "secateur.pattern",
     "activation": "secateur.recipes",
     "admm": "secateur.recipes",
+    "align": "secateur",
     "alps": "secateur.recipes",
     "distill_": "secateur.recover",
     "finetune_": "secateur.recover",
@@ -71,6 +72,7 @@ __all__ = [
     "__version__",
     "activation",
     "admm",
+    "align",
     "alps",
     "distill_",
     "finetune_",
@@ -99,6 +101,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from secateur import align
     from secateur.allocate import Percentile, Threshold, globally, per_layer, per_row
     from secateur.core.counts import sparsity
     from secateur.core.hold import hold_
@@ -129,7 +132,8 @@ if TYPE_CHECKING:
 
 def __getattr__(name: str) -> Any:
     if name in _HOME:
-        return getattr(import_module(_HOME[name]), name)
+        home = _HOME[name]
+        return import_module(f"{home}.{name}") if home == __name__ else getattr(import_module(home), name)
     raise AttributeError(f"module 'secateur' has no attribute {name!r}")
 
 

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from secateur.align import Affine
 from secateur.checkpoint import read_object
+from secateur.core.forward import call, device_of, undisturbed
 from secateur.errors import UsageError, nearest
-from secateur.evaluate.forward import device_of, undisturbed
 from secateur.manifest import write_json
 from secateur.measure import Tell
 
@@ -99,7 +99,7 @@ def encode_batches(model: nn.Module, batches: Sequence[Any], *, label: str, tell
         for at, batch in enumerate(batches):
             tell(label, at, len(batches))
             first = batch[0] if isinstance(batch, tuple | list) else batch
-            output = model(**first) if isinstance(first, dict) else model(first)
+            output = call(model, first)
             if not isinstance(output, Tensor) or output.dim() != 2:
                 got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
                 raise UsageError(

@@ -23,7 +23,7 @@ from secateur.request import spec_name
 
 __all__ = ["FITS", "Aligned", "Wanted", "fit", "fit_and_judge", "write_aligned"]
 
-FITS = ("ridge", "procrustes", "procrustes-scaled", "cca")
+FITS = ("ridge", "procrustes", "procrustes-rigid", "cca")
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def fit(name: str, source: Embeddings, target: Embeddings) -> Affine:
         return align.ridge(source, target)
     if name == "cca":
         return align.cca(source, target).across
-    return align.procrustes(source, target, scale=name == "procrustes-scaled")
+    return align.procrustes(source, target, scale=name == "procrustes")
 
 
 def fit_and_judge(pruned: models.Loaded, original: models.Loaded, wanted: Wanted, tell: Tell) -> Aligned:

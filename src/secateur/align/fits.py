@@ -20,16 +20,17 @@ Vectors = Embeddings | Tensor | npt.ArrayLike
 PENALTIES = tuple(10.0**power for power in range(-7, 3))
 
 
-def procrustes(source: Vectors, target: Vectors, *, scale: bool = False, center: bool = True) -> Affine:
+def procrustes(source: Vectors, target: Vectors, *, scale: bool = True, center: bool = True) -> Affine:
     """The rotation or reflection that brings `source` nearest to `target`, in least squares.
 
-    Distances and angles inside the source stay as they are (with `scale`, all distances times one number): right
-    where the two spaces differ by their axes, weak where one of them lost something that a general map could mend.
-    A narrower source is laid isometrically into the wider target.
+    Angles inside the source stay as they are, and distances too but for one factor: right where the two spaces differ
+    by their axes, weak where one of them lost something that a general map could mend. A narrower source is laid
+    isometrically into the wider target.
 
     Args:
         source, target: vectors of the same texts in the same order, "rows in" and "rows out", in <= out.
-        scale: also fit one factor.
+        scale: also fit one factor. Pruning shortens vectors; a rotation about the means alone then leaves short
+            differences beside a long mean, and directions suffer.
         center: take the means apart first, so that the map is y = (x - mean x) Q + mean y; without, y = x Q.
 
     Returns:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..core.axes.trace import evaluating
+from ..core.forward import call, undisturbed
 from ..core.masks import named_parameters
 from ..errors import UsageError
 from .maps import Affine
@@ -42,7 +42,7 @@ def fold_(model: nn.Module, map: Affine, example: Any, *, embed: Embed | None = 
     Cost: two forward passes of the example.
     """
     run = embed or _output
-    with evaluating(model), torch.no_grad():
+    with undisturbed(model):
         path, layer = _last_linear(model, example, run)
         before = run(model, example)
         if before.dim() != 2 or before.shape[1] != map.matrix.shape[0]:
@@ -127,10 +127,7 @@ def _reason(path: str, why: str) -> str:
 
 def _output(model: nn.Module, example: Any) -> Tensor:
     """The tensor that the model gives."""
-    if isinstance(example, Mapping):
-        output = model(**example)
-    else:
-        output = model(*example) if isinstance(example, tuple | list) else model(example)
+    output = call(model, example)
     if not isinstance(output, Tensor):
         raise UsageError(
             f"the model returned {type(output).__name__}; pass embed=, a function (model, example) -> one vector a row"

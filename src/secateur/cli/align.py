@@ -22,7 +22,7 @@ def align(
         list[str] | None,
         typer.Option("--data", help="texts of the kind that is searched; repeatable. Or file.py:function"),
     ] = None,
-    fit: Annotated[str, typer.Option(help="ridge, procrustes, procrustes-scaled or cca")] = "ridge",
+    fit: Annotated[str, typer.Option(help="ridge, procrustes, procrustes-rigid or cca")] = "ridge",
     texts: Annotated[int, typer.Option(min=2, help="texts to fit the map on")] = 4000,
     held_out: Annotated[int, typer.Option(min=2, help="texts to judge it by; a fifth of all at most")] = 500,
     pooling: Annotated[
