@@ -15,20 +15,26 @@ from typing import Any
 from secateur import score as scores
 from secateur.allocate import Percentile, Threshold, globally, per_layer, per_row
 from secateur.errors import UsageError
-from secateur.pattern import Weights
+from secateur.pattern import Layers, Weights
 from secateur.recover import ADMM, ALPS, LeastSquares, SparseGPT
 
 __all__ = [
+    "DEPTH_METHODS",
     "METHODS",
     "Recipe",
     "activation",
     "admm",
     "alps",
+    "angular_distance",
+    "block_influence",
     "fisher",
     "global_magnitude",
+    "last_blocks",
+    "loss_without",
     "magnitude",
     "percentile",
     "random",
+    "random_blocks",
     "ria",
     "sparsegpt",
     "taylor",
@@ -107,6 +113,13 @@ random = Recipe(scores.random)
 taylor = Recipe(scores.taylor)
 fisher = Recipe(scores.fisher)
 
+# whole blocks, for `depth.choose_blocks`
+block_influence = Recipe(scores.block_influence, pattern=Layers())
+angular_distance = Recipe(scores.angular_distance, pattern=Layers(together=True))
+loss_without = Recipe(scores.loss_without, pattern=Layers(again=True))
+last_blocks = Recipe(scores.last_blocks, pattern=Layers())
+random_blocks = Recipe(scores.random_blocks, pattern=Layers())
+
 
 def threshold(tau: float, *, relative: bool = False) -> Recipe:
     """Cut every weight of magnitude at most tau; with `relative`, tau counts in standard deviations of the layer."""
@@ -133,4 +146,13 @@ METHODS: dict[str, Recipe] = {
     "sparsegpt": sparsegpt,
     "admm": admm,
     "alps": alps,
+}
+
+# the same for whole blocks
+DEPTH_METHODS: dict[str, Recipe] = {
+    "block-influence": block_influence,
+    "angular-distance": angular_distance,
+    "loss": loss_without,
+    "last": last_blocks,
+    "random": random_blocks,
 }
