@@ -152,7 +152,7 @@ def _lowest(
             if score == score and known[block.module].path not in banned
         )
         room = {each.path: len(each.blocks) - 1 for each in left}
-    found = []
+    found: list[Block] = []
     for _, _, block, path in ranked:
         if room[path] and len(found) < count:
             room[path] -= 1
@@ -173,7 +173,9 @@ def _run(job: _Job, lists: Sequence[Series], count: int, banned: set[str]) -> li
         if score == score and not banned & {block.path for block in each.blocks[start : start + count]}
     ]
     if not runs:
-        raise UsageError(f"there are no {count} neighbours that may go; ask for fewer, or for blocks one by one")
+        raise UsageError(
+            f"there are no {count} neighbours that may go; ask for fewer, or for blocks one by one"
+        )
     return min(runs, key=lambda run: run[:2])[2]
 
 

@@ -146,7 +146,7 @@ class Edits:
         setattr(owner, name, value)
         self._back.append(lambda: setattr(owner, name, before))
 
-    def children(self, owner: nn.Module, children: Mapping[str, nn.Module]) -> None:
+    def children(self, owner: nn.Module, children: Mapping[str, nn.Module | None]) -> None:
         """Set the children of a module."""
         before = dict(owner._modules)
         self._put(owner, children)
@@ -193,9 +193,7 @@ def take_out_(model: nn.Module, blocks: Sequence[Block]) -> Edits:
         if len(kept) == len(each.blocks):
             continue
         if not kept:
-            raise UsageError(
-                f"{each.path}: all {len(each.blocks)} blocks would go; keep at least one of them"
-            )
+            raise UsageError(f"{each.path}: all {len(each.blocks)} blocks would go; keep at least one of them")
         _renumber(each, kept, edits)
         _follow(model, each, kept, edits)
         _shorten(each, gone, edits)
@@ -203,7 +201,7 @@ def take_out_(model: nn.Module, blocks: Sequence[Block]) -> Edits:
 
 
 def _shorten(each: Series, gone: Collection[str], edits: Edits) -> None:
-    left = [(n, child) for n, child in each.module._modules.items() if join(each.path, n) not in gone]
+    left = [(name, child) for name, child in each.module._modules.items() if join(each.path, name) not in gone]
     if all(name.isdigit() for name in each.module._modules):
         left = [(str(number), child) for number, (_, child) in enumerate(left)]
     edits.children(each.module, dict(left))
@@ -302,7 +300,7 @@ def _follow_config(
 def _entries(name: str, value: Sequence[Any], before: int, kept: Sequence[int]) -> list[Any] | None:
     """A list of a config that speaks of single blocks, for the kept ones; None for any other."""
     ascending = all(type(v) is int for v in value) and sorted(set(value)) == list(value)
-    if NUMBERS.search(name) and value and ascending and 0 <= value[0] and value[-1] < before:
+    if NUMBERS.search(name) and value and ascending and value[0] >= 0 and value[-1] < before:
         return [new for new, old in enumerate(kept) if old in value]
     if len(value) == before and ENTRIES.search(name):
         return [value[old] for old in kept]

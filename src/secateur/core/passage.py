@@ -145,7 +145,7 @@ def _cosine(block: Block, before: Tensor, after: Tensor, padding: Padding) -> Te
         before, after = before.movedim(1, -1), after.movedim(1, -1)
         real = None
     else:
-        real = padding.real(_Seen(block.path, block.module), before)  # type: ignore[arg-type]
+        real = padding.real(_Seen(block.path, block.module), before)
     width = before.shape[-1]
     old, new = before.reshape(-1, width), after.reshape(-1, width)
     if real is not None:
@@ -164,5 +164,6 @@ def _means(run: _Run) -> dict[str, Tensor]:
     for start, tokens in enumerate(run.tokens):
         if not tokens and start not in run.reshaped:
             raise UsageError(f"{run.each.blocks[start].path}: no calibration token reached this block")
-    tokens = torch.tensor([float("nan") if t in run.reshaped else run.tokens[t] for t in range(len(run.tokens))])
-    return {name: torch.tensor(total, dtype=torch.float64) / tokens for name, total in run.totals.items()}
+    counts = [float("nan") if start in run.reshaped else tokens for start, tokens in enumerate(run.tokens)]
+    weight = torch.tensor(counts, dtype=torch.float64)
+    return {name: torch.tensor(total, dtype=torch.float64) / weight for name, total in run.totals.items()}

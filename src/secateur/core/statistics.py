@@ -18,17 +18,23 @@ from torch import Tensor, nn
 from secateur.core.matrix import Layout
 from secateur.errors import NumericError, UsageError
 
-__all__ = ["STATISTICS", "LayerLike", "Padding", "Sums", "evaluating", "forward", "gather", "observe"]
+__all__ = ["STATISTICS", "LayerLike", "Padding", "Placed", "Sums", "evaluating", "forward", "gather", "observe"]
 
 
 @runtime_checkable
-class LayerLike(Protocol):
-    """What `gather` needs to know of a layer."""
+class Placed(Protocol):
+    """A module under a name: what telling padding needs to know."""
 
     @property
     def name(self) -> str: ...  # noqa: D102
     @property
     def module(self) -> nn.Module: ...  # noqa: D102
+
+
+@runtime_checkable
+class LayerLike(Placed, Protocol):
+    """What `gather` needs to know of a layer."""
+
     @property
     def layout(self) -> Layout: ...  # noqa: D102
 
@@ -247,7 +253,7 @@ class Padding:
         self.source = _padded(~hidden.bool() if hidden is not None else given.get("attention_mask"))
         self.target = _padded(given.get("decoder_attention_mask")) if self.encoder else self.source
 
-    def real(self, layer: LayerLike, inputs: Tensor) -> Tensor | None:
+    def real(self, layer: Placed, inputs: Tensor) -> Tensor | None:
         """The boolean mask over the leading positions of `inputs`; None when all of them are real."""
         reads_source = id(layer.module) in self.encoder or inputs.data_ptr() == self.encoded
         mask = self.source if reads_source else self.target

@@ -63,11 +63,13 @@ def match(gain: Float[Tensor, "neuron neuron"], name: str = "neurons") -> Int[Te
         [1, 0]
     """
     if not bool(gain.isfinite().all()):
-        raise NumericError(f"{name}: NaN or Inf when its neurons are compared; look at its weights and the data")
+        raise NumericError(
+            f"{name}: NaN or Inf when its neurons are compared; look at its weights and the data"
+        )
     try:
         from scipy.optimize import linear_sum_assignment
     except ImportError as error:
-        raise UsageError("aligning neurons needs the extra align: pip install 'secateur[align]'") from error
+        raise UsageError("aligning neurons needs the extra merge: pip install 'secateur[merge]'") from error
     _, columns = linear_sum_assignment(gain.cpu().numpy(), maximize=True)
     return torch.as_tensor(columns)
 

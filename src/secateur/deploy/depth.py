@@ -10,15 +10,17 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from itertools import zip_longest
 from typing import Any
 
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from secateur.core.depth import Edits, Which, chosen, take_out_
+from secateur.core.example import example_of, main_output
 from secateur.core.passage import hidden
 from secateur.core.stacks import Block, Stack
-from secateur.core.statistics import evaluating, forward
+from secateur.core.statistics import evaluating
 from secateur.deploy.twin import misfits
 from secateur.errors import UsageError
 
@@ -78,7 +80,7 @@ def _drop(model: nn.Module, which: Which, stack: Stack | None, example: Any) -> 
     expected: list[Tensor] = []
     if example is not None:
         with bypassed(model, blocks):
-            expected = _outputs(model, example)
+            expected = _run(model, blocks, example)
     fitted = not misfits(model)
     edits = take_out_(model, blocks)
     try:
@@ -89,7 +91,7 @@ def _drop(model: nn.Module, which: Which, stack: Stack | None, example: Any) -> 
                 f"from_pretrained would build another model: {said[0]}. Choose other blocks"
             )
         if example is not None:
-            _check_equal(blocks, expected, _without(model, blocks, example))
+            _check_equal(blocks, expected, _run(model, blocks, example))
     except BaseException:
         edits.undo()
         raise
@@ -113,13 +115,14 @@ def bypassed(model: nn.Module, blocks: Sequence[Block]) -> Iterator[nn.Module]:
 
 
 def _outputs(model: nn.Module, example: Any) -> list[Tensor]:
-    """The floating-point tensors of the model's answer."""
+    """The floating-point tensors of what matters in the model's answer."""
+    given = example_of(model, example)
     with evaluating(model):
-        leaves = pytree.tree_leaves(forward(model, example))
+        leaves = pytree.tree_leaves(main_output(model(*given.args, **given.kwargs)))
     return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 
-def _without(model: nn.Module, blocks: Sequence[Block], example: Any) -> list[Tensor]:
+def _run(model: nn.Module, blocks: Sequence[Block], example: Any) -> list[Tensor]:
     try:
         return _outputs(model, example)
     except (RuntimeError, IndexError, KeyError, TypeError, AttributeError) as error:
@@ -131,21 +134,20 @@ def _without(model: nn.Module, blocks: Sequence[Block], example: Any) -> list[Te
 
 
 def _check_equal(blocks: Sequence[Block], expected: list[Tensor], found: list[Tensor]) -> None:
-    """The first tensor is the answer; others (caches, hidden states of blocks) may have fewer entries."""
-    one, other = expected[0].double(), found[0].double()
-    if one.shape != other.shape:
-        raise UsageError(
-            f"without {_names(blocks)} the output has shape {tuple(other.shape)}, expected {tuple(one.shape)}: one "
-            "of them changes the shape of the stream and cannot go"
-        )
-    scale = float(one.abs().max())
-    difference = float((one - other).abs().max()) / max(scale, 1e-30)
+    difference = max((_difference(*pair) for pair in zip_longest(expected, found)), default=0.0)
     if not difference <= TOLERANCE:
         raise UsageError(
             f"without {_names(blocks)} the output is not that of a model in which they hand on what they read "
             f"(relative difference {difference:.1e}, expected at most {TOLERANCE:.0e}); something else depends on "
             "them or on the numbers of the blocks behind. Choose other blocks"
         )
+
+
+def _difference(one: Tensor | None, other: Tensor | None) -> float:
+    """The largest, relative to the largest value; infinite where shapes differ."""
+    if one is None or other is None or one.shape != other.shape:
+        return float("inf")
+    return float((one - other).abs().max()) / max(float(one.abs().max()), 1e-30) if one.numel() else 0.0
 
 
 def _names(blocks: Sequence[Block]) -> str:

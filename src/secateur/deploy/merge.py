@@ -133,7 +133,9 @@ def _in_order(
     if parts == "ffn" or align is not None:
         feeds = {feed.block.path: feed for feed in feed_forwards(model, blocks)}
         pairs = {
-            block.path: (feeds[_staying(group, stays).path], feeds[block.path]) for group in cut for block in group
+            block.path: (feeds[_staying(group, stays).path], feeds[block.path])
+            for group in cut
+            for block in group
         }
         order = {} if align is None else orders(model, list(pairs.values()), align, data)
         for path, feed in feeds.items():
@@ -156,9 +158,7 @@ def _check_alike(cut: Sequence[Sequence[Block]], found: Mapping[str, Mapping[str
                 )
 
 
-def _merged(
-    group: Sequence[Block], found: Mapping[str, Mapping[str, Tensor]], how: How
-) -> dict[str, Tensor]:
+def _merged(group: Sequence[Block], found: Mapping[str, Mapping[str, Tensor]], how: How) -> dict[str, Tensor]:
     """What the group's blocks become, computed in float32."""
     values = {}
     for name, base in found[group[0].path].items():

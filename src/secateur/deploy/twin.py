@@ -33,7 +33,9 @@ def misfits(model: nn.Module) -> tuple[str, ...]:
     try:
         twin = _twin(model)
     except Exception as error:  # whatever a class raises about a config is what we want to know
-        return (f"{type(model).__name__} cannot be built from its config ({' '.join(str(error).split())[:200]})",)
+        return (
+            f"{type(model).__name__} cannot be built from its config ({' '.join(str(error).split())[:200]})",
+        )
     return tuple(_differences(model, twin))
 
 
@@ -41,7 +43,7 @@ def _twin(model: nn.Module) -> nn.Module:
     config: Any = copy.deepcopy(model.config)
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), torch.device("meta"):
         warnings.simplefilter("ignore")
-        return type(model)(config)  # type: ignore[call-arg]
+        return type(model)(config)
 
 
 def _differences(model: nn.Module, twin: nn.Module) -> Iterator[str]:
