@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "secateur"
-AXES = ["score", "pattern", "allocate", "recover", "evaluate", "report", "align"]
+AXES = ["score", "pattern", "allocate", "recover", "deploy", "evaluate", "report", "align"]
 # packages of the extras; importing one of them takes seconds, or fails where the extra is not installed
 HEAVY = {
     "transformers",

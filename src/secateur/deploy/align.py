@@ -69,7 +69,7 @@ def match(gain: Float[Tensor, "neuron neuron"], name: str = "neurons") -> Int[Te
     try:
         from scipy.optimize import linear_sum_assignment
     except ImportError as error:
-        raise UsageError("aligning neurons needs the extra merge: pip install 'secateur[merge]'") from error
+        raise UsageError("aligning neurons needs the extra align: pip install 'secateur[align]'") from error
     _, columns = linear_sum_assignment(gain.cpu().numpy(), maximize=True)
     return torch.as_tensor(columns)
 
