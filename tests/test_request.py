@@ -17,7 +17,15 @@ from secateur import recipes
 from secateur.allocate import Percentile, Threshold, globally, per_layer, per_row
 from secateur.errors import UsageError
 from secateur.pattern import NM, Blocks, Columns, Rows, Weights
-from secateur.request import METHOD_NAMES, PruneRequest, build_recipe, parse_count, request, spec_name
+from secateur.request import (
+    METHOD_NAMES,
+    PruneRequest,
+    build_recipe,
+    parse_count,
+    request,
+    spec_name,
+    with_method,
+)
 
 
 @pytest.mark.parametrize(
@@ -74,7 +82,7 @@ def test_no_count(text):
         ({"percentile": float("nan")}, "percentile: Input should be less than or equal to 100, got nan"),
         ({"percentile": 101}, "percentile: Input should be less than or equal to 100, got 101"),
         ({"method": "wandaa"}, "method: 'wandaa' is no method; nearest: wanda, wanda-l1"),
-        ({"method": "os.system"}, "method: 'os.system' is no method; known: magnitude, "),
+        ({"method": "os.system"}, "method: 'os.system' is no method; known: best, magnitude, "),
         (
             {"pattern": "2-4"},
             "pattern: '2-4' is no pattern; expected weights, rows, columns, 2:4 (n kept of m)",
@@ -152,6 +160,7 @@ def test_a_recipe_file_gives_the_request_back(given):
     ("given", "recipe"),
     [
         ({"sparsity": 0.5}, recipes.magnitude),
+        ({"sparsity": 0.5, "method": "best"}, recipes.alps),
         ({"sparsity": 0.5, "method": "global_magnitude"}, recipes.global_magnitude),
         ({"sparsity": 0.5, "method": "wanda"}, recipes.wanda),
         ({"nonzero": "1k", "method": "random"}, recipes.random),
@@ -202,7 +211,14 @@ def test_the_decisive_methods_carry_their_number():
             {"method": "wanda", "sparsity": 0.5, "tau": 0.1},
             "--tau belongs to method threshold, got method wanda",
         ),
-        ({"sparsity": 0.5, "percentile": 3}, "--percentile belongs to method percentile, got method magnitude"),
+        (
+            {"sparsity": 0.5, "percentile": 3},
+            "--percentile belongs to method percentile, got method best or magnitude, as no --method is given",
+        ),
+        (
+            {"method": "best", "sparsity": 0.5, "allocate": "global"},
+            "method best tries allocations and picks one itself; leave --allocate out, or name another --method",
+        ),
         (
             {"method": "threshold", "tau": 0.1, "sparsity": 0.5},
             "decides by --tau how much is cut; leave --sparsity",
@@ -228,7 +244,22 @@ def test_settings_that_do_not_belong_together(given, message):
 
 
 def test_every_method_of_the_library_has_its_word():
-    assert set(METHOD_NAMES) == {*recipes.METHODS, "threshold", "percentile"}
+    assert set(METHOD_NAMES) == {*recipes.METHODS, "best", "threshold", "percentile"}
+
+
+@pytest.mark.parametrize(("language", "method"), [(True, "best"), (False, "magnitude")])
+def test_the_default_method_depends_on_the_model_and_stays_unsaid(language, method):
+    typed = request({"model": "m", "sparsity": 0.5})
+    settled = with_method(typed, language=language)
+    assert settled.method == method
+    assert typed.method is None
+    assert set(settled.model_dump(exclude_unset=True)) == {"model", "sparsity"}
+
+
+@pytest.mark.parametrize("language", [True, False])
+def test_a_method_that_was_named_stays(language):
+    typed = request({"model": "m", "sparsity": 0.5, "method": "wanda"})
+    assert with_method(typed, language=language) is typed
 
 
 @pytest.mark.parametrize(

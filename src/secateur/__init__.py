@@ -12,17 +12,28 @@ __version__ = "0.1.0"
 
 # public name -> the module that defines it; a subpackage is defined by this one
 _HOME = {
+    "ADMM": "secateur.recover",
+    "ALPS": "secateur.recover",
     "Adapters": "secateur.recover",
+    "Best": "secateur.best",
     "Blocks": "secateur.pattern",
     "Columns": "secateur.pattern",
+    "IntoBias": "secateur.recover",
     "Layers": "secateur.pattern",
+    "LeastSquares": "secateur.recover",
     "Masks": "secateur.core.masks",
     "Measurement": "secateur.evaluate",
     "NM": "secateur.pattern",
+    "OWL": "secateur.allocate",
     "Percentile": "secateur.allocate",
     "Plan": "secateur.prune",
+    "RIA": "secateur.score",
     "Recipe": "secateur.recipes",
     "Rows": "secateur.pattern",
+    "Shares": "secateur.allocate",
+    "Slope": "secateur.allocate",
+    "SparseGPT": "secateur.recover",
+    "Swaps": "secateur.recover",
     "Threshold": "secateur.allocate",
     "Tuned": "secateur.recover",
     "Weights": "secateur.pattern",
@@ -31,6 +42,7 @@ _HOME = {
     "align": "secateur",
     "alps": "secateur.recipes",
     "angular_distance": "secateur.recipes",
+    "best_": "secateur.best",
     "block_influence": "secateur.recipes",
     "choose_blocks": "secateur.depth",
     "distill_": "secateur.recover",
@@ -55,6 +67,7 @@ _HOME = {
     "prune_": "secateur.prune",
     "random": "secateur.recipes",
     "random_blocks": "secateur.recipes",
+    "reconstruct_": "secateur.recover",
     "ria": "secateur.recipes",
     "sparsegpt": "secateur.recipes",
     "sparsity": "secateur.core.counts",
@@ -67,17 +80,28 @@ _HOME = {
 }
 
 __all__ = [
+    "ADMM",
+    "ALPS",
     "NM",
+    "OWL",
+    "RIA",
     "Adapters",
+    "Best",
     "Blocks",
     "Columns",
+    "IntoBias",
     "Layers",
+    "LeastSquares",
     "Masks",
     "Measurement",
     "Percentile",
     "Plan",
     "Recipe",
     "Rows",
+    "Shares",
+    "Slope",
+    "SparseGPT",
+    "Swaps",
     "Threshold",
     "Tuned",
     "Weights",
@@ -87,6 +111,7 @@ __all__ = [
     "align",
     "alps",
     "angular_distance",
+    "best_",
     "block_influence",
     "choose_blocks",
     "distill_",
@@ -111,6 +136,7 @@ __all__ = [
     "prune_",
     "random",
     "random_blocks",
+    "reconstruct_",
     "ria",
     "sparsegpt",
     "sparsity",
@@ -124,7 +150,17 @@ __all__ = [
 
 if TYPE_CHECKING:
     from secateur import align
-    from secateur.allocate import Percentile, Threshold, globally, per_layer, per_row
+    from secateur.allocate import (
+        OWL,
+        Percentile,
+        Shares,
+        Slope,
+        Threshold,
+        globally,
+        per_layer,
+        per_row,
+    )
+    from secateur.best import Best, best_
     from secateur.core.counts import sparsity
     from secateur.core.hold import hold_
     from secateur.core.masks import Masks, undo_
@@ -156,7 +192,22 @@ if TYPE_CHECKING:
         wanda_l1,
         wanda_mended,
     )
-    from secateur.recover import Adapters, Tuned, distill_, finetune_, lora_, merge_
+    from secateur.recover import (
+        ADMM,
+        ALPS,
+        Adapters,
+        IntoBias,
+        LeastSquares,
+        SparseGPT,
+        Swaps,
+        Tuned,
+        distill_,
+        finetune_,
+        lora_,
+        merge_,
+        reconstruct_,
+    )
+    from secateur.score import RIA
 
 
 def __getattr__(name: str) -> Any:

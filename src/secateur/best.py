@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -11,19 +10,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from secateur.allocate import OWL, globally
 from secateur.core.masks import Masks
-from secateur.core.visit import merge
+from secateur.core.visit import merge, split
 from secateur.core.where import Layer, Only
 from secateur.errors import UsageError
 from secateur.pattern import Weights
-from secateur.prune import plan
+from secateur.prune import check_nonzero, plan
 from secateur.recipes import Recipe, alps
-from secateur.recover.reconstruct import reconstruct_
-from secateur.search import Judge, Trial, evolve, try_allocations, try_slopes
+from secateur.recover import reconstruct_
+from secateur.search import Judge, Trial, evolve, finished, try_allocations, try_slopes
 
 __all__ = ["Best", "Step", "best_"]
 
 SCOUT = 2  # epochs of reconstruction before an allocation is judged: what it then looks like is what counts
+HIGH = 0.6  # from this sparsity on more allocations are tried, and reconstruction may take longer
+TOKENS = 2048  # judged in one go
+
+Tell = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,7 @@ def best_(
     sparsity: float | None = None,
     data: Iterable[Any] | None = None,
     *,
+    nonzero: int | None = None,
     pattern: Any = Weights(),  # noqa: B008 - frozen
     held_out: float = 0.125,
     evolution: bool = False,
@@ -83,63 +88,88 @@ def best_(
     only: Only = None,
     skip: Only = None,
     seed: int = 0,
+    tell: Tell | None = None,
 ) -> Best:
     """Prune a language model in place with the combination that does best on held-out calibration data.
 
     ALPS finds support and weights, each layer calibrated on the already pruned stream; then attention and
-    feed-forward of every block are reconstructed with the masks frozen. For unstructured sparsity equal shares
-    compete with shares that rise or fall with depth, each judged after a short reconstruction, because an
-    allocation that wins before it often loses after it. The judge is the divergence from the dense model on
-    sequences that no step was fitted on; what does not help is taken back.
+    feed-forward of every block are reconstructed with the masks frozen. Where the pattern leaves a choice, equal
+    shares compete with shares that rise or fall with depth and, from 60 % on, with OWL and with one cut through the
+    whole model; each is judged after a short reconstruction, because an allocation that wins before it often
+    loses after it. The judge is the divergence from the dense model on sequences that no step was fitted on;
+    what does not help is taken back.
 
     Args:
         model: any model that gives logits and has repeated blocks; without blocks reconstruction is left out.
         sparsity: zeros as a fraction of the chosen layers, in [0, 1]; leave it out where the pattern fixes it.
         data: calibration batches of equal form; at least two sequences.
+        nonzero: instead of a sparsity, the exact number of non-zero parameters that the whole model is to have.
         pattern: single weights, or for instance `NM(2, 4)`.
         held_out: fraction of the sequences that only judge.
         evolution: also search a share for each layer by evolution (about five more prunings).
         epochs: of reconstruction at most; default 10, and 15 from 60 % on.
         only, skip: which layers; as in `prune_`.
-        seed: of reconstruction and evolution.
+        seed: of the choice of held-out sequences, of reconstruction and of evolution.
+        tell: progress; called with a label, steps done and steps in all.
 
     Returns:
-        The masks, what was picked, and everything that was tried.
+        The masks, what was picked, and everything that was tried; the same for the same seed, machine and
+        number of threads.
 
     Raises:
         UsageError: no data, too few sequences, and all that `prune_` refuses.
         NumericError: NaN or Inf in weights, activations or predictions. On any error the model is as before.
 
-    Cost: one pruning by ALPS for each allocation tried (1 for N:M, 2 to 5 otherwise), then `epochs` forward
-        and backward passes of the calibration data; memory for three copies of the model.
+    Cost: one pruning by ALPS and two epochs for each allocation tried (1 for N:M, 3 below 60 %, at most 6 from
+        there), then `epochs` forward and backward passes of the calibration data through one sub-module at a
+        time; memory for three copies of the model.
     """
     if data is None:
         raise UsageError("best needs calibration data; pass data=")
     recipe = replace(alps, pattern=pattern)
-    todo = plan(model, sparsity, recipe, only=only, skip=skip)
-    fit, judged = _halves(merge(list(data)), held_out)
-    dense = copy.deepcopy(model)
-    judge = Judge(dense, [judged])
-    rebuild = _Rebuild(dense, fit, seed) if _has_blocks(todo.layers) else None
-    scout = rebuild and partial(rebuild, epochs=SCOUT)
-    options: dict[str, Any] = {"mend": scout, "only": only, "skip": skip, "seed": seed}
-    if recipe.fixed_by_pattern:
-        trials = try_allocations(dense, sparsity, recipe, [fit], judge, (), **options)
-    else:
-        assert sparsity is not None  # plan has checked
-        trials = try_slopes(dense, sparsity, recipe, [fit], judge, most=3, **options)
-        if evolution:
-            trials = _evolved(trials, dense, sparsity, recipe, fit, judge, options)
+    todo = plan(model, sparsity, recipe, nonzero=nonzero, only=only, skip=skip)
+    fit, judged = _dealt(merge(list(data)), held_out, seed)
+    judge = Judge(model, judged)
+    rebuild = _Rebuild(model, fit, seed, tell) if _has_blocks(todo.layers) else None
+    options: dict[str, Any] = {"mend": rebuild and partial(rebuild, epochs=SCOUT)}
+    options |= {"only": only, "skip": skip, "seed": seed}
+    trials = _allocated(model, todo.sparsity, recipe, fit, judge, evolution, options)
     steps = [Step(_told(trial), trial.divergence, trial is trials[0]) for trial in trials]
     final = trials[0]
     if rebuild is not None and final.mended:
-        most = epochs or (15 if todo.sparsity is not None and todo.sparsity >= 0.6 else 10)
-        final = _finished(final, rebuild, most, judge)
+        most = epochs or (15 if (todo.sparsity or 0) >= HIGH else 10)
+        final = finished(final, partial(rebuild, epochs=most), judge)
         steps.append(Step(f"reconstruction, {most} epochs", final.divergence, final is not trials[0]))
     assert final.model is not None  # the best trial keeps its model
     assert final.masks is not None
+    if nonzero is not None:
+        check_nonzero(dict(final.model.named_parameters()), final.masks, nonzero)
     _copy_(model, final.model, final.masks)
     return Best(final.masks, final.recipe, final.mended, tuple(steps))
+
+
+def _allocated(
+    model: nn.Module,
+    sparsity: float | None,
+    recipe: Recipe,
+    fit: Any,
+    judge: Judge,
+    evolution: bool,
+    options: dict[str, Any],
+) -> list[Trial]:
+    """All allocations tried, best first; only the first keeps its model."""
+    if recipe.fixed_by_pattern:
+        return try_allocations(model, None, recipe, [fit], judge, (), **options)
+    assert sparsity is not None  # plan has checked
+    trials = try_slopes(model, sparsity, recipe, [fit], judge, most=3 if sparsity >= HIGH else 2, **options)
+    others: list[Callable[..., Any]] = [OWL(), globally] if sparsity >= HIGH else []
+    trials = try_allocations(model, sparsity, recipe, [fit], judge, others, tried=trials, **options)
+    if not evolution:
+        return trials
+    searched = {key: value for key, value in options.items() if key != "mend"}
+    shares = evolve(model, sparsity, recipe, [fit], judge, **searched)
+    trials = try_allocations(model, sparsity, recipe, [fit], judge, [shares], tried=trials, **options)
+    return [replace(trial, name="evolution") if trial.recipe.allocate == shares else trial for trial in trials]
 
 
 @dataclass(frozen=True)
@@ -149,44 +179,19 @@ class _Rebuild:
     dense: nn.Module
     fit: Any
     seed: int
+    tell: Tell | None
 
     def __call__(self, model: nn.Module, masks: Masks, epochs: int) -> None:
         count = _rows(self.fit)
         if count > 1:
-            size = min(4, count // 2)
             reconstruct_(
-                model, self.dense, masks, [self.fit], epochs=epochs, batch=size, held_out=0.0625, seed=self.seed
-            )
+                model, self.dense, masks, [self.fit], epochs=epochs, batch=min(4, count // 2), held_out=0.0625,
+                seed=self.seed, tell=self.tell,
+            )  # fmt: skip
 
 
 def _told(trial: Trial) -> str:
     return f"ALPS, {trial.name}" + (f", reconstruction of {SCOUT} epochs" if trial.mended else "")
-
-
-def _evolved(
-    trials: list[Trial],
-    dense: nn.Module,
-    sparsity: float,
-    recipe: Recipe,
-    fit: Any,
-    judge: Judge,
-    options: dict,
-) -> list[Trial]:
-    """The trials with the shares that evolution found among them, best first."""
-    searched = {key: value for key, value in options.items() if key != "mend"}
-    shares = evolve(dense, sparsity, recipe, [fit], judge, **searched)
-    found = try_allocations(dense, sparsity, replace(recipe, allocate=shares), [fit], judge, (), **options)[0]
-    return sorted([*trials, replace(found, name="evolution")], key=lambda trial: trial.divergence)
-
-
-def _finished(trial: Trial, rebuild: _Rebuild, epochs: int, judge: Judge) -> Trial:
-    """The trial reconstructed to the end, or as it is where held-out data like that less."""
-    model = copy.deepcopy(trial.model)
-    assert model is not None  # the best trial keeps its model
-    assert trial.masks is not None
-    rebuild(model, trial.masks, epochs)
-    divergence = judge(model)
-    return replace(trial, model=model, divergence=divergence) if divergence < trial.divergence else trial
 
 
 def _rows(batch: Any) -> int:
@@ -194,8 +199,8 @@ def _rows(batch: Any) -> int:
     return next(len(value) for value in tensors if isinstance(value, Tensor))
 
 
-def _halves(batch: Any, held_out: float) -> tuple[Any, Any]:
-    """The sequences to fit on and, evenly spread among them, those to judge by."""
+def _dealt(batch: Any, held_out: float, seed: int) -> tuple[Any, list[Any]]:
+    """The sequences to fit on, in random order, and those to judge by, in small pieces."""
     count = _rows(batch)
     judges = max(1, round(held_out * count)) if 0 < held_out < 1 else 0
     if not 0 < judges < count:
@@ -203,15 +208,20 @@ def _halves(batch: Any, held_out: float) -> tuple[Any, Any]:
             f"{count} sequences of calibration data with held_out={held_out:g} leave nothing to fit on or to judge "
             "by; give at least two sequences and a fraction between 0 and 1"
         )
-    place = torch.zeros(count, dtype=torch.bool)
-    place[torch.arange(judges) * count // judges] = True
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
 
     def part(which: Tensor) -> Any:
         if not isinstance(batch, Mapping):
             return batch[which]
         return {key: value[which] if isinstance(value, Tensor) else value for key, value in batch.items()}
 
-    return part(~place), part(place)
+    longest = max(part.shape[1] if part.dim() > 1 else 1 for part in _tensors(batch))
+    return part(order[judges:]), split(part(order[:judges]), max(1, TOKENS // longest))
+
+
+def _tensors(batch: Any) -> list[Tensor]:
+    values = batch.values() if isinstance(batch, Mapping) else [batch]
+    return [value for value in values if isinstance(value, Tensor)]
 
 
 def _has_blocks(chosen: Iterable[Layer]) -> bool:
@@ -219,7 +229,7 @@ def _has_blocks(chosen: Iterable[Layer]) -> bool:
 
 
 def _copy_(model: nn.Module, source: nn.Module, masks: Masks) -> None:
-    """Take over every parameter that differs; then the zeros once more, in case of shared memory."""
+    """Take over every parameter; then the zeros once more, in case of shared memory."""
     parameters = dict(source.named_parameters())
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -21,7 +21,7 @@ from secateur.errors import NumericError, UsageError, nearest
 from secateur.recipes import Recipe
 from secateur.recover import Updated
 
-__all__ = ["Choice", "Mended", "mend_", "update_statistics"]
+__all__ = ["Choice", "Mended", "mend_", "own_biases", "update_statistics"]
 
 # (layer, part, statistics of that part) -> the recipe's own scores of that part, (out, in)
 Scores = Callable[[Layer, int, Mapping[str, Tensor]], Tensor]
@@ -85,23 +85,49 @@ def mend_(
     damping: dict[str, float] = {}
     wanted = update_statistics(recipe)
 
+    biases = own_biases(model, layers)
+
     def at(layer: Layer, known: Mapping[str, Tensor]) -> None:
         matrices = layer.layout.to_matrices(layer.weight.detach())
-        shape = layer.layout.shape[1:]
+        bias = biases.get(layer.name)
         found = []
         for part, own in enumerate(_counts_of_parts(counts[layer.name], layer.layout.shape[0])):
             given = {name: known[name][part] for name in names}
-            choose = Choice(recipe, own, shape, partial(scores, layer, part, given))
+            choose = Choice(
+                recipe, own, layer.layout.shape[1:], partial(scores, layer, part, given), bias is not None
+            )
             found.append(_update(layer, recipe, matrices[part], choose, {name: given[name] for name in wanted}))
         mask = layer.layout.from_matrices(torch.stack([part.mask for part in found])).contiguous()
         new = layer.layout.from_matrices(torch.stack([part.weight for part in found]))
         with torch.no_grad():
             layer.weight.copy_(new.masked_fill_(~mask, 0))
+            if bias is not None:
+                _shift_(bias.reshape(layer.layout.shape[:2]), [part.shift for part in found])
         masks[layer.name], damping[layer.name] = mask, max(part.damping for part in found)
         log.info("%s: damping %g of the mean diagonal", layer.name, damping[layer.name])
 
     visit(model, layers, names, data, at)
     return Mended(masks, damping)
+
+
+def own_biases(model: nn.Module, layers: Sequence[Layer]) -> dict[str, Tensor]:
+    """Layer name -> its bias, for layers that have one which nothing else uses."""
+    uses: dict[int, int] = {}
+    for _, parameter in model.named_parameters(remove_duplicate=False):
+        uses[id(parameter)] = uses.get(id(parameter), 0) + 1
+    found = {
+        layer.name: getattr(layer.module, layer.layout.bias)
+        for layer in layers
+        if layer.layout.bias is not None
+    }
+    return {name: bias for name, bias in found.items() if uses[id(bias)] == 1}
+
+
+def _shift_(bias: Tensor, shifts: Sequence[Tensor | None]) -> None:
+    """Add to each part of a bias what its weights lost on average."""
+    for row, shift in zip(bias, shifts, strict=True):
+        if shift is not None:
+            row.copy_(row.float() + shift)
 
 
 def _update(
@@ -119,7 +145,8 @@ def _update(
             f"got {tuple(new.shape)} and {tuple(mask.shape)}"
         )
     new = torch.where(mask.all(1, keepdim=True), dense, new)
-    if not all(bool(end.isfinite()) for end in new.aminmax()):
+    shift = rest[1] if len(rest) > 1 else None
+    if not all(bool(end.isfinite()) for each in (new, shift) if each is not None for end in each.aminmax()):
         raise NumericError(f"{layer.name}: the weight update gave NaN or Inf; give more calibration data")
     return Updated(new, mask, *rest)
 
@@ -141,12 +168,14 @@ class Choice:
         counts: kept units of each competition of this part.
         shape: `(out, in)` of this part.
         own_scores: the recipe's scores of this part, for `choose()`.
+        bias: whether the layer adds a bias of its own.
     """
 
     recipe: Recipe
     counts: Tensor
     shape: tuple[int, int]
     own_scores: Callable[[], Tensor]
+    bias: bool = False
 
     @cached_property
     def together(self) -> int:

@@ -19,11 +19,11 @@ from secateur.core.select import Candidates, smallest
 from secateur.core.statistics import STATISTICS
 from secateur.core.where import Layer, Only, select
 from secateur.errors import NumericError, UsageError, nearest
-from secateur.mend import mend_, update_statistics
+from secateur.mend import mend_, own_biases, update_statistics
 from secateur.recipes import Recipe, magnitude
 from secateur.target import check_arguments, shape_of, weights_to_keep
 
-__all__ = ["Plan", "plan", "prune_"]
+__all__ = ["Plan", "check_nonzero", "plan", "prune_"]
 
 
 @dataclass(frozen=True)
@@ -148,11 +148,11 @@ def prune_(
     counts = recipe.allocation(candidates, todo.keep or 0)
     _check_total(todo, candidates, counts)
     if recipe.update is not None:
-        return _mended(model, todo, counts, data or (), loss, seed, keep_originals)
+        return _mended(model, todo, counts, data or (), loss, seed, keep_originals, nonzero)
     kept = {name: _mask(recipe, layers[name], candidates[name], counts[name]) for name in layers}
     _check_stays_pruned(kept, masks)
     if nonzero is not None:
-        _check_nonzero(layers, kept, nonzero)
+        check_nonzero({name: layer.weight for name, layer in layers.items()}, kept, nonzero)
     originals = {name: layers[name].weight.detach().clone() for name in layers} if keep_originals else None
     result = Masks(kept, originals)
     result.apply_(model)
@@ -179,10 +179,13 @@ def _mended(
     loss: Loss | None,
     seed: int,
     keep_originals: bool,
+    nonzero: int | None,
 ) -> Masks:
     """Prune and update while the data flow; on any error the weights are as they were."""
     layers = {layer.name: layer for layer in todo.layers}
-    originals = {name: layer.weight.detach().clone() for name, layer in layers.items()}
+    changed = {name: layer.weight for name, layer in layers.items()}
+    changed |= {_bias_name(layers[name]): bias for name, bias in own_biases(model, todo.layers).items()}
+    originals = {name: parameter.detach().clone() for name, parameter in changed.items()}
     names = [name for name in {*todo.statistics, *update_statistics(todo.recipe)} if name in STATISTICS]
     slopes = [name for name in todo.statistics if name in GRADIENTS]  # of the dense model: the stream has none
     dense = gather_all(model, todo.layers, slopes, data, loss) if slopes else {}
@@ -197,12 +200,18 @@ def _mended(
 
     try:
         kept = mend_(model, todo.layers, todo.recipe, counts, names, data, scores).masks
+        if nonzero is not None:
+            check_nonzero({name: layer.weight for name, layer in layers.items()}, kept, nonzero)
     except BaseException:
         with torch.no_grad():
-            for name, layer in layers.items():
-                layer.weight.copy_(originals[name])
+            for name, parameter in changed.items():
+                parameter.copy_(originals[name])
         raise
     return Masks({name: kept[name] for name in layers}, originals if keep_originals else None)
+
+
+def _bias_name(layer: Layer) -> str:
+    return f"{layer.path}.{layer.layout.bias}" if layer.path else str(layer.layout.bias)
 
 
 def _statistics_of(score: Callable[..., Any]) -> tuple[str, ...]:
@@ -349,10 +358,10 @@ def _check_stays_pruned(kept: Mapping[str, Tensor], masks: Masks | None) -> None
             )
 
 
-def _check_nonzero(layers: Mapping[str, Layer], kept: Mapping[str, Tensor], nonzero: int) -> None:
-    """Kept weights that happen to be zero would fall short of the promised number."""
+def check_nonzero(weights: Mapping[str, Tensor], kept: Mapping[str, Tensor], nonzero: int) -> None:
+    """Refuse kept weights that happen to be zero: they would fall short of the promised number."""
     for name, mask in kept.items():
-        idle = int(torch.count_nonzero(mask & (layers[name].weight == 0)))
+        idle = int(torch.count_nonzero(mask & (weights[name] == 0)))
         if idle:
             raise UsageError(
                 f"{name}: {idle:,} of the weights it would keep are already zero, so {nonzero:,} non-zeros cannot be "

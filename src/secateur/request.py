@@ -18,10 +18,20 @@ from secateur.errors import UsageError, nearest
 if TYPE_CHECKING:
     from secateur.recipes import Recipe
 
-__all__ = ["METHOD_NAMES", "PruneRequest", "build_recipe", "parse_count", "request"]
+__all__ = [
+    "METHOD_NAMES",
+    "PruneRequest",
+    "build_recipe",
+    "check_target",
+    "parse_count",
+    "request",
+    "with_method",
+]
 
-# the methods of recipes.METHODS and the two that decide how much is cut; listed so that --help needs no torch
+# the methods of recipes.METHODS, the two that decide how much is cut and the one that tries several; listed so that
+# --help needs no torch
 METHOD_NAMES = (
+    "best",
     "magnitude",
     "global-magnitude",
     "wanda",
@@ -38,6 +48,8 @@ METHOD_NAMES = (
     "threshold",
     "percentile",
 )
+# methods that decide how much is cut, and the setting that they decide by
+_DECISIVE = {"threshold": "tau", "percentile": "percentile"}
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9}
 
 
@@ -78,6 +90,8 @@ def _fraction(value: Any) -> Any:
 
 
 def _method(value: Any) -> Any:
+    if value is None:
+        return None
     name = str(value).replace("_", "-")
     if name not in METHOD_NAMES:
         raise ValueError(f"{value!r} is no method; {nearest(name, METHOD_NAMES)}")
@@ -99,7 +113,9 @@ class PruneRequest(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     model: Annotated[str, Field(min_length=1)]
-    method: Annotated[str, BeforeValidator(_method)] = "magnitude"
+    method: Annotated[str | None, BeforeValidator(_method)] = (
+        None  # best for causal language models, or magnitude
+    )
     sparsity: Annotated[float | None, BeforeValidator(_fraction), Field(ge=0, le=1)] = None
     nonzero: Annotated[int | None, BeforeValidator(_count), Field(ge=0)] = None
     tau: Annotated[float | None, Field(ge=0, allow_inf_nan=False)] = None
@@ -142,47 +158,40 @@ def _said(problem: Any) -> str:
     return f"{name}: {message}, got {problem['input']!r}"
 
 
-def build_recipe(asked: PruneRequest) -> Recipe:
-    """The recipe that a request names.
+def with_method(asked: PruneRequest, *, language: bool) -> PruneRequest:
+    """The request with its method settled: where none was named, `best` for a causal language model, else magnitude.
+
+    What was typed stays what was typed: a method that is filled in does not count as set.
+    """
+    if asked.method is not None:
+        return asked
+    settled = asked.model_copy(update={"method": "best" if language else "magnitude"})
+    settled.model_fields_set.discard("method")
+    return settled
+
+
+def check_target(asked: PruneRequest) -> None:
+    """Settings that do not belong together, told before the model is loaded.
 
     Raises:
-        UsageError: settings that do not belong together.
+        UsageError: no statement of how much is pruned, more than one, or a setting of another method.
     """
-    from secateur import recipes
-    from secateur.allocate import globally, per_layer, per_row
-
-    for method, setting in (("threshold", "tau"), ("percentile", "percentile")):
+    method = asked.method or "best or magnitude, as no --method is given"
+    for decisive, setting in _DECISIVE.items():
         value = getattr(asked, setting)
-        if asked.method == method and value is None:
-            raise UsageError(f"method {method} needs --{setting}")
-        if asked.method != method and value is not None:
-            raise UsageError(f"--{setting} belongs to method {method}, got method {asked.method}")
-    _check_target(asked)
-    if asked.method == "threshold":
-        recipe = recipes.threshold(asked.tau)  # type: ignore[arg-type]
-    elif asked.method == "percentile":
-        recipe = recipes.percentile(asked.percentile)  # type: ignore[arg-type]
-    else:
-        recipe = recipes.METHODS[asked.method]
-    if asked.allocate is not None:
-        if asked.method in ("threshold", "percentile"):
+        if asked.method == decisive and value is None:
+            raise UsageError(f"method {decisive} needs --{setting}")
+        if asked.method != decisive and value is not None:
+            raise UsageError(f"--{setting} belongs to method {decisive}, got method {method}")
+    given = [name for name in ("sparsity", "nonzero") if getattr(asked, name) is not None]
+    if asked.method in _DECISIVE:
+        if given:
+            raise UsageError(
+                f"method {asked.method} decides by --{_DECISIVE[asked.method]} how much is cut; leave --{given[0]} out"
+            )
+        if asked.allocate is not None:
             raise UsageError(
                 f"method {asked.method} decides for itself how much each layer pays; leave --allocate out"
-            )
-        recipe = replace(
-            recipe, allocate={"per-row": per_row, "per-layer": per_layer, "global": globally}[asked.allocate]
-        )
-    return replace(recipe, pattern=_pattern_of(asked.pattern))
-
-
-def _check_target(asked: PruneRequest) -> None:
-    """One statement of how much is pruned, no more and no less; told before the model is loaded."""
-    given = [name for name in ("sparsity", "nonzero") if getattr(asked, name) is not None]
-    if asked.method in ("threshold", "percentile"):
-        if given:
-            setting = "tau" if asked.method == "threshold" else "percentile"
-            raise UsageError(
-                f"method {asked.method} decides by --{setting} how much is cut; leave --{given[0]} out"
             )
     elif len(given) > 1:
         raise UsageError("--sparsity and --nonzero both say how much is cut; leave one of them out")
@@ -191,6 +200,34 @@ def _check_target(asked: PruneRequest) -> None:
             "how much is to be cut? Give --sparsity 0.5 (half of the chosen weights become zero), --nonzero 104.69M, "
             "or a pattern that fixes it, as --pattern 2:4"
         )
+
+
+def build_recipe(asked: PruneRequest) -> Recipe:
+    """The recipe that a request names; that of `best` is where its search starts.
+
+    Raises:
+        UsageError: settings that do not belong together.
+    """
+    from secateur import recipes
+    from secateur.allocate import globally, per_layer, per_row
+
+    check_target(asked)
+    if asked.method == "threshold":
+        recipe = recipes.threshold(asked.tau)  # type: ignore[arg-type]
+    elif asked.method == "percentile":
+        recipe = recipes.percentile(asked.percentile)  # type: ignore[arg-type]
+    elif asked.method == "best":
+        if asked.allocate is not None:
+            raise UsageError(
+                "method best tries allocations and picks one itself; leave --allocate out, or name another --method"
+            )
+        recipe = recipes.alps
+    else:
+        recipe = recipes.METHODS[asked.method or "magnitude"]
+    if asked.allocate is not None:
+        shares = {"per-row": per_row, "per-layer": per_layer, "global": globally}
+        recipe = replace(recipe, allocate=shares[asked.allocate])
+    return replace(recipe, pattern=_pattern_of(asked.pattern))
 
 
 def _pattern_of(text: str) -> Any:

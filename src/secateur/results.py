@@ -19,6 +19,7 @@ import torch
 import yaml
 
 from secateur import __version__, evaluate, report
+from secateur.apply import Applied
 from secateur.card import model_card
 from secateur.core.counts import Sparsity, sparsity
 from secateur.core.forward import dtype_of
@@ -41,7 +42,7 @@ class Result:
 
     Attributes:
         measurements: by variant, `dense` and `pruned`.
-        masks: what was pruned.
+        applied: what was pruned, and by which recipe.
         stages: histograms of the weights before and after.
         notes: sentences that a reader of the results needs.
         inputs: digests of the calibration data and of the text or batches judged by.
@@ -49,11 +50,16 @@ class Result:
     """
 
     measurements: dict[str, list[Measurement]]
-    masks: Masks
+    applied: Applied
     stages: tuple[report.Stage, ...] = ()
     notes: tuple[str, ...] = ()
     inputs: Mapping[str, str] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def masks(self) -> Masks:
+        """Kept weights, True = kept."""
+        return self.applied.masks
 
 
 def layer_lines(todo: Plan, shown: int = 3) -> list[str]:
@@ -79,24 +85,36 @@ def write_results(asked: PruneRequest, loaded: Loaded, todo: Plan, result: Resul
     write_text(run / "results.csv", _csv(plain))
     write_json(run / "layers.json", _layers(todo, result.masks, counted))
     write_text(run / "recipe.yaml", _yaml(asked.model_dump(mode="json", exclude_unset=True)))
-    write_text(run / "recipe.resolved.yaml", _yaml(_resolved(asked, loaded, todo)))
+    write_text(run / "recipe.resolved.yaml", _yaml(_resolved(asked, loaded, todo, result.applied)))
     write_json(run / "run.json", _circumstances(asked, loaded, result))
-    write_text(folder / "README.md", model_card(loaded, str(todo), result.measurements, result.masks))
+    write_text(
+        folder / "README.md", model_card(loaded, _said(todo, result.applied), result.measurements, result.masks)
+    )
     html = report.page(
         name,
-        summary=_sentence(asked, todo, result.masks),
+        summary=_sentence(asked, result.applied),
         measurements=plain,
         layers=_rows(todo, counted),
         stages=result.stages,
-        notes=[*result.notes, *(f"Left as they are: {line}." for line in layer_lines(todo))],
+        notes=[
+            *result.notes,
+            *result.applied.notes,
+            *(f"Left as they are: {line}." for line in layer_lines(todo)),
+        ],
     )
     report.write(run / "report.html", html)
 
 
-def _sentence(asked: PruneRequest, todo: Plan, masks: Masks) -> str:
+def _said(todo: Plan, applied: Applied) -> str:
+    """The plan, with what was done in place of what the search started from."""
+    return str(todo).replace(str(todo.recipe), applied.said, 1)
+
+
+def _sentence(asked: PruneRequest, applied: Applied) -> str:
+    masks = applied.masks
     return (
         f"{masks.zeros:,} of {masks.size:,} weights in {len(masks)} layers of {spec_name(asked.model)} were set to "
-        f"zero by {asked.method} ({todo.recipe}): sparsity {masks.sparsity:.4f} of these layers."
+        f"zero by {asked.method} ({applied.said}): sparsity {masks.sparsity:.4f} of these layers."
     )
 
 
@@ -124,14 +142,15 @@ def _layers(todo: Plan, masks: Masks, counted: Sparsity) -> list[dict[str, Any]]
     return [*chosen, *left]
 
 
-def _resolved(asked: PruneRequest, loaded: Loaded, todo: Plan) -> dict[str, Any]:
+def _resolved(asked: PruneRequest, loaded: Loaded, todo: Plan, applied: Applied) -> dict[str, Any]:
     """The request with every default, and what it resolved to."""
     settings = asked.model_dump(mode="json")
     for key in _SPECS:
         settings[key] = settings[key] and spec_name(settings[key])
     settings["dtype"] = dtype_of(loaded.model)
     settings["resolved"] = {
-        **todo.recipe.describe(),
+        **applied.recipe.describe(),
+        **applied.details,
         "layers": [layer.name for layer in todo.layers],
         "weights": todo.size,
         "weights kept": todo.keep,

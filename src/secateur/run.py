@@ -20,16 +20,16 @@ import torch
 from secateur import measure as measuring
 from secateur import model as models
 from secateur import report
+from secateur.apply import Applied, apply_, intention
 from secateur.checkpoint import headers
 from secateur.core.gradients import KNOWN
-from secateur.core.masks import Masks
 from secateur.errors import UsageError
 from secateur.folder import new_folder
 from secateur.measure import Tell, Yardstick
-from secateur.prune import Plan, plan, prune_
-from secateur.request import PruneRequest, build_recipe, spec_name
+from secateur.prune import Plan, plan
+from secateur.request import PruneRequest, build_recipe, check_target, spec_name, with_method
 from secateur.results import Result, layer_lines, write_results
-from secateur.sources import Calibration, digest, sources
+from secateur.sources import Calibration, digest, sources, writes_text
 
 __all__ = ["Run", "carry_out", "check_apart", "prepare", "prune_to"]
 
@@ -82,7 +82,8 @@ def prepare(
     Raises:
         UsageError, InputError: whatever is wrong with the request, the model or the data.
     """
-    recipe = build_recipe(asked)
+    check_target(asked)
+    build_recipe(asked)  # what does not fit together is told before the model is loaded
     tell("loading the model", 0, 1)
     loaded = models.load(
         asked.model,
@@ -94,6 +95,9 @@ def prepare(
         seed=asked.seed,
     )
     tell("loading the model", 1, 1)
+    typed = asked
+    asked = with_method(typed, language=loaded.tokenizer is not None and writes_text(loaded.model))
+    recipe = build_recipe(asked)
     todo = plan(
         loaded.model,
         asked.sparsity,
@@ -104,7 +108,7 @@ def prepare(
     )
     needs_data = recipe.update is not None or any(name in KNOWN for name in todo.statistics)
     given = sources(asked, loaded, needs_data=needs_data, tell=tell)
-    notes = [*given.notes, *_rounding(loaded)]
+    notes = [*intention(asked, typed), *given.notes, *_rounding(loaded)]
     return Run(asked, loaded, todo, given.calibration, given.by, tuple(notes))
 
 
@@ -162,7 +166,7 @@ def _prune(run: Run, tell: Tell) -> Result:
         said = measuring.answers(model, by)
         found = {"dense": measuring.measure(model, by, said)}
     with _timed(seconds, "prune"):
-        masks, inputs = _masks(run, tell)
+        applied, inputs = _applied(run, tell)
     stages.append(_stage("after", model, run.plan))
     with _timed(seconds, "measure pruned"):
         says = measuring.answers(model, by)
@@ -175,12 +179,12 @@ def _prune(run: Run, tell: Tell) -> Result:
     for name, data in (("text judged by", by.text), ("batches judged by", by.labelled)):
         if data is not None:
             inputs[name] = digest(data)
-    return Result(found, masks, tuple(stages), run.notes, inputs, seconds)
+    return Result(found, applied, tuple(stages), run.notes, inputs, seconds)
 
 
-def _masks(run: Run, tell: Tell) -> tuple[Masks, dict[str, str]]:
-    """Prune the run's model in place; the masks, and the digest of what it was calibrated on."""
-    asked, data, inputs = run.asked, None, {}
+def _applied(run: Run, tell: Tell) -> tuple[Applied, dict[str, str]]:
+    """Prune the run's model in place; what was done, and the digest of what it was calibrated on."""
+    data, inputs = None, {}
     if run.calibration is not None:
         tell("calibration data", 0, 1)
         batches = run.calibration.batches()
@@ -189,17 +193,7 @@ def _masks(run: Run, tell: Tell) -> tuple[Masks, dict[str, str]]:
         data = measuring.counted(batches, "calibration", tell)
     calibrating = nullcontext() if data is None else measuring.running_on("the calibration data")
     with calibrating:
-        masks = prune_(
-            run.loaded.model,
-            asked.sparsity,
-            run.plan.recipe,
-            nonzero=asked.nonzero,
-            data=data,
-            only=list(asked.only) or None,
-            skip=list(asked.skip) or None,
-            seed=asked.seed,
-        )
-    return masks, inputs
+        return apply_(run.asked, run.plan, run.loaded.model, data, tell), inputs
 
 
 def _copied(model: torch.nn.Module, spec: str) -> torch.nn.Module:

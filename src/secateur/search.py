@@ -24,11 +24,12 @@ from secateur.errors import NumericError, UsageError
 from secateur.prune import prune_
 from secateur.recipes import Recipe
 
-__all__ = ["Judge", "Trial", "evolve", "try_allocations", "try_slopes"]
+__all__ = ["Judge", "Trial", "evolve", "finished", "try_allocations", "try_slopes"]
 
 Mend = Callable[[nn.Module, Masks], None]
 
 CACHED = 1 << 26  # dense predictions kept: 256 MiB in float32; beyond that they are computed anew
+HOPELESS = 1.5  # times the divergence of the best so far, before mending: not worth mending
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class Trial:
         divergence: KL(dense || pruned) on the held-out data, nats a token.
         recipe: with the allocation that was tried.
         mended: whether `mend` is part of it; it is taken back where held-out data like it less.
+        bare: the divergence before `mend`; the same where there was none.
         model: the pruned copy; None where it was not kept.
         masks: of that copy.
     """
@@ -48,6 +50,7 @@ class Trial:
     divergence: float
     recipe: Recipe
     mended: bool = False
+    bare: float = float("inf")
     model: nn.Module | None = field(default=None, repr=False, compare=False)
     masks: Masks | None = field(default=None, repr=False, compare=False)
 
@@ -116,6 +119,7 @@ def try_allocations(
     judge: Callable[[nn.Module], float],
     allocators: Sequence[Callable[..., Any]],
     *,
+    tried: Sequence[Trial] = (),
     mend: Mend | None = None,
     only: Only = None,
     skip: Only = None,
@@ -130,8 +134,10 @@ def try_allocations(
         data: calibration batches.
         judge: pruned model -> divergence, lower is better; see `Judge`.
         allocators: to try besides the recipe's own.
+        tried: what was tried before, best first, the recipe's own allocator among them, so that it is not tried
+            again.
         mend: `(pruned model, masks) -> None`, what follows pruning; an allocation that wins before it can lose
-            after it, so each is judged with it.
+            after it, so each is judged with it, except where it is 1.5 times worse before it than another.
         only, skip, seed: as in `prune_`.
 
     Returns:
@@ -141,28 +147,37 @@ def try_allocations(
     Cost: one pruning and one judgement each; memory for two copies of the model.
     """
     batches = list(data)
-    best: Trial | None = None
-    trials: list[Trial] = []
-    for allocate in (recipe.allocate, *allocators):
-        tried = replace(recipe, allocate=allocate)
+    trials = list(tried)
+    for allocate in allocators if tried else (recipe.allocate, *allocators):
+        part = replace(recipe, allocate=allocate)
         pruned = copy.deepcopy(model)
-        masks = prune_(pruned, sparsity, tried, data=batches, only=only, skip=skip, seed=seed)
-        trial = Trial(tried.describe()["allocate"], judge(pruned), tried, model=pruned, masks=masks)
-        if mend is not None:
-            trial = _mended(trial, mend, judge)
-        if best is None or trial.divergence < best.divergence:
-            best = trial
-        trials.append(replace(trial, model=None, masks=None))
-    assert best is not None  # the recipe's own allocator is always tried
-    rest = [trial for trial in trials if trial.recipe != best.recipe]
-    return [best, *sorted(rest, key=lambda trial: trial.divergence)]
+        masks = prune_(pruned, sparsity, part, data=batches, only=only, skip=skip, seed=seed)
+        divergence = judge(pruned)
+        name = part.describe()["allocate"]
+        trial = Trial(name, divergence, part, bare=divergence, model=pruned, masks=masks)
+        if mend is not None and not (trials and divergence > HOPELESS * trials[0].bare):
+            trial = finished(trial, mend, judge)
+        trials = _ranked(trials, trial)
+    return trials
 
 
-def _mended(trial: Trial, mend: Mend, judge: Callable[[nn.Module], float]) -> Trial:
-    """The trial mended, or as it was where that is no better."""
+def _ranked(trials: Sequence[Trial], new: Trial) -> list[Trial]:
+    """Best first, earlier ones before equal ones; only the first keeps its model."""
+    ranked = sorted([*trials, new], key=lambda trial: trial.divergence)
+    return [ranked[0], *(replace(trial, model=None, masks=None) for trial in ranked[1:])]
+
+
+def finished(trial: Trial, mend: Mend, judge: Callable[[nn.Module], float]) -> Trial:
+    """The trial mended, or as it was where held-out data like that no better.
+
+    Args:
+        trial: one that holds its model; that is not changed.
+        mend: changes the model it gets, a copy, in place.
+        judge: pruned model -> divergence, lower is better.
+    """
     mended = copy.deepcopy(trial.model)
-    assert mended is not None  # a fresh trial holds its model
-    assert trial.masks is not None
+    if mended is None or trial.masks is None:
+        raise UsageError(f"{trial.name}: this trial did not keep its model; only the best one does")
     mend(mended, trial.masks)
     divergence = judge(mended)
     better = divergence < trial.divergence
@@ -197,24 +212,20 @@ def try_slopes(
     batches, room = list(data), min(1.0, 2 * min(sparsity, 1 - sparsity))
     options: dict[str, Any] = {"mend": mend, "only": only, "skip": skip, "seed": seed}
 
-    def tried(*rises: float) -> list[Trial]:
+    def tried(trials: Sequence[Trial], *rises: float) -> list[Trial]:
         slopes = [Slope(rise) for rise in rises]
-        return try_allocations(model, sparsity, recipe, batches, judge, slopes, **options)
+        return try_allocations(model, sparsity, recipe, batches, judge, slopes, tried=trials, **options)
 
-    trials = tried(*[rise for rise in (step, -step) if abs(rise) <= room][:most])
-    count = len(trials) - 1
-    while count < most and isinstance(slope := trials[0].recipe.allocate, Slope):
-        rise = 2 * slope.rise
-        if abs(rise) > room:
+    trials = try_allocations(model, sparsity, recipe, batches, judge, (), **options)
+    trials = tried(trials, *[rise for rise in (step, -step) if abs(rise) <= room][:most])
+    while len(trials) <= most and isinstance(slope := trials[0].recipe.allocate, Slope):
+        if abs(2 * slope.rise) > room:
             break
-        steeper = replace(recipe, allocate=Slope(rise))
-        found = try_allocations(model, sparsity, steeper, batches, judge, (), **options)[0]
-        count += 1
-        if found.divergence >= trials[0].divergence:
-            trials.append(replace(found, model=None, masks=None))
+        before = trials[0]
+        trials = tried(trials, 2 * slope.rise)
+        if trials[0] is before:
             break
-        trials = [found, replace(trials[0], model=None, masks=None), *trials[1:]]
-    return [trials[0], *sorted(trials[1:], key=lambda trial: trial.divergence)]
+    return trials
 
 
 def evolve(

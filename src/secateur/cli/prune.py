@@ -34,9 +34,12 @@ def prune(
     model: Model,
     out: Annotated[Path | None, typer.Option("--out", help="folder to write")] = None,
     method: Annotated[
-        str,
-        typer.Option(help="magnitude, wanda, sparsegpt, alps, ... (see docs/methods.md)"),
-    ] = "magnitude",
+        str | None,
+        typer.Option(
+            help="best, magnitude, wanda, sparsegpt, alps, ... (see docs/methods.md); default: best for causal "
+            "language models, magnitude for all others"
+        ),
+    ] = None,
     sparsity: Annotated[
         float | None, typer.Option(help="zeros to reach, as a fraction of the chosen weights")
     ] = None,

@@ -28,7 +28,8 @@ class Masks(Mapping[str, Tensor]):
 
     Args:
         kept: parameter name -> boolean tensor of the parameter's shape.
-        originals: the weights before pruning, for `undo_`; empty when they were not kept.
+        originals: the weights before pruning, and biases that changed with them, for `undo_`; empty when
+            they were not kept.
 
     Example:
         >>> masks = Masks({"weight": torch.tensor([[True, False], [True, True]])})
@@ -221,9 +222,9 @@ def undo_(model: nn.Module, masks: Masks) -> nn.Module:
             "able to undo"
         )
     parameters = named_parameters(model)
-    for name in masks:
-        check_fits(name, masks.originals[name], parameters)
+    for name, original in masks.originals.items():
+        check_fits(name, original, parameters)
     with torch.no_grad():
-        for name in masks:
-            parameters[name].copy_(masks.originals[name])
+        for name, original in masks.originals.items():
+            parameters[name].copy_(original)
     return model

@@ -34,6 +34,8 @@ class Layout:
             it, padding left out; `real` is a boolean tensor over the input's leading (for a convolution:
             batch and spatial) positions, or None when all are real. None itself where a module has no input
             activations (an embedding looks rows up).
+        bias: the name inside its module of the constants added to the rows, `(part, out)` when reshaped; None
+            without any.
     """
 
     name: str
@@ -41,6 +43,7 @@ class Layout:
     to_matrices: Callable[[Tensor], Tensor]
     from_matrices: Callable[[Tensor], Tensor]
     rows: Rows | None
+    bias: str | None = None
 
 
 def layouts(module: nn.Module) -> tuple[Layout, ...]:
@@ -74,7 +77,7 @@ def _is_matrix(module: nn.Module, name: str, dim: int = 2) -> bool:
     return isinstance(parameter, nn.Parameter) and parameter.dim() == dim
 
 
-def _stacked(name: str, weight: Tensor, rows: Rows | None) -> Layout:
+def _stacked(name: str, weight: Tensor, rows: Rows | None, bias: str | None = None) -> Layout:
     """A parameter stored `(out, in)`, or `(part, out, in)`."""
     shape = weight.shape if weight.dim() == 3 else (1, *weight.shape)
     part, out, columns = shape
@@ -84,14 +87,20 @@ def _stacked(name: str, weight: Tensor, rows: Rows | None) -> Layout:
         lambda tensor: tensor.reshape(part, out, columns),
         lambda matrices: matrices.reshape(weight.shape),
         rows,
+        bias,
     )
+
+
+def _bias(module: nn.Module, name: str = "bias") -> str | None:
+    """The name of a bias that is really there."""
+    return name if isinstance(getattr(module, name, None), nn.Parameter) else None
 
 
 def _linear(module: nn.Linear) -> Layout:
     def rows(args: tuple, kwargs: dict, real: Tensor | None) -> list[Tensor]:
         return [_real_rows(_first(args, kwargs), real)]
 
-    return _stacked("weight", module.weight, rows)
+    return _stacked("weight", module.weight, rows, _bias(module))
 
 
 def _transposed(module: Any) -> Layout:
@@ -107,6 +116,7 @@ def _transposed(module: Any) -> Layout:
         lambda tensor: tensor.t()[None],
         lambda matrices: matrices[0].t().contiguous(),
         rows,
+        _bias(module),
     )
 
 
@@ -133,6 +143,7 @@ def _convolution(module: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> Layout:
         lambda tensor: tensor.reshape(groups, out, columns),
         lambda matrices: matrices.reshape(stored),
         rows,
+        _bias(module),
     )
 
 
@@ -169,6 +180,7 @@ def _packed_attention(module: nn.MultiheadAttention) -> Layout:
         lambda tensor: tensor.reshape(3, size, size),
         lambda matrices: matrices.reshape(3 * size, size),
         rows,
+        _bias(module, "in_proj_bias"),
     )
 
 
@@ -202,9 +214,9 @@ def _expert_inner(module: Any, first: str, expert: int, rows: Float[Tensor, "tok
 
 
 def _expert_layout(module: Any, name: str, rows: Rows) -> Layout:
-    weight = getattr(module, name)
+    weight, bias = getattr(module, name), _bias(module, f"{name}_bias")
     if not module.is_transposed:
-        return _stacked(name, weight, rows)
+        return _stacked(name, weight, rows, bias)
     part, columns, out = weight.shape
     return Layout(
         name,
@@ -212,6 +224,7 @@ def _expert_layout(module: Any, name: str, rows: Rows) -> Layout:
         lambda tensor: tensor.transpose(1, 2),
         lambda matrices: matrices.transpose(1, 2).contiguous(),
         rows,
+        bias,
     )
 
 

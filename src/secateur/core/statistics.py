@@ -47,6 +47,10 @@ def _magnitudes(rows: Tensor) -> Tensor:
     return rows.abs().sum(0, dtype=torch.float64)
 
 
+def _count(rows: Tensor) -> Tensor:
+    return torch.tensor(rows.shape[0], dtype=torch.float64, device=rows.device)
+
+
 def _products(rows: Tensor) -> Tensor:
     return rows.t() @ rows
 
@@ -80,6 +84,8 @@ STATISTICS: Mapping[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, int
     "input_variance": (_moments, _variance),
     # fraction of tokens at which x_j is exactly zero
     "input_zeros": (_zeros, lambda total, tokens: total / tokens),
+    # how many tokens were counted, one number a part
+    "tokens": (_count, lambda total, tokens: total),
     # X^T X over all tokens, (in, in): what weight updates need
     "second_moment": (_products, lambda total, tokens: total),
 }

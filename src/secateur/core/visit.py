@@ -21,7 +21,7 @@ from secateur.core.shrinkage import lean_on_the_layer
 from secateur.core.statistics import LayerLike, Padding, Sums, evaluating, forward, observe
 from secateur.errors import UsageError
 
-__all__ = ["merge", "visit"]
+__all__ = ["merge", "split", "visit"]
 
 At = Callable[[Any, Mapping[str, Float[Tensor, "part ..."]]], None]
 
@@ -151,6 +151,20 @@ def merge(data: Iterable[Any]) -> Any:
     lengths = {key: max(batch[key].shape[1] for batch in marked) for key in MASKS & {*marked[0]}}
     padded = [_padded(batch, lengths) for batch in marked]
     return {key: _join([batch[key] for batch in padded], key) for key in marked[0]}
+
+
+def split(batch: Any, size: int) -> list[Any]:
+    """Cut a batch, a tensor or a mapping of tensors, into pieces of `size` rows, the last one possibly smaller.
+
+    Example:
+        >>> [piece["input_ids"].shape[0] for piece in split({"input_ids": torch.zeros(5, 2)}, 2)]
+        [2, 2, 1]
+    """
+    if not isinstance(batch, Mapping):
+        return list(batch.split(size))
+    cut = {k: v.split(size) if isinstance(v, Tensor) else v for k, v in batch.items()}
+    count = max((len(v) for v in cut.values() if isinstance(v, tuple)), default=0)
+    return [{k: v[i] if isinstance(v, tuple) else v for k, v in cut.items()} for i in range(count)]
 
 
 def _marked(batch: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,14 +1,16 @@
 """How is it mended? Layer by layer while pruning, or by training the whole model with the masks held.
 
-An update is `(weight "out in", choose, <statistics by parameter name>) -> Updated(weight, mask, damping)`. What
+An update is `(weight "out in", choose, <statistics by parameter name>) -> Updated(weight, mask, damping, shift)`. What
 trains takes a model, batches and masks, and gives the history of what was measured.
 """
 
+from secateur.recover.constants import IntoBias
 from secateur.recover.distill import distill_
 from secateur.recover.finetune import finetune_
 from secateur.recover.lora import Adapters, lora_, merge_
 from secateur.recover.losses import LOSSES, language_model, multi_label, regression, single_label
 from secateur.recover.quadratic import loss
+from secateur.recover.reconstruct import Rebuilt, reconstruct_
 from secateur.recover.swaps import Swaps
 from secateur.recover.training import Epoch, Training, Tuned
 from secateur.recover.update import ADMM, ALPS, LeastSquares, SparseGPT, Updated
@@ -19,7 +21,9 @@ __all__ = [
     "LOSSES",
     "Adapters",
     "Epoch",
+    "IntoBias",
     "LeastSquares",
+    "Rebuilt",
     "SparseGPT",
     "Swaps",
     "Training",
@@ -32,6 +36,7 @@ __all__ = [
     "loss",
     "merge_",
     "multi_label",
+    "reconstruct_",
     "regression",
     "single_label",
 ]

@@ -8,7 +8,7 @@ sub-module is trained at a time, so memory and time are far below those of train
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +19,7 @@ from torch.func import functional_call
 
 from secateur.core.masks import check_fits
 from secateur.core.statistics import evaluating, forward
-from secateur.core.visit import merge
+from secateur.core.visit import merge, split
 from secateur.core.where import layers
 from secateur.errors import NumericError, UsageError
 
@@ -67,6 +67,7 @@ def reconstruct_(
     held_out: float = 0.125,
     patience: int = 2,
     seed: int = 0,
+    tell: Callable[[str, int, int], None] | None = None,
 ) -> list[Rebuilt]:
     """Train each pruned attention and feed-forward, masks frozen, to give what the dense model's gives.
 
@@ -87,6 +88,7 @@ def reconstruct_(
         held_out: fraction of the sequences that judge and are never trained on; at least one batch.
         patience: epochs without a lower held-out error before a sub-module is given up.
         seed: of the order of batches.
+        tell: called with a label, the sub-modules done and their number.
 
     Returns:
         One entry for each sub-module, in the order in which the model uses them; the same values for the same
@@ -104,7 +106,7 @@ def reconstruct_(
         feed-forward apart). Deviations: rates relative to each parameter, stopping by held-out error.
     """
     _check(masks, model, dense, epochs, rate, held_out)
-    pieces = _split(merge(list(data)), batch)
+    pieces = split(merge(list(data)), batch)
     if len(pieces) < 2:
         raise UsageError(
             f"reconstruction needs at least two batches of {batch} sequences, one of them to judge by; got "
@@ -114,10 +116,15 @@ def reconstruct_(
     judged = max(1, round(held_out * len(pieces)))
     found = []
     with evaluating(model), evaluating(dense), _without_cache(model), _without_cache(dense):
-        for path in _in_order(model, _submodules(model, masks), pieces[0]):
+        paths = _in_order(model, _submodules(model, masks), pieces[0])
+        for done, path in enumerate(paths):
+            if tell is not None:
+                tell("reconstruction", done, len(paths))
             examples = _examples(model, dense, path, pieces)
             own = {n: m for n, m in masks.items() if n.startswith(f"{path}.")}
             found.append(_fit_(model, path, own, examples[:-judged], examples[-judged:], recipe))
+        if tell is not None:
+            tell("reconstruction", len(paths), len(paths))
     return found
 
 
@@ -192,15 +199,6 @@ def _in_order(model: nn.Module, paths: Sequence[str], piece: Any) -> list[str]:
         for handle in handles:
             handle.remove()
     return [path for path in finished if finished.count(path) == 1]
-
-
-def _split(batch: Any, size: int) -> list[Any]:
-    """Cut a joined batch into pieces of `size` sequences, the last one possibly smaller."""
-    if isinstance(batch, Mapping):
-        cut = {k: v.split(size) if isinstance(v, Tensor) else v for k, v in batch.items()}
-        count = max((len(v) for v in cut.values() if isinstance(v, tuple)), default=0)
-        return [{k: v[i] if isinstance(v, tuple) else v for k, v in cut.items()} for i in range(count)]
-    return list(batch.split(size))
 
 
 def _examples(model: nn.Module, dense: nn.Module, path: str, pieces: Sequence[Any]) -> list[_Example]:

@@ -87,6 +87,11 @@ class Chosen:
     choose: Choose
 
     @property
+    def bias(self) -> bool:
+        """As before."""
+        return self.choose.bias
+
+    @property
     def swaps(self) -> int | None:
         """As before."""
         return self.choose.swaps

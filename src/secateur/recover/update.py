@@ -22,6 +22,10 @@ class Choose(Protocol):
     """Turns scores into a mask with the recipe's pattern and counts."""
 
     @property
+    def bias(self) -> bool:
+        """Whether the layer adds a bias of its own, which may take over a constant."""
+
+    @property
     def swaps(self) -> int | None:
         """Columns within which the weights of a row may trade places; None where units are not single weights."""
 
@@ -39,11 +43,13 @@ class Updated(NamedTuple):
         weight: the new weights, zero where the mask is False.
         mask: True = kept.
         damping: the multiple of the mean diagonal that was added to the second moment.
+        shift: what the layer's bias gains; None leaves it as it is.
     """
 
     weight: Float[Tensor, "out in"]
     mask: Bool[Tensor, "out in"]
     damping: float = 0.0
+    shift: Float[Tensor, " out"] | None = None
 
 
 @dataclass(frozen=True)
