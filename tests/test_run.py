@@ -74,10 +74,10 @@ def story(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def prune(tmp_path) -> Callable[..., Path]:
-    """Prune to a fresh folder with few tokens, and return the folder."""
+    """Prune to a fresh folder with few tokens, by magnitude unless said otherwise, and return the folder."""
 
     def run(model: object, **asked: object) -> Path:
-        asked = {"samples": 4, "evaluate_tokens": 300, **asked}
+        asked = {"method": "magnitude", "samples": 4, "evaluate_tokens": 300, **asked}
         out = tmp_path / f"out{len(list(tmp_path.iterdir()))}"
         prune_to(prepare(request({"model": str(model), **asked}), offline=True), out)
         return out
@@ -336,6 +336,43 @@ def test_models_whose_files_name_weights_otherwise(prune, models, kind):
     assert problems(out) == []
 
 
+# The default method
+
+
+def test_a_language_model_gets_the_best_that_was_tried_and_every_file_says_so(models, story, tmp_path):
+    asked = {"model": str(models["gpt2"]), "sparsity": 0.5, "only": ["ffn"], "data": str(story)}
+    asked |= {"samples": 6, "context": 16, "evaluate_tokens": 100}
+    run = prepare(request(asked), offline=True)
+    assert "No --method was given: best is the default for causal language models" in str(run)
+    assert "note     Method best starts at this recipe, tries shares that differ by depth" in str(run)
+    out = tmp_path / "out"
+    result = prune_to(run, out)
+    assert yaml.safe_load((out / "run/recipe.yaml").read_text()) == asked
+    resolved = yaml.safe_load((out / "run/recipe.resolved.yaml").read_text())
+    assert resolved["method"] == "best"
+    found = resolved["resolved"]
+    assert found["update"].startswith("ALPS(")
+    assert {step["name"].partition(",")[0] for step in found["tried"]} <= {"ALPS", "reconstruction"}
+    assert [step["taken"] for step in found["tried"]].count(True) >= 1
+    assert found["allocate"] == result.applied.recipe.describe()["allocate"]
+    said = f"best: {result.applied.recipe}" + (", reconstructed" if found["reconstructed"] else "")
+    page = (out / "run/report.html").read_text()
+    assert said in page
+    assert f"Method best picked {said.removeprefix('best: ')}. Tried, with the divergence" in page
+    assert said in (out / "README.md").read_text()
+    assert Masks.load(out / "run/masks.safetensors").sparsity == 0.5
+
+
+@pytest.mark.parametrize("kind", ["bert", "t5", "vit", "OWN"])
+def test_magnitude_stays_the_default_for_all_others(models, own, kind):
+    model = f"{own}:mlp" if kind == "OWN" else models[kind]
+    run = prepare(request({"model": str(model), "sparsity": 0.5}), offline=True)
+    assert run.asked.method == "magnitude"
+    assert str(run.plan).startswith("magnitude on Weights(), per_layer")
+    assert run.calibration is None
+    assert not any("best" in note for note in run.notes)
+
+
 # Determinism
 
 
@@ -479,7 +516,11 @@ def test_a_models_name_is_data_in_every_file(models, tmp_path):
     _copy(models["gpt2"], shown)
     out = tmp_path / "out"
     prune_to(
-        prepare(request({"model": str(shown), "sparsity": 0.5, "evaluate_tokens": 100}), offline=True), out
+        prepare(
+            request({"model": str(shown), "method": "magnitude", "sparsity": 0.5, "evaluate_tokens": 100}),
+            offline=True,
+        ),
+        out,
     )
     page, card = (out / "run/report.html").read_text(), (out / "README.md").read_text()
     assert "<img" not in page
@@ -494,7 +535,8 @@ def test_a_texts_name_stays_in_its_cell_of_the_card(models, tmp_path):
     strange = tmp_path / "a|b <b>`c`.txt"
     strange.write_text(text())
     out = tmp_path / "out"
-    asked = {"model": str(models["gpt2"]), "sparsity": 0.5, "evaluate": str(strange), "evaluate_tokens": 100}
+    asked = {"model": str(models["gpt2"]), "method": "magnitude", "sparsity": 0.5}
+    asked |= {"evaluate": str(strange), "evaluate_tokens": 100}
     prune_to(prepare(request(asked), offline=True), out)
     row = next(line for line in (out / "README.md").read_text().splitlines() if line.startswith("| perplexity"))
     assert r"a\|b \<b>\`c\`.txt" in row
@@ -543,7 +585,8 @@ def test_the_source_is_not_written_into(models, out, monkeypatch):
 @pytest.mark.parametrize("step", ["model.save_pretrained", "results.write_json", "report.write"])
 def test_a_full_disk_leaves_the_earlier_result(models, tmp_path, monkeypatch, step):
     out = tmp_path / "out"
-    asked = request({"model": str(models["gpt2"]), "sparsity": 0.5, "evaluate_tokens": 100})
+    asked = {"model": str(models["gpt2"]), "method": "magnitude", "sparsity": 0.5, "evaluate_tokens": 100}
+    asked = request(asked)
     prune_to(prepare(asked, offline=True), out)
     before = digests(out)
 
