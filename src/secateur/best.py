@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from secateur.allocate import OWL, globally
 from secateur.core.masks import Masks
 from secateur.core.visit import merge, split
-from secateur.core.where import Layer, Only
+from secateur.core.where import Layer, Only, select
 from secateur.errors import UsageError
 from secateur.pattern import Weights
-from secateur.prune import check_nonzero, plan
+from secateur.prune import _check_nonzero, plan
 from secateur.recipes import Recipe, alps
 from secateur.recover import reconstruct_
 from secateur.search import Judge, Trial, evolve, finished, try_allocations, try_slopes
@@ -143,7 +143,8 @@ def best_(
     assert final.model is not None  # the best trial keeps its model
     assert final.masks is not None
     if nonzero is not None:
-        check_nonzero(dict(final.model.named_parameters()), final.masks, nonzero)
+        chosen = select(final.model, only, skip).chosen
+        _check_nonzero({layer.name: layer for layer in chosen}, final.masks, nonzero)
     _copy_(model, final.model, final.masks)
     return Best(final.masks, final.recipe, final.mended, tuple(steps))
 

@@ -23,7 +23,7 @@ from secateur.mend import mend_, own_biases, update_statistics
 from secateur.recipes import Recipe, magnitude
 from secateur.target import check_arguments, shape_of, weights_to_keep
 
-__all__ = ["Plan", "check_nonzero", "plan", "prune_"]
+__all__ = ["Plan", "plan", "prune_"]
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ def prune_(
     kept = {name: _mask(recipe, layers[name], candidates[name], counts[name]) for name in layers}
     _check_stays_pruned(kept, masks)
     if nonzero is not None:
-        check_nonzero({name: layer.weight for name, layer in layers.items()}, kept, nonzero)
+        _check_nonzero(layers, kept, nonzero)
     originals = {name: layers[name].weight.detach().clone() for name in layers} if keep_originals else None
     result = Masks(kept, originals)
     result.apply_(model)
@@ -183,7 +183,7 @@ def _mended(
 ) -> Masks:
     """Prune and update while the data flow; on any error the weights are as they were."""
     layers = {layer.name: layer for layer in todo.layers}
-    changed = {name: layer.weight for name, layer in layers.items()}
+    changed: dict[str, Tensor] = {name: layer.weight for name, layer in layers.items()}
     changed |= {_bias_name(layers[name]): bias for name, bias in own_biases(model, todo.layers).items()}
     originals = {name: parameter.detach().clone() for name, parameter in changed.items()}
     names = [name for name in {*todo.statistics, *update_statistics(todo.recipe)} if name in STATISTICS]
@@ -201,7 +201,7 @@ def _mended(
     try:
         kept = mend_(model, todo.layers, todo.recipe, counts, names, data, scores).masks
         if nonzero is not None:
-            check_nonzero({name: layer.weight for name, layer in layers.items()}, kept, nonzero)
+            _check_nonzero(layers, kept, nonzero)
     except BaseException:
         with torch.no_grad():
             for name, parameter in changed.items():
@@ -358,10 +358,10 @@ def _check_stays_pruned(kept: Mapping[str, Tensor], masks: Masks | None) -> None
             )
 
 
-def check_nonzero(weights: Mapping[str, Tensor], kept: Mapping[str, Tensor], nonzero: int) -> None:
-    """Refuse kept weights that happen to be zero: they would fall short of the promised number."""
+def _check_nonzero(layers: Mapping[str, Layer], kept: Mapping[str, Tensor], nonzero: int) -> None:
+    """Kept weights that happen to be zero would fall short of the promised number."""
     for name, mask in kept.items():
-        idle = int(torch.count_nonzero(mask & (weights[name] == 0)))
+        idle = int(torch.count_nonzero(mask & (layers[name].weight == 0)))
         if idle:
             raise UsageError(
                 f"{name}: {idle:,} of the weights it would keep are already zero, so {nonzero:,} non-zeros cannot be "
