@@ -9,10 +9,12 @@ from secateur.recover.distill import distill_
 from secateur.recover.finetune import finetune_
 from secateur.recover.lora import Adapters, lora_, merge_
 from secateur.recover.losses import LOSSES, language_model, multi_label, regression, single_label
+from secateur.recover.norms import recalibrate_, rescale_norms_
 from secateur.recover.quadratic import loss
 from secateur.recover.reconstruct import Rebuilt, reconstruct_
 from secateur.recover.swaps import Swaps
 from secateur.recover.training import Epoch, Training, Tuned
+from secateur.recover.units import MendedUnits, mend_units_
 from secateur.recover.update import ADMM, ALPS, LeastSquares, SparseGPT, Updated
 
 __all__ = [
@@ -23,6 +25,7 @@ __all__ = [
     "Epoch",
     "IntoBias",
     "LeastSquares",
+    "MendedUnits",
     "Rebuilt",
     "SparseGPT",
     "Swaps",
@@ -34,9 +37,12 @@ __all__ = [
     "language_model",
     "lora_",
     "loss",
+    "mend_units_",
     "merge_",
     "multi_label",
+    "recalibrate_",
     "reconstruct_",
     "regression",
+    "rescale_norms_",
     "single_label",
 ]
