@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import copy
 import csv
-import json
 import sys
 import time
 from importlib.util import find_spec
