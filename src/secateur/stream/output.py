@@ -47,7 +47,8 @@ class Journal:
         if not (state / "facts.json").is_file():
             state.mkdir(parents=True, exist_ok=True)
             self.path.write_text("")
-            write_json(state / "asked.json", dict(asked or {}))
+            if asked is not None:
+                write_json(state / "asked.json", {"directory": os.getcwd(), "asked": dict(asked)})
             write_json(state / "facts.json", dict(facts))
             return
         before = json.loads((state / "facts.json").read_text())

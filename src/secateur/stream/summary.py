@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import yaml
-from torch import Tensor
 
 from secateur import __version__
 from secateur.checkpoint import Checkpoint
+from secateur.core.digest import digest
 from secateur.folder import write_json, write_text
 from secateur.stream.output import Journal
 from secateur.stream.tensors import Work
@@ -33,7 +32,8 @@ def facts_of(checkpoint: Checkpoint, work: Work, batches: Iterable[Any] | None) 
         "weights kept": work.todo.keep,
         "nonzero": work.nonzero,
         "seed": work.seed,
-        "data": None if batches is None else _digest(batches),
+        "data": None if batches is None else digest(batches),
+        "threads": None if batches is None else torch.get_num_threads(),  # sums of products round by them
         "source": dict(sorted(checkpoint.files.items())),
     }
 
@@ -51,7 +51,7 @@ def write_summary(
     work: Work,
     journal: Journal,
     folder: Path,
-    notes: list[str],
+    notes: Sequence[str],
     asked: Mapping[str, Any] | None,
 ) -> int:
     """Write README.md, run/layers.json and run/run.json; the number of pruned weights.
@@ -71,7 +71,7 @@ def write_summary(
             "weights": work.todo.size,
             "pruned": pruned,
             "source": {"sha256": checkpoint.fingerprint, "files": checkpoint.files},
-            "notes": notes,
+            "notes": list(notes),
         },
     )
     if asked is not None:
@@ -95,7 +95,7 @@ def _layers(work: Work, journal: Journal) -> list[dict[str, Any]]:
     return [*chosen, *left]
 
 
-def _card(work: Work, pruned: int, notes: list[str]) -> str:
+def _card(work: Work, pruned: int, notes: Sequence[str]) -> str:
     size = work.todo.size
     lines = [
         "# A pruned checkpoint",
@@ -108,26 +108,3 @@ def _card(work: Work, pruned: int, notes: list[str]) -> str:
         *(f"\nNote: {note}." for note in notes),
     ]
     return "\n".join(lines) + "\n"
-
-
-def _digest(value: Any) -> str:
-    found = hashlib.sha256()
-    _add(found, value)
-    return found.hexdigest()
-
-
-def _add(found: Any, value: Any) -> None:
-    """Hash nested containers of tensors; whatever else is in them by its text."""
-    if isinstance(value, Tensor):
-        found.update(f"{value.dtype}{tuple(value.shape)}".encode())
-        flat = value.detach().cpu().contiguous().reshape(-1)
-        found.update(np.ascontiguousarray(flat.view(torch.uint8).numpy()).data)
-    elif isinstance(value, Mapping):
-        for key in value:
-            found.update(f"{key}:".encode())
-            _add(found, value[key])
-    elif isinstance(value, list | tuple):
-        for item in value:
-            _add(found, item)
-    else:
-        found.update(repr(value).encode())
