@@ -21,7 +21,7 @@ from secateur.core.shrinkage import lean_on_the_layer
 from secateur.core.statistics import LayerLike, Padding, Sums, evaluating, forward, observe
 from secateur.errors import UsageError
 
-__all__ = ["TOKENS", "At", "is_shareable", "merge", "split", "version_of", "visit"]
+__all__ = ["TOKENS", "At", "is_shareable", "merge", "split", "unreached", "version_of", "visit"]
 
 At = Callable[[Any, Mapping[str, Float[Tensor, "part ..."]]], None]
 
@@ -85,10 +85,7 @@ def visit(
             forward(model, batch)
     for layer in layers:
         if layer.name in left:
-            raise UsageError(
-                f"{layer.name}: no calibration token reached this layer. Skip it with "
-                f'skip="{layer.name}", or give data that use it'
-            )
+            raise unreached(layer.name)
 
 
 class _AllVisitedError(Exception):
@@ -123,8 +120,17 @@ def _statistics(names: Sequence[str], layer: LayerLike, rows: list[Tensor]) -> M
     sums = Sums(names, layer)
     for start in range(0, max(len(part) for part in rows), TOKENS):
         sums.add([part[start : start + TOKENS] for part in rows])
+    if not any(sums.tokens):
+        raise unreached(layer.name)
     lean_on_the_layer(sums)
     return sums.values()
+
+
+def unreached(name: str) -> UsageError:
+    """The error of a layer that the calibration data never reach."""
+    return UsageError(
+        f'{name}: no calibration token reached this layer. Skip it with skip="{name}", or give data that use it'
+    )
 
 
 def merge(data: Iterable[Any]) -> Any:

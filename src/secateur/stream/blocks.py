@@ -24,6 +24,7 @@ from secateur.manifest import STATE
 from secateur.mend import mend_, update_statistics
 from secateur.prune import Plan, _finite, _score, _seed_of
 from secateur.stream.hidden import Hidden, write_hidden
+from secateur.stream.journal import ANEW
 from secateur.stream.memory import check_calls
 from secateur.stream.output import Output
 from secateur.stream.shards import FLOATING
@@ -191,4 +192,4 @@ def _load(path: Path) -> dict[str, Tensor]:
     try:
         return load(path.read_bytes())
     except SafetensorError as error:
-        raise InputError(f"{path}: not readable ({error}); start anew with --if-exists overwrite") from error
+        raise InputError(f"{path}: not readable ({error}); {ANEW}") from error

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from secateur.errors import InputError
+from secateur.stream.journal import ANEW
 from secateur.stream.shards import read_into
 
 __all__ = ["Hidden", "write_hidden"]
@@ -34,10 +35,7 @@ class Hidden:
         self.path, self.shapes = path, shapes
         size = 4 * sum(shape.numel() for shape in shapes)
         if not path.is_file() or path.stat().st_size != size:
-            raise InputError(
-                f"{path}: missing or damaged, so the interrupted run cannot be continued; start anew with "
-                'if_exists="overwrite" (--if-exists overwrite)'
-            )
+            raise InputError(f"{path}: missing or damaged, so the interrupted run cannot be continued; {ANEW}")
 
     def __len__(self) -> int:
         return len(self.shapes)
@@ -47,7 +45,7 @@ class Hidden:
         values = torch.empty(self.shapes[batch])
         start = 4 * sum(shape.numel() for shape in self.shapes[:batch])
         if read_into(self.path, start, values) < 4 * values.numel():
-            raise InputError(f"{self.path}: ends too early; start anew with --if-exists overwrite")
+            raise InputError(f"{self.path}: ends too early; {ANEW}")
         return values
 
 

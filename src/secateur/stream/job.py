@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -15,7 +14,7 @@ from secateur.checkpoint import Checkpoint, read_checkpoint
 from secateur.core.gradients import GRADIENTS
 from secateur.core.where import Only, select
 from secateur.errors import InputError, NumericError, UsageError
-from secateur.folder import interrupted, new_folder
+from secateur.folder import new_folder
 from secateur.manifest import STATE
 from secateur.measure import Tell
 from secateur.mend import update_statistics
@@ -25,8 +24,9 @@ from secateur.results import layer_lines
 from secateur.run import check_apart
 from secateur.stream.architecture import build_empty
 from secateur.stream.blocks import prune_blocks
-from secateur.stream.memory import Need, needed, parse_memory, tokens_of
-from secateur.stream.output import Journal, Output
+from secateur.stream.journal import Journal
+from secateur.stream.memory import Need, needed, parse_memory, tokens_of, told
+from secateur.stream.output import Output
 from secateur.stream.places import find_places
 from secateur.stream.shards import open_shards
 from secateur.stream.summary import copied_files, facts_of, write_summary
@@ -37,7 +37,6 @@ from secateur.target import check_arguments, shape_of
 __all__ = [
     "Outcome",
     "Prepared",
-    "asked_before",
     "carry_out",
     "prepare",
     "prune_checkpoint",
@@ -97,12 +96,12 @@ class Prepared:
     def __str__(self) -> str:
         shards = self.work.places.shards
         total, files = sum(shards.sizes.values()), len(shards.sizes)
-        lines = [f"model    {self.checkpoint.folder}, {total / 1e9:.2f} GB in {files} files"]
+        lines = [f"model    {self.checkpoint.folder}, {told(total)} in {files} file{'s' * (files != 1)}"]
         lines.append(f"prune    {self.work.todo}")
         if self.batches is not None:
             lines.append(f"data     {len(self.batches)} batches, {sum(map(tokens_of, self.batches)):,} tokens")
         lines.append(f"memory   {self.need}")
-        lines.append(f"disk     {(total + self.work.todo.size / 8) / 1e9:.2f} GB")
+        lines.append(f"disk     {told(total + self.work.todo.size / 8)}")
         lines += [f"leave    {line}" for line in layer_lines(self.work.todo)]
         return "\n".join([*lines, *(f"note     {note}" for note in self.notes)])
 
@@ -231,11 +230,17 @@ def statistics_of(todo: Plan) -> list[str]:
     return [name for name in (*todo.statistics, *update_statistics(todo.recipe)) if name != "generator"]
 
 
-def carry_out(prepared: Prepared, folder: Path, asked: Mapping[str, Any] | None = None) -> Outcome:
+def carry_out(
+    prepared: Prepared,
+    folder: Path,
+    asked: Mapping[str, Any] | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> Outcome:
     """Prune into `folder`, which `new_folder` gave, from where an interrupted run left it.
 
     Args:
         asked: the caller's own words: kept for `asked_before` until the run is finished, then run/recipe.yaml.
+        settings: the same with every default, for run/recipe.resolved.yaml.
     """
     work, checkpoint = prepared.work, prepared.checkpoint
     journal = Journal(folder, facts_of(checkpoint, work, prepared.batches), asked)
@@ -250,21 +255,8 @@ def carry_out(prepared: Prepared, folder: Path, asked: Mapping[str, Any] | None 
         finally:
             output.close()
         copied_files(checkpoint, folder)
-        pruned = write_summary(checkpoint, work, journal, folder, prepared.notes, asked)
+        pruned = write_summary(checkpoint, work, journal, folder, prepared.notes, settings)
     return Outcome(folder, work.todo, work.todo.size, pruned, prepared.notes)
-
-
-def asked_before(target: str | Path) -> dict[str, Any] | None:
-    """What a run of `target` that was interrupted was asked, as given in `asked`; None where none was."""
-    folder = interrupted(target)
-    path = None if folder is None else folder / STATE / "asked.json"
-    if path is None or not path.is_file():
-        return None
-    try:
-        found = json.loads(path.read_text())
-    except ValueError:
-        raise InputError(f"{path}: not readable as JSON; start anew with --if-exists overwrite") from None
-    return found if isinstance(found, dict) else None
 
 
 def _plan_of_nonzero(

@@ -18,7 +18,7 @@ from secateur.stream.stages import in_parts
 from secateur.stream.tensors import Work
 from secateur.stream.walk import Call, bytes_held, find_decoder
 
-__all__ = ["Need", "check_calls", "needed", "parse_memory", "tokens_of"]
+__all__ = ["Need", "check_calls", "needed", "parse_memory", "tokens_of", "told"]
 
 BASE = 500 << 20  # bytes of Python, torch and transformers
 WEIGHT = 14  # bytes of work for each weight of a layer that is scored: as stored, float32, scores, marks
@@ -58,13 +58,17 @@ class Need:
     advice: str
 
     def __str__(self) -> str:
-        return f"about {_said(self.size)}, at {self.what}"
+        return f"about {told(self.size)}, at {self.what}"
 
     def check(self, budget: int | None) -> None:
         """Raise ResourceError where it is more than allowed."""
+        if budget is not None and budget < BASE:
+            raise ResourceError(
+                f"Python, torch and transformers alone take about {told(BASE)}, and {told(budget)} are allowed"
+            )
         if budget is not None and self.size > budget:
             raise ResourceError(
-                f"{self.what} takes about {_said(self.size)}, more than the {_said(budget)} allowed. Allow more, or "
+                f"{self.what} takes about {told(self.size)} in all, and {told(budget)} are allowed. Allow more, or "
                 f"{self.advice}"
             )
 
@@ -76,7 +80,7 @@ def needed(work: Work, batches: Sequence[Any] | None) -> Need:
     found = [
         Need(
             BASE + WEIGHT * largest.size,
-            f"{largest.name}: scoring its {largest.size:,} weights",
+            f"scoring the {largest.size:,} weights of {largest.name}",
             f'skip it with skip="{largest.path}"',
         )
     ]
@@ -90,7 +94,7 @@ def check_calls(calls: Sequence[Call], budget: int | None) -> None:
     held = bytes_held(calls)
     if budget is not None and BASE + held > budget:
         raise ResourceError(
-            f"attention masks of the calibration data take {_said(held)} of the {_said(budget)} allowed. Give "
+            f"attention masks of the calibration data take {told(held)} of the {told(budget)} allowed. Give "
             "sequences without padding, or fewer or shorter ones"
         )
 
@@ -110,7 +114,9 @@ def _walking(work: Work, batches: Sequence[Any]) -> list[Need]:
         names = [f"{decoder.path}.{number}.{name}" for name in named_parameters(block)]
         size = BASE + sum(_bytes(work, name) for name in names) + _flowing(work, chosen, parts)
         if work.todo.recipe.update is None:
-            found.append(Need(size, f"block {number} with its inputs", "give shorter or smaller batches"))
+            found.append(
+                Need(size, f"block {number} and what flows through it", "give shorter or smaller batches")
+            )
         elif chosen:
             hardest = max(chosen, key=lambda layer: _solving(work, layer))
             found.append(Need(size + _solving(work, hardest), *_about(hardest)))
@@ -119,8 +125,8 @@ def _walking(work: Work, batches: Sequence[Any]) -> list[Need]:
 
 def _about(layer: Layer) -> tuple[str, str]:
     part, _, columns = layer.layout.shape
-    moment = f"{part} x " * (part > 1) + _said(4 * columns**2)
-    what = f"{layer.name}: its weight update, with a second moment of {columns:,} inputs ({moment}),"
+    moment = f"{part} x " * (part > 1) + told(4 * columns**2)
+    what = f"the weight update of {layer.name} (the second moment of its {columns:,} inputs is {moment})"
     return what, f'skip it with skip="{layer.path}", or choose a recipe without a weight update, as wanda'
 
 
@@ -156,5 +162,6 @@ def _bytes(work: Work, name: str) -> int:
     return 4 * prod(shape) + sum(work.places.shards.tensors[piece.name].size for piece in pieces)
 
 
-def _said(size: float) -> str:
+def told(size: float) -> str:
+    """An amount of memory as people read it."""
     return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"

@@ -17,8 +17,7 @@ from torch import Tensor
 
 from secateur.core.shrinkage import lean_on_the_layer
 from secateur.core.statistics import LayerLike, Padding, Sums, evaluating, forward, observe
-from secateur.core.visit import TOKENS, At, is_shareable, merge, version_of
-from secateur.errors import UsageError
+from secateur.core.visit import TOKENS, At, is_shareable, merge, unreached, version_of
 from secateur.stream.walk import Running
 
 __all__ = ["AT_ONCE", "in_parts", "visit_in_stages"]
@@ -73,12 +72,8 @@ def visit_in_stages(
                     stage.begin()
                     with suppress(_StageOverError):
                         forward(block, batch)
-            if stage.sums is None:
-                name = next(iter(left))
-                raise UsageError(
-                    f"{name}: no calibration token reached this layer. Skip it with "
-                    f'skip="{name}", or give data that use it'
-                )
+            if stage.sums is None or not any(stage.sums.tokens):
+                raise unreached(next(iter(left)))
             lean_on_the_layer(stage.sums)
             known, stage.sums = stage.sums.values(), None
             for layer in stage.layers:
