@@ -14,7 +14,7 @@ from secateur.allocate import globally
 from secateur.errors import InputError, NumericError, ResourceError, UsageError
 from secateur.folder import verify
 from secateur.pattern import NM
-from secateur.recover import ALPS
+from secateur.recover import ALPS, IntoBias, SparseGPT
 from secateur.stream import hidden, output, prune_checkpoint
 from secateur.stream.journal import Journal
 from secateur.verification import problems
@@ -52,7 +52,7 @@ def test_other_points_of_the_axes(checkpoints, tmp_path):
         [
             (0.4, replace(recipes.sparsegpt, allocate=globally)),  # counts need every layer's scores
             (None, replace(recipes.sparsegpt, pattern=NM(2, 4))),
-            (0.5, replace(recipes.sparsegpt, score=recipes.random.score)),
+            (0.5, replace(recipes.sparsegpt, score=recipes.random.score, update=IntoBias(SparseGPT()))),
         ]
     ):
         same_as_in_memory(source, tmp_path / f"{number}", sparsity, recipe, data=data)

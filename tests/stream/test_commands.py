@@ -55,6 +55,7 @@ def test_a_streamed_run(checkpoints, here):
     source = checkpoints("llama")
     said = run("prune", source, "--stream", "--sparsity", 0.5, "--out", "out", "--max-ram", "2 GB")
     assert said.index("memory   about 524 MB, at scoring the") < said.index("written  out")
+    assert "note     No --method was given: magnitude, without --data" in said
     assert "pruned   8,704 of 17,408 weights, sparsity 0.5000" in said
     assert problems(here / "out") == []
     typed = yaml.safe_load((here / "out" / "run" / "recipe.yaml").read_text())
@@ -93,6 +94,7 @@ SLIPS = [
     ),
     (["--method", "wanda", "--data", "python-docs"], "this model has no tokenizer and reads no text"),
     (["--if-exists", "perhaps"], "expected fail or overwrite or resume"),
+    (["--method", "best", "--data", "a.txt"], "best compares whole models in memory.* --method alps"),
     (["--max-ram", "much"], "expected an amount such as"),
 ]
 

@@ -32,9 +32,8 @@ def test_parts_hold_whole_sequences_and_all_of_them():
             assert torch.equal(torch.cat([part[key] for part in parts]), value)
     assert [len(part) for part in in_parts([torch.zeros(5, 4)], 8)] == [2, 2, 1]
     assert in_parts([torch.zeros(5)], 1)[0].shape == (5,)
-    labelled = [{"input_ids": torch.zeros(3, 4, dtype=torch.long), "flag": True, "scale": torch.tensor(2.0)}]
+    labelled = [{"input_ids": torch.zeros(3, 4, dtype=torch.long), "flag": True}]
     assert [part["flag"] for part in in_parts(labelled, 4)] == [True] * 3
-    assert in_parts(labelled, 4)[0]["scale"] == 2
 
 
 def running(kind: str, tmp_path, states: list[torch.Tensor], masks: list[torch.Tensor]) -> Running:

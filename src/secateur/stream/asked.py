@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 from secateur import pretrained
@@ -11,7 +12,7 @@ from secateur.errors import UsageError
 from secateur.measure import Tell
 from secateur.model import Loaded, folder_of
 from secateur.own import is_own
-from secateur.request import PruneRequest, build_recipe
+from secateur.request import PruneRequest, build_recipe, check_target
 from secateur.sources import calibration
 from secateur.stream.job import Prepared, prepare, read_source
 
@@ -43,15 +44,17 @@ def prepare_as_asked(
     Raises:
         UsageError, InputError, ResourceError: whatever is wrong with the request, the files or the data.
     """
+    check_target(asked)
     _check(asked)
-    recipe = build_recipe(asked)
+    settled, notes = _with_method(asked)
+    recipe = build_recipe(settled)
     folder = folder_of(asked.model, offline=offline, allow_pickle=False, trust_remote_code=trust_remote_code)
     checkpoint = read_source(folder, tell)
 
     def data(model: Any) -> Iterable[Any]:
-        return _data(asked, checkpoint, model, trust_remote_code, tell)
+        return _data(settled, checkpoint, model, trust_remote_code, tell)
 
-    return prepare(
+    prepared = prepare(
         checkpoint,
         asked.sparsity,
         recipe,
@@ -64,6 +67,21 @@ def prepare_as_asked(
         trust_remote_code=trust_remote_code,
         tell=tell,
     )
+    return replace(prepared, notes=(*notes, *prepared.notes))
+
+
+def _with_method(asked: PruneRequest) -> tuple[PruneRequest, list[str]]:
+    """The request with its method settled; `best` compares whole models, so it cannot be streamed."""
+    if asked.method == "best":
+        raise UsageError(
+            "method best compares whole models in memory and does not go with --stream; name the one it starts from, "
+            "--method alps"
+        )
+    if asked.method is not None:
+        return asked, []
+    method = "magnitude" if asked.data is None else "alps"
+    why = "without --data" if asked.data is None else "what best starts from"
+    return asked.model_copy(update={"method": method}), [f"No --method was given: {method}, {why}"]
 
 
 def _check(asked: PruneRequest) -> None:

@@ -21,13 +21,12 @@ from secateur.core.visit import visit
 from secateur.core.where import Layer
 from secateur.errors import InputError, NumericError
 from secateur.manifest import STATE
-from secateur.mend import mend_, update_statistics
-from secateur.prune import Plan, _finite, _score, _seed_of
+from secateur.mend import mend_, own_biases, update_statistics
+from secateur.prune import Plan, _bias_name, _check_nonzero, _finite, _score, _seed_of
 from secateur.stream.hidden import Hidden, write_hidden
 from secateur.stream.journal import ANEW
 from secateur.stream.memory import check_calls
 from secateur.stream.output import Output
-from secateur.stream.shards import FLOATING
 from secateur.stream.stages import in_parts, visit_in_stages
 from secateur.stream.tensors import Work, keep_counts, prune_tensors, units_of, write_pruned
 from secateur.stream.walk import Call, Decoder, Running, find_decoder, loaded_blocks, start
@@ -91,14 +90,26 @@ def _mend(
         whole = partial(visit, to_the_end=block.put is not None)
         visiting: Any = whole if len(parts) == 1 else visit_in_stages
         mended = mend_(block, layers, recipe, counts, names, block, scores, visiting)
+        biases = own_biases(block, layers)
         for layer in layers:
-            piece = work.places.pieces[layer.name][0]
-            kind = FLOATING[work.places.shards.tensors[piece.name].kind]
-            weight = layer.weight.detach().to(kind)
-            found = write_pruned(work, layer, weight, mended.masks[layer.name], output)
+            mask = mended.masks[layer.name]
+            if work.nonzero is not None:
+                _check_nonzero({layer.name: layer}, {layer.name: mask}, work.nonzero)
+            weight = layer.weight.detach().to(work.places.kind(layer.name))
+            found = write_pruned(work, layer, weight, mask, output)
+            if layer.name in biases:
+                _write_changed(work, _bias_name(layer), biases[layer.name].detach(), output)
             output.finished(layer.name, {**found, "damping": mended.damping[layer.name]})
 
     _walk(work, parts, output, state, "update", at)
+
+
+def _write_changed(work: Work, name: str, values: Tensor, output: Output) -> None:
+    """Write a bias that took over what weights lost; one that did not is there already."""
+    values = values.to(work.places.kind(name))
+    if not torch.equal(values, work.places.read(name)):
+        for stored, part in work.places.parts(name, values):
+            output.write(stored, part)
 
 
 def _scores(todo: Plan, seed: int) -> Callable[[Layer, int, Mapping[str, Tensor]], Tensor]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from secateur.core.masks import named_parameters
 from secateur.core.where import Layer
 from secateur.errors import ResourceError, UsageError
-from secateur.recover import ADMM, ALPS, LeastSquares, SparseGPT
+from secateur.recover import ADMM, ALPS, IntoBias, LeastSquares, SparseGPT, Swaps
 from secateur.stream.stages import in_parts
 from secateur.stream.tensors import Work
 from secateur.stream.walk import Call, bytes_held, find_decoder
@@ -132,10 +132,18 @@ def _about(layer: Layer) -> tuple[str, str]:
 
 def _solving(work: Work, layer: Layer) -> int:
     part, out, columns = layer.layout.shape
-    squares, weights = SOLVING.get(type(work.todo.recipe.update), UNKNOWN)
+    squares, weights = _matrices(work.todo.recipe.update)
     if part > 1:
         squares += 2 * part
     return 4 * (squares * columns**2 + weights * out * columns + 2 * (part > 1) * layer.size)
+
+
+def _matrices(update: Any) -> tuple[int, int]:
+    """Matrices `(in, in)` and `(out, in)` that an update holds, with what it wraps."""
+    if not isinstance(update, IntoBias | Swaps):
+        return SOLVING.get(type(update), UNKNOWN)
+    squares, weights = (5, 8) if update.then is None else _matrices(update.then)
+    return squares + 2, weights + 2
 
 
 def _flowing(work: Work, layers: Iterable[Layer], parts: Sequence[Any]) -> int:

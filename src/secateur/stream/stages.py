@@ -17,7 +17,7 @@ from torch import Tensor
 
 from secateur.core.shrinkage import lean_on_the_layer
 from secateur.core.statistics import LayerLike, Padding, Sums, evaluating, forward, observe
-from secateur.core.visit import TOKENS, At, is_shareable, merge, unreached, version_of
+from secateur.core.visit import TOKENS, At, is_shareable, merge, split, unreached, version_of
 from secateur.stream.walk import Running
 
 __all__ = ["AT_ONCE", "in_parts", "visit_in_stages"]
@@ -31,15 +31,7 @@ def in_parts(batches: Iterable[Any], most: int = AT_ONCE) -> list[Any]:
     ids = whole.get("input_ids") if isinstance(whole, Mapping) else whole
     if not isinstance(ids, Tensor) or ids.dim() < 2 or ids.numel() <= most:
         return [whole]
-    count, rows = len(ids), max(1, most // (ids.numel() // len(ids)))
-
-    def part(value: Any, start: int) -> Any:
-        cut = isinstance(value, Tensor) and value.dim() and len(value) == count
-        return value[start : start + rows] if cut else value
-
-    if not isinstance(whole, Mapping):
-        return [part(whole, start) for start in range(0, count, rows)]
-    return [{key: part(value, start) for key, value in whole.items()} for start in range(0, count, rows)]
+    return split(whole, max(1, most // (ids.numel() // len(ids))))
 
 
 def visit_in_stages(
