@@ -68,6 +68,7 @@ NAMES = [
     "percentile",
     "plan",
     "prune_",
+    "prune_checkpoint",
     "random",
     "random_blocks",
     "reconstruct_",

@@ -66,6 +66,7 @@ _HOME = {
     "percentile": "secateur.recipes",
     "plan": "secateur.prune",
     "prune_": "secateur.prune",
+    "prune_checkpoint": "secateur.stream",
     "random": "secateur.recipes",
     "random_blocks": "secateur.recipes",
     "reconstruct_": "secateur.recover",
@@ -138,6 +139,7 @@ __all__ = [
     "percentile",
     "plan",
     "prune_",
+    "prune_checkpoint",
     "random",
     "random_blocks",
     "recalibrate_",
@@ -217,6 +219,7 @@ if TYPE_CHECKING:
         rescale_norms_,
     )
     from secateur.score import RIA
+    from secateur.stream import prune_checkpoint
 
 
 def __getattr__(name: str) -> Any:

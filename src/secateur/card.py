@@ -11,7 +11,7 @@ from secateur.evaluate import Measurement
 from secateur.model import Loaded
 from secateur.request import spec_name
 
-__all__ = ["model_card"]
+__all__ = ["code", "model_card", "plain"]
 
 
 def model_card(
@@ -19,10 +19,10 @@ def model_card(
 ) -> str:
     """Markdown with one table of all measurements; names from outside can neither leave their place nor be HTML."""
     lines = [
-        f"# {_code(spec_name(loaded.spec))}, pruned",
+        f"# {code(spec_name(loaded.spec))}, pruned",
         "",
         f"{masks.zeros:,} of {masks.size:,} weights in {len(masks)} layers are zero "
-        f"(sparsity {masks.sparsity:.4f} of these layers), cut by secateur {__version__}: {_plain(plan)}.",
+        f"(sparsity {masks.sparsity:.4f} of these layers), cut by secateur {__version__}: {plain(plan)}.",
         "",
         "| measurement | " + " | ".join(measurements) + " |",
         "|---|" + "---|" * len(measurements),
@@ -41,23 +41,23 @@ def _rows(measurements: Mapping[str, Sequence[Measurement]]) -> list[str]:
     rows = []
     for name in names:
         cells = [next((str(m) for m in found if m.name == name), "") for found in measurements.values()]
-        rows.append("| " + " | ".join(_plain(cell.removeprefix(f"{name} ")) for cell in [name, *cells]) + " |")
+        rows.append("| " + " | ".join(plain(cell.removeprefix(f"{name} ")) for cell in [name, *cells]) + " |")
     return rows
 
 
 def _loading(loaded: Loaded) -> str:
     if loaded.kind == "python":
         spec = spec_name(loaded.spec).partition("@")[0] + "@FOLDER/model.safetensors"
-        return f"Load it with {_code(f'secateur.model.load({spec!r})')}, where FOLDER is this one."
+        return f"Load it with {code(f'secateur.model.load({spec!r})')}, where FOLDER is this one."
     name = type(loaded.model).__name__
-    return f"Load it with transformers, nothing else needed: {_code(f'{name}.from_pretrained(folder)')}."
+    return f"Load it with transformers, nothing else needed: {code(f'{name}.from_pretrained(folder)')}."
 
 
-def _code(text: str) -> str:
+def code(text: str) -> str:
     """Code in Markdown, whatever stands in it."""
     return "`" + " ".join(text.replace("`", "'").split()) + "`"
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """Text that Markdown and HTML take as it is, in one line."""
     return re.sub(r"([\\`*\[\]|<&])", r"\\\1", " ".join(text.split()))

@@ -12,6 +12,7 @@ from difflib import get_close_matches
 __all__ = [
     "FolderInUseError",
     "InputError",
+    "InterruptedRunError",
     "NumericError",
     "ResourceError",
     "SecateurError",
@@ -54,6 +55,12 @@ class FolderInUseError(SecateurError, RuntimeError):
     """Another process works in this folder."""
 
     exit_code = 7
+
+
+class InterruptedRunError(SecateurError, RuntimeError):
+    """Stopped by the user; what was done is kept."""
+
+    exit_code = 130
 
 
 def nearest(word: str, known: Iterable[str], *, count: int = 3) -> str:

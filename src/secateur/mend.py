@@ -25,6 +25,8 @@ __all__ = ["Choice", "Mended", "mend_", "own_biases", "update_statistics"]
 
 # (layer, part, statistics of that part) -> the recipe's own scores of that part, (out, in)
 Scores = Callable[[Layer, int, Mapping[str, Tensor]], Tensor]
+# how the data flow, see `core.visit.visit`
+Visit = Callable[[Any, Sequence[Layer], Sequence[str], Iterable[Any], Any], None]
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +66,7 @@ def mend_(
     names: Sequence[str],
     data: Iterable[Any],
     scores: Scores,
+    visiting: Visit = visit,
 ) -> Mended:
     """Prune and update every layer in place, each calibrated on the already pruned stream.
 
@@ -76,6 +79,7 @@ def mend_(
         names: statistics of the score and of the update.
         data: calibration batches.
         scores: the recipe's own score of one part.
+        visiting: how the data flow; `core.visit`, or something that calls back as it does.
 
     Raises:
         NumericError: NaN or Inf in a layer's input or in what the update returns, naming the layer. Layers
@@ -106,7 +110,7 @@ def mend_(
         masks[layer.name], damping[layer.name] = mask, max(part.damping for part in found)
         log.info("%s: damping %g of the mean diagonal", layer.name, damping[layer.name])
 
-    visit(model, layers, names, data, at)
+    visiting(model, layers, names, data, at)
     return Mended(masks, damping)
 
 

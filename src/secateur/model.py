@@ -103,7 +103,9 @@ def load(
     if own.is_own(text):
         loaded = _load_own(text, kind, allow_pickle, seed)
     else:
-        folder = _folder(text, offline, allow_pickle, trust_remote_code)
+        folder = folder_of(
+            text, offline=offline, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code
+        )
         checkpoint = read_checkpoint(folder, allow_pickle=allow_pickle)
         options = {"trust_remote_code": trust_remote_code, "drop_unexpected": drop_unexpected}
         with own.seeded(seed):
@@ -174,8 +176,8 @@ def fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _folder(spec: str, offline: bool, allow_pickle: bool, trust_remote_code: bool) -> Path:
-    """The local folder that `spec` means."""
+def folder_of(spec: str, *, offline: bool, allow_pickle: bool, trust_remote_code: bool) -> Path:
+    """The local folder that `spec` means, downloaded where that is allowed."""
     path = Path(spec).expanduser()
     if spec and path.is_dir():
         return path

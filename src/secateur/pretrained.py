@@ -71,7 +71,7 @@ def build(
                 output_loading_info=True,
             )
         _refuse_gaps(checkpoint.folder, model_class.__name__, report, drop_unexpected)
-        return model.eval(), _tokenizer(checkpoint, config, trust_remote_code)
+        return model.eval(), tokenizer_of(checkpoint, config, trust_remote_code)
 
 
 def save_pretrained(
@@ -286,7 +286,7 @@ def _refuse_gaps(folder: Path, name: str, report: dict[str, Any], drop_unexpecte
         raise InputError(f"{folder}: the weight files do not fit {name}. Tensors {'; tensors '.join(said)}.")
 
 
-def _tokenizer(checkpoint: Checkpoint, config: Any, trust_remote_code: bool) -> Any:
+def tokenizer_of(checkpoint: Checkpoint, config: Any, trust_remote_code: bool) -> Any:
     """The folder's tokenizer; None without a vocabulary, for which transformers would make an empty one."""
     from transformers import AutoTokenizer
 

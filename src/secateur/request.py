@@ -133,6 +133,8 @@ class PruneRequest(BaseModel):
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     dtype: str | None = None  # float32 for a checkpoint, as it is built for a function
     device: str = "cpu"
+    stream: bool = False  # from file to file
+    max_ram: str | None = None
 
 
 def request(given: dict[str, Any]) -> PruneRequest:
@@ -176,6 +178,8 @@ def check_target(asked: PruneRequest) -> None:
     Raises:
         UsageError: no statement of how much is pruned, more than one, or a setting of another method.
     """
+    if asked.max_ram is not None and not asked.stream:
+        raise UsageError("--max-ram belongs to --stream; give both or neither")
     method = asked.method or "best or magnitude, as no --method is given"
     for decisive, setting in _DECISIVE.items():
         value = getattr(asked, setting)

@@ -30,10 +30,10 @@ from secateur.model import Loaded
 from secateur.prune import Plan
 from secateur.request import PruneRequest, spec_name
 
-__all__ = ["Result", "layer_lines", "write_results"]
+__all__ = ["SPECS", "Result", "layer_lines", "write_results"]
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "plotly", "pydantic")
-_SPECS = ("model", "data", "evaluate", "labelled")  # settings that may hold a path
+SPECS = ("model", "data", "evaluate", "labelled")  # settings that may hold a path
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ def _layers(todo: Plan, masks: Masks, counted: Sparsity) -> list[dict[str, Any]]
 def _resolved(asked: PruneRequest, loaded: Loaded, todo: Plan, applied: Applied) -> dict[str, Any]:
     """The request with every default, and what it resolved to."""
     settings = asked.model_dump(mode="json")
-    for key in _SPECS:
+    for key in SPECS:
         settings[key] = settings[key] and spec_name(settings[key])
     settings["dtype"] = dtype_of(loaded.model)
     settings["resolved"] = {

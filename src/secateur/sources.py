@@ -18,7 +18,16 @@ from secateur.measure import Tell, Yardstick
 from secateur.model import Loaded
 from secateur.request import PruneRequest, spec_name
 
-__all__ = ["Calibration", "Sources", "digest", "example_of", "input_of", "sources", "writes_text"]
+__all__ = [
+    "Calibration",
+    "Sources",
+    "calibration",
+    "digest",
+    "example_of",
+    "input_of",
+    "sources",
+    "writes_text",
+]
 
 EXAMPLE_TOKENS = 128
 CONTEXT = 2048  # tokens in a calibration window at most, unless the user says otherwise
@@ -61,6 +70,12 @@ def sources(asked: PruneRequest, loaded: Loaded, *, needs_data: bool, tell: Tell
     if loaded.tokenizer is None or not writes_text(loaded.model):
         return _without_perplexity(asked, loaded, labelled, needs_data, tell)
     return _with_perplexity(asked, loaded, labelled, needs_data, tell)
+
+
+def calibration(asked: PruneRequest, loaded: Loaded, tell: Tell) -> Calibration:
+    """What `data` alone says, for a model that is not judged."""
+    given = _own_batches(asked) if asked.data and own.is_own(asked.data) else None
+    return _calibration(asked, loaded, given, None, tell)
 
 
 def writes_text(model: nn.Module) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from torch import Tensor
@@ -20,8 +20,8 @@ def problems(folder: str | Path) -> list[str]:
     """What is wrong with a run's folder; an empty list when nothing is.
 
     Every file is compared with the manifest; the masks are read; every weight that a mask prunes must be
-    stored as exactly zero. No weight is read into a model for that, unless the files name weights otherwise
-    than the model does (tied tensors, fused experts).
+    stored as exactly zero. Weights are read one at a time, unless the files hold them in a form that only
+    transformers can put together.
 
     Raises:
         UsageError: this is no folder.
@@ -35,8 +35,12 @@ def problems(folder: str | Path) -> list[str]:
         masks = Masks.load(path)
         wrong, missing = _compared(masks, _stored(folder))
         if missing and (folder / "config.json").is_file() and not (found or wrong):
-            more, missing = _compared(Masks({name: masks[name] for name in missing}), _in_model(folder))
-            wrong += more
+            for weights in (_in_pieces, _in_model):
+                if missing:
+                    more, missing = _compared(
+                        Masks({name: masks[name] for name in missing}), weights(folder, missing)
+                    )
+                    wrong += more
     except SecateurError as error:
         return [*found, str(error)]
     lost = [f"run/masks.safetensors: {name} has a mask, but no file holds its weight" for name in missing]
@@ -81,10 +85,26 @@ def _aliases(text: str) -> dict[str, str]:
     return found if isinstance(found, dict) else {}
 
 
-def _in_model(folder: Path) -> Iterator[tuple[str, str, Tensor]]:
+def _in_pieces(folder: Path, names: Sequence[str]) -> Iterator[tuple[str, str, Tensor]]:
+    """The same, put together from where transformers finds their parts: one tensor in memory at a time."""
+    from secateur.checkpoint import read_checkpoint
+    from secateur.stream.architecture import build_empty
+    from secateur.stream.places import find_places
+    from secateur.stream.shards import open_shards
+
+    checkpoint = read_checkpoint(folder)
+    shards = open_shards(checkpoint)
+    places = find_places(build_empty(checkpoint, shards), shards)
+    for name in names:
+        if name in places.pieces and name not in places.unclear:
+            yield places.pieces[name][0].name, name, places.read(name)
+
+
+def _in_model(folder: Path, names: Sequence[str]) -> Iterator[tuple[str, str, Tensor]]:
     """The same of the model that the folder makes."""
     from secateur.model import load
 
     loaded = load(folder, dtype="auto", offline=True)
     for name, parameter in named_parameters(loaded.model).items():
-        yield folder.name, name, parameter.detach()
+        if name in names:
+            yield folder.name, name, parameter.detach()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from pathlib import Path
 
+import pytest
 import torch
 
 from secateur import prune_
@@ -53,3 +55,25 @@ def killed(at: int, *args, **named) -> None:
     _, status = os.waitpid(child, 0)
     assert os.WIFSIGNALED(status), f"the run ended before word {at} of its progress"
     assert os.WTERMSIG(status) == signal.SIGKILL
+
+
+def refused(source, tmp_path, error, match, *args, **named):
+    """The error, the source as it was, and nothing left that could be taken for a result."""
+    before = contents(source)
+    with pytest.raises(error, match=match):
+        prune_checkpoint(source, tmp_path / "out", *(args or (0.5,)), **named)
+    assert contents(source) == before
+    assert not (tmp_path / "out").exists()
+    return tmp_path / ".out.secateur-partial"
+
+
+def with_weight(folder, name, change, first=()) -> None:
+    """Rewrite one tensor of a checkpoint, after some files got back their bytes."""
+    from safetensors.torch import load_file, save_file
+
+    for path, content in dict(first).items():
+        path.write_bytes(content)
+    places = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    tensors = load_file(folder / places[name])
+    tensors[name] = change(tensors[name])
+    save_file(tensors, folder / places[name], metadata={"format": "pt"})

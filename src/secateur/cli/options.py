@@ -12,6 +12,7 @@ __all__ = [
     "Device",
     "Dtype",
     "Json",
+    "MaxRam",
     "Model",
     "Offline",
     "Only",
@@ -45,6 +46,7 @@ Offline = Annotated[bool, typer.Option("--offline", help="use no network")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="run Python files that a checkpoint brings")]
 Pickle = Annotated[bool, typer.Option("--allow-pickle", help="accept weights in pickle (opened weights-only)")]
 Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads")]
+MaxRam = Annotated[str | None, typer.Option("--max-ram", help='memory that --stream may use, as "16 GB"')]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object instead of text")]
 Device = Annotated[str, typer.Option("--device", help="cpu, cuda, ...")]
 Dtype = Annotated[

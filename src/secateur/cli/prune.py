@@ -13,6 +13,7 @@ from secateur.cli.options import (
     Device,
     Dtype,
     Json,
+    MaxRam,
     Model,
     Offline,
     Only,
@@ -81,7 +82,13 @@ def prune(
     dtype: Dtype = None,
     device: Device = "cpu",
     threads: Threads = None,
-    if_exists: Annotated[str, typer.Option("--if-exists", help="fail or overwrite")] = "fail",
+    stream: Annotated[
+        bool, typer.Option("--stream", help="from file to file, for models larger than memory; not measured")
+    ] = False,
+    max_ram: MaxRam = None,
+    if_exists: Annotated[
+        str, typer.Option("--if-exists", help="fail, overwrite, or with --stream resume")
+    ] = "fail",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="say what would be done and stop")] = False,
     json_: Json = False,
     offline: Offline = False,
@@ -96,13 +103,23 @@ def prune(
         "nonzero": nonzero, "pattern": pattern, "allocate": allocate, "only": listed(only), "skip": listed(skip),
         "data": data, "samples": samples, "context": context, "evaluate": evaluate, "labelled": labelled,
         "evaluate_tokens": evaluate_tokens, "seed": seed, "dtype": dtype, "device": device,
+        "stream": stream or None, "max_ram": max_ram,
     }  # fmt: skip
     asked = request({key: value for key, value in given.items() if value is not None and value != ()})
     if out is None and not dry_run:
         raise UsageError("--out FOLDER is missing; say where the result goes, or ask for --dry-run")
-    if if_exists not in ("fail", "overwrite"):
-        raise UsageError(f"--if-exists {if_exists!r} is not known; expected fail or overwrite")
+    known = ("fail", "overwrite", *(["resume"] if stream else []))
+    if if_exists not in known:
+        raise UsageError(f"--if-exists {if_exists!r} is not known; expected {' or '.join(known)}")
     use_threads(threads)
+    if stream:
+        from secateur.cli.streaming import prune_streamed
+
+        prune_streamed(
+            asked, None if dry_run else out, max_ram=max_ram, if_exists=if_exists, as_json=json_, offline=offline,
+            trust_remote_code=trust_remote_code,
+        )  # fmt: skip
+        return
     from secateur.folder import new_folder
     from secateur.run import carry_out, check_apart, prepare
     from secateur.terminal import progress, show_measurements

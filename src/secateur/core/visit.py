@@ -21,7 +21,7 @@ from secateur.core.shrinkage import lean_on_the_layer
 from secateur.core.statistics import LayerLike, Padding, Sums, evaluating, forward, observe
 from secateur.errors import UsageError
 
-__all__ = ["merge", "split", "visit"]
+__all__ = ["TOKENS", "At", "is_shareable", "merge", "split", "unreached", "version_of", "visit"]
 
 At = Callable[[Any, Mapping[str, Float[Tensor, "part ..."]]], None]
 
@@ -33,7 +33,13 @@ MASKS = {*MASK_OF.values(), "src_key_padding_mask"}
 
 
 def visit(
-    model: nn.Module, layers: Sequence[LayerLike], names: Sequence[str], data: Iterable[Any], at: At
+    model: nn.Module,
+    layers: Sequence[LayerLike],
+    names: Sequence[str],
+    data: Iterable[Any],
+    at: At,
+    *,
+    to_the_end: bool = False,
 ) -> None:
     """Run the data once; call `at(layer, statistics)` right before each layer is used for the first time.
 
@@ -43,6 +49,7 @@ def visit(
             computation; experts that meet few tokens lean on the layer's mean.
         data: batches, joined into one; see `merge`.
         at: may change the layer's weight in place.
+        to_the_end: go on behind the last layer, for whoever wants the model's output.
 
     Raises:
         UsageError: no data, batches that cannot be joined, a layer that the data never reach.
@@ -62,9 +69,9 @@ def visit(
         left.remove(layer.name)
         if not newest.again(layer, inputs):
             newest = _Met(None, {})  # let go of the old before the new is made
-            newest = _Met(inputs if _shareable(layer) else None, _statistics(names, layer, rows()))
+            newest = _Met(inputs if is_shareable(layer) else None, _statistics(names, layer, rows()))
         at(layer, newest.statistics)
-        if not left:
+        if not left and not to_the_end:
             raise _AllVisitedError
 
     with ExitStack() as stack:
@@ -78,10 +85,7 @@ def visit(
             forward(model, batch)
     for layer in layers:
         if layer.name in left:
-            raise UsageError(
-                f"{layer.name}: no calibration token reached this layer. Skip it with "
-                f'skip="{layer.name}", or give data that use it'
-            )
+            raise unreached(layer.name)
 
 
 class _AllVisitedError(Exception):
@@ -93,21 +97,21 @@ class _Met:
 
     def __init__(self, inputs: Tensor | None, statistics: Mapping[str, Tensor]):
         self.inputs = None if inputs is None else weakref.ref(inputs)
-        self.version = None if inputs is None else _version(inputs)
+        self.version = None if inputs is None else version_of(inputs)
         self.statistics = statistics
 
     def again(self, layer: LayerLike, inputs: Tensor) -> bool:
         """Whether this layer reads the very tensor of before, unchanged."""
-        same = self.inputs is not None and self.inputs() is inputs and self.version == _version(inputs)
-        return same and _shareable(layer)
+        same = self.inputs is not None and self.inputs() is inputs and self.version == version_of(inputs)
+        return same and is_shareable(layer)
 
 
-def _version(inputs: Tensor) -> int:
+def version_of(inputs: Tensor) -> int:
     """How often a tensor was changed in place."""
     return 0 if inputs.is_inference() else inputs._version
 
 
-def _shareable(layer: LayerLike) -> bool:
+def is_shareable(layer: LayerLike) -> bool:
     """A convolution's statistics depend on its kernel, those of experts on the router."""
     return layer.layout.shape[0] == 1 and not isinstance(layer.module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
 
@@ -116,8 +120,17 @@ def _statistics(names: Sequence[str], layer: LayerLike, rows: list[Tensor]) -> M
     sums = Sums(names, layer)
     for start in range(0, max(len(part) for part in rows), TOKENS):
         sums.add([part[start : start + TOKENS] for part in rows])
+    if not any(sums.tokens):
+        raise unreached(layer.name)
     lean_on_the_layer(sums)
     return sums.values()
+
+
+def unreached(name: str) -> UsageError:
+    """The error of a layer that the calibration data never reach."""
+    return UsageError(
+        f'{name}: no calibration token reached this layer. Skip it with skip="{name}", or give data that use it'
+    )
 
 
 def merge(data: Iterable[Any]) -> Any:

@@ -1,5 +1,6 @@
 """Checkpoints larger than memory: pruned from file to file, a tensor or a decoder block at a time."""
 
-from secateur.stream.job import Outcome, asked_before, prune_checkpoint
+from secateur.stream.job import Outcome, prune_checkpoint
+from secateur.stream.journal import asked_before
 
 __all__ = ["Outcome", "asked_before", "prune_checkpoint"]

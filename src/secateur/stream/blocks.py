@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+from contextlib import ExitStack, closing
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -16,27 +17,29 @@ import torch
 from torch import Tensor
 
 from secateur.core.statistics import STATISTICS, gather
-from secateur.core.visit import merge
+from secateur.core.visit import visit
 from secateur.core.where import Layer
-from secateur.errors import NumericError
+from secateur.errors import InputError, NumericError
 from secateur.manifest import STATE
-from secateur.mend import mend_, update_statistics
-from secateur.prune import Plan, _finite, _score, _seed_of
+from secateur.mend import mend_, own_biases, update_statistics
+from secateur.prune import Plan, _bias_name, _check_nonzero, _finite, _score, _seed_of
+from secateur.stream.hidden import Hidden, write_hidden
+from secateur.stream.journal import ANEW
+from secateur.stream.memory import check_calls
 from secateur.stream.output import Output
-from secateur.stream.shards import FLOATING
+from secateur.stream.stages import in_parts, visit_in_stages
 from secateur.stream.tensors import Work, keep_counts, prune_tensors, units_of, write_pruned
-from secateur.stream.walk import Running, find_decoder, loaded_blocks, start
+from secateur.stream.walk import Call, Decoder, Running, find_decoder, loaded_blocks, start
 
 __all__ = ["prune_blocks"]
-
-Hidden = list[Tensor]
 
 
 def prune_blocks(work: Work, batches: Sequence[Any], output: Output, folder: Path) -> None:
     """Prune with calibration data and write every tensor.
 
     Cost: a read of all blocks and one forward pass for the statistics of the dense model, where the recipe has no
-        update or its allocator wants scores; two forward passes of each block with an update.
+        update or its allocator wants scores; with an update one forward pass of each block, or, where the
+        data come in parts, one for each of its stages and one more.
     """
     find_decoder(work.model, work.todo.layers)
     statistics = cache(lambda: _statistics(work, batches, output, folder / STATE))
@@ -59,12 +62,10 @@ def _statistics(
     """The statistics of every layer's input in the dense model."""
     names = [name for name in work.todo.statistics if name in STATISTICS]
 
-    def at(block: Running, number: int, layers: list[Layer], hidden: Hidden) -> dict[str, Any]:
-        given = (block.batch(call, states) for call, states in enumerate(hidden))
-        found = gather(block, layers, names, given)
+    def at(block: Running, layers: list[Layer]) -> None:
+        found = gather(block, layers, names, block)
         flat = {f"{layer}|{name}": value for layer, known in found.items() for name, value in known.items()}
-        _save(state / f"statistics-{number}.safetensors", flat)
-        return {}
+        _save(state / f"statistics-{block.number}.safetensors", flat)
 
     _walk(work, batches, output, state, "statistics", at)
     found: dict[str, dict[str, Tensor]] = {}
@@ -83,18 +84,32 @@ def _mend(
     wanted = {*work.todo.statistics, *update_statistics(recipe)}
     names = [name for name in STATISTICS if name in wanted]
     scores = _scores(work.todo, work.seed)
+    parts = in_parts(batches)
 
-    def at(block: Running, number: int, layers: list[Layer], hidden: Hidden) -> dict[str, Any]:
-        mended = mend_(block, layers, recipe, counts, names, [block.batch(0, hidden[0])], scores)
+    def at(block: Running, layers: list[Layer]) -> None:
+        whole = partial(visit, to_the_end=block.put is not None)
+        visiting: Any = whole if len(parts) == 1 else visit_in_stages
+        mended = mend_(block, layers, recipe, counts, names, block, scores, visiting)
+        biases = own_biases(block, layers)
         for layer in layers:
-            piece = work.places.pieces[layer.name][0]
-            kind = FLOATING[work.places.shards.tensors[piece.name].kind]
-            weight = layer.weight.detach().to(kind)
-            found = write_pruned(work, layer, weight, mended.masks[layer.name], output)
+            mask = mended.masks[layer.name]
+            if work.nonzero is not None:
+                _check_nonzero({layer.name: layer}, {layer.name: mask}, work.nonzero)
+            weight = layer.weight.detach().to(work.places.kind(layer.name))
+            found = write_pruned(work, layer, weight, mask, output)
+            if layer.name in biases:
+                _write_changed(work, _bias_name(layer), biases[layer.name].detach(), output)
             output.finished(layer.name, {**found, "damping": mended.damping[layer.name]})
-        return {}
 
-    _walk(work, [merge(batches)], output, state, "update", at)
+    _walk(work, parts, output, state, "update", at)
+
+
+def _write_changed(work: Work, name: str, values: Tensor, output: Output) -> None:
+    """Write a bias that took over what weights lost; one that did not is there already."""
+    values = values.to(work.places.kind(name))
+    if not torch.equal(values, work.places.read(name)):
+        for stored, part in work.places.parts(name, values):
+            output.write(stored, part)
 
 
 def _scores(todo: Plan, seed: int) -> Callable[[Layer, int, Mapping[str, Tensor]], Tensor]:
@@ -110,7 +125,7 @@ def _scores(todo: Plan, seed: int) -> Callable[[Layer, int, Mapping[str, Tensor]
     return scores
 
 
-At = Callable[[Running, int, list[Layer], Hidden], Mapping[str, Any]]
+At = Callable[[Running, list[Layer]], None]
 
 
 def _walk(work: Work, batches: Sequence[Any], output: Output, state: Path, what: str, at: At) -> None:
@@ -124,26 +139,43 @@ def _walk(work: Work, batches: Sequence[Any], output: Output, state: Path, what:
     first = next((n for n in range(last + 1) if f"{what} of block {n}" not in output.journal.done), last + 1)
     if first > last:
         return
-    work.tell("embedding the calibration data", 0, 1)
-    hidden, calls = start(decoder, work.places, batches)
+    calls = _embedded(work, decoder, batches, _hidden(state, what, 0), first)
+    shapes, label = [call.shape for call in calls], f"{what} of the blocks"
+    with closing(loaded_blocks(decoder, work.places, first, last)) as blocks:
+        for number, block in blocks:
+            work.tell(label, number - first, last + 1 - first)
+            _check(chosen[number])
+            running = Running(block, number, calls, Hidden(_hidden(state, what, number), shapes))
+            with ExitStack() as stack:
+                if number < last:
+                    running.put = stack.enter_context(write_hidden(_hidden(state, what, number + 1)))
+                if chosen[number]:
+                    at(running, chosen[number])
+                if number < last:
+                    running.give_on()
+            output.finished(f"{what} of block {number}", None)
+            output.flush()
+            _hidden(state, what, number).unlink()
+    work.tell(label, last + 1 - first, last + 1 - first)
+
+
+def _hidden(state: Path, what: str, number: int) -> Path:
+    """The hidden states before a block."""
+    return state / f"{what}-hidden-{number}.bin"
+
+
+def _embedded(work: Work, decoder: Decoder, batches: Sequence[Any], path: Path, first: int) -> list[Call]:
+    """The calls of all blocks; the hidden states before the first block go to the file, unless it is behind us."""
+    label = "embedding the calibration data"
+    work.tell(label, 0, 1)
     if first:
-        saved = _load(state / f"{what}-hidden-{first}.safetensors")
-        hidden = [saved[str(call)] for call in range(len(batches))]
-    for number, block in loaded_blocks(decoder, work.places, first):
-        work.tell(f"{what} of the blocks", number, last + 1)
-        running = Running(block, number, calls)
-        _check(chosen[number])
-        if chosen[number]:
-            at(running, number, chosen[number], hidden)
-        if number < last:
-            hidden = running.results(hidden)
-            _save(state / f"{what}-hidden-{number + 1}.safetensors", {str(c): h for c, h in enumerate(hidden)})
-        output.finished(f"{what} of block {number}", None)
-        output.flush()
-        (state / f"{what}-hidden-{number}.safetensors").unlink(missing_ok=True)
-        if number == last:
-            break
-    work.tell(f"{what} of the blocks", last + 1, last + 1)
+        calls = start(decoder, work.places, batches, lambda states: None)
+    else:
+        with write_hidden(path) as put:
+            calls = start(decoder, work.places, batches, put)
+    work.tell(label, 1, 1)
+    check_calls(calls, work.budget)
+    return calls
 
 
 def _check(layers: Sequence[Layer]) -> None:
@@ -154,16 +186,21 @@ def _check(layers: Sequence[Layer]) -> None:
 
 def _save(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write whole or not at all."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     beside = path.with_suffix(".tmp")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, beside)
-    with open(beside, "rb") as file:
+    with open(beside, "wb") as file:
+        file.write(save({name: tensor.contiguous() for name, tensor in tensors.items()}))
+        file.flush()
         os.fsync(file.fileno())
     os.replace(beside, path)
 
 
 def _load(path: Path) -> dict[str, Tensor]:
-    from safetensors.torch import load_file
+    from safetensors import SafetensorError
+    from safetensors.torch import load
 
-    return {name: tensor.clone() for name, tensor in load_file(path).items()}
+    try:
+        return load(path.read_bytes())
+    except SafetensorError as error:
+        raise InputError(f"{path}: not readable ({error}); {ANEW}") from error

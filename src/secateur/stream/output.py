@@ -21,61 +21,12 @@ import torch
 from torch import Tensor
 
 from secateur.core.masks import FORMAT
-from secateur.errors import UsageError
-from secateur.folder import write_json
-from secateur.manifest import STATE
+from secateur.stream.journal import Journal
 from secateur.stream.shards import Shards
 
-__all__ = ["Journal", "Output"]
+__all__ = ["Output"]
 
 _INTERVAL = 1 << 28  # bytes written between two entries of the journal
-
-
-class Journal:
-    """What is done, one line a unit, each after the disk has taken what it speaks of.
-
-    Args:
-        folder: the folder being written.
-        facts: what decides the result; a journal of other facts is refused.
-        asked: the caller's own words, for a later resume.
-    """
-
-    def __init__(self, folder: Path, facts: Mapping[str, Any], asked: Mapping[str, Any] | None):
-        state = folder / STATE
-        self.path = state / "journal.jsonl"
-        self.done: dict[str, Any] = {}
-        if not (state / "facts.json").is_file():
-            state.mkdir(parents=True, exist_ok=True)
-            self.path.write_text("")
-            write_json(state / "asked.json", dict(asked or {}))
-            write_json(state / "facts.json", dict(facts))
-            return
-        before = json.loads((state / "facts.json").read_text())
-        for name, value in json.loads(json.dumps(dict(facts))).items():
-            if before.get(name) != value:
-                raise UsageError(
-                    f"the interrupted run cannot be continued: {name} was {_short(before.get(name))} and is "
-                    f'{_short(value)} now. Give what it had, or start anew with if_exists="overwrite"'
-                )
-        for line in self.path.read_text().splitlines(keepends=True):
-            if line.endswith("\n"):  # a line that a kill cut short says nothing
-                self.done.update(json.loads(line))
-
-    def add(self, entries: Mapping[str, Any]) -> None:
-        """Append entries; they are on the disk when this returns."""
-        self.done.update(entries)
-        whole = self.path.read_bytes()
-        with open(self.path, "r+b") as file:
-            file.truncate(whole.rfind(b"\n") + 1)
-            file.seek(0, os.SEEK_END)
-            file.write(json.dumps(dict(entries)).encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
-
-
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 120 else text[:117] + "..."
 
 
 class Output:

@@ -75,13 +75,16 @@ class Places:
                     f"{shape}; config.json and the weight files do not belong together."
                 )
 
+    def kind(self, name: str) -> torch.dtype:
+        """The type in which a parameter is stored."""
+        return FLOATING[self.shards.tensors[self.pieces[name][0].name].kind]
+
     def read(self, name: str) -> Tensor:
         """A whole parameter, in the type in which it is stored."""
         pieces = self.pieces[name]
         if len(pieces) == 1 and not pieces[0].region:
             return self.shards.read(pieces[0].name)
-        kind = FLOATING[self.shards.tensors[pieces[0].name].kind]
-        whole = torch.empty(self.shapes[name], dtype=kind)
+        whole = torch.empty(self.shapes[name], dtype=self.kind(name))
         for piece in pieces:
             whole[piece.region] = self.shards.read(piece.name)
         return whole

@@ -20,7 +20,7 @@ from torch import Tensor
 from secateur.checkpoint import Checkpoint
 from secateur.errors import InputError, UsageError
 
-__all__ = ["FLOATING", "Shards", "Stored", "open_shards"]
+__all__ = ["FLOATING", "Shards", "Stored", "open_shards", "read_into"]
 
 FLOATING = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _PIECE = 1 << 24  # bytes copied at a time
@@ -80,11 +80,7 @@ class Shards:
         data = torch.empty(stored.size, dtype=torch.uint8)
         path = self.folder / stored.file
         try:
-            with open(path, "rb", buffering=0) as file:
-                file.seek(stored.begin)
-                view, done = memoryview(data.numpy().data), 0
-                while done < stored.size and (count := file.readinto(view[done:])):
-                    done += count
+            done = read_into(path, stored.begin, data)
         except OSError as error:
             raise InputError(f"{path}: {name} cannot be read ({error.strerror}); restore the file.") from error
         if done < stored.size:
@@ -93,18 +89,28 @@ class Shards:
 
     def pieces(self, name: str) -> Iterator[tuple[int, bytes]]:
         """The bytes of one tensor, whatever its type, in pieces with their offsets in the file."""
-        stored = self.tensors[name]
-        with open(self.folder / stored.file, "rb", buffering=0) as file:
-            file.seek(stored.begin)
-            at, end = stored.begin, stored.begin + stored.size
-            while at < end:
-                piece = file.read(min(_PIECE, end - at))
-                if not piece:
-                    raise InputError(
-                        f"{self.folder / stored.file}: ends inside {name}; restore or download it again."
-                    )
-                yield at, piece
-                at += len(piece)
+        stored, path = self.tensors[name], self.folder / self.tensors[name].file
+        at, end = stored.begin, stored.begin + stored.size
+        while at < end:
+            piece = torch.empty(min(_PIECE, end - at), dtype=torch.uint8)
+            try:
+                done = read_into(path, at, piece)
+            except OSError as error:
+                raise InputError(f"{path}: {name} cannot be read ({error.strerror}); restore it.") from error
+            if done < len(piece):
+                raise InputError(f"{path}: ends inside {name}; restore or download it again.")
+            yield at, piece.numpy().tobytes()
+            at += done
+
+
+def read_into(path: Path, start: int, values: Tensor) -> int:
+    """Fill a contiguous tensor from a file; the bytes read, fewer than it holds where the file ends."""
+    view, done = memoryview(values.reshape(-1).view(torch.uint8).numpy().data), 0
+    with open(path, "rb", buffering=0) as file:
+        file.seek(start)
+        while done < len(view) and (count := file.readinto(view[done:])):
+            done += count
+    return done
 
 
 def open_shards(checkpoint: Checkpoint) -> Shards:

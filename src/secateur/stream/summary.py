@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import yaml
-from torch import Tensor
 
 from secateur import __version__
+from secateur.card import code, plain
 from secateur.checkpoint import Checkpoint
+from secateur.core.digest import digest
 from secateur.folder import write_json, write_text
-from secateur.stream.output import Journal
+from secateur.request import spec_name
+from secateur.results import SPECS
+from secateur.stream.journal import Journal
 from secateur.stream.tensors import Work
 
 __all__ = ["copied_files", "facts_of", "write_summary"]
@@ -28,12 +30,14 @@ def facts_of(checkpoint: Checkpoint, work: Work, batches: Iterable[Any] | None) 
     return {
         "version": __version__,
         "torch": version("torch"),
+        "transformers": None if batches is None else version("transformers"),
         "recipe": repr(work.todo.recipe.describe()),
         "layers": hashlib.sha256("\n".join(layer.name for layer in work.todo.layers).encode()).hexdigest(),
         "weights kept": work.todo.keep,
         "nonzero": work.nonzero,
         "seed": work.seed,
-        "data": None if batches is None else _digest(batches),
+        "data": None if batches is None else digest(batches),
+        "threads": None if batches is None else torch.get_num_threads(),  # sums of products round by them
         "source": dict(sorted(checkpoint.files.items())),
     }
 
@@ -51,10 +55,10 @@ def write_summary(
     work: Work,
     journal: Journal,
     folder: Path,
-    notes: list[str],
-    asked: Mapping[str, Any] | None,
+    notes: Sequence[str],
+    settings: Mapping[str, Any] | None,
 ) -> int:
-    """Write README.md, run/layers.json and run/run.json; the number of pruned weights.
+    """Write README.md and everything under run/ but the masks; the number of pruned weights.
 
     Nothing that changes from run to run is written, so that a resumed run gives the same bytes.
     """
@@ -71,12 +75,16 @@ def write_summary(
             "weights": work.todo.size,
             "pruned": pruned,
             "source": {"sha256": checkpoint.fingerprint, "files": checkpoint.files},
-            "notes": notes,
+            "notes": list(notes),
         },
     )
-    if asked is not None:
-        write_text(folder / "run" / "recipe.yaml", yaml.safe_dump(dict(asked), sort_keys=False))
-    write_text(folder / "README.md", _card(work, pruned, notes))
+    if journal.asked is not None:
+        write_text(folder / "run" / "recipe.yaml", _yaml(journal.asked))
+        write_text(
+            folder / "run" / "recipe.resolved.yaml",
+            _yaml(_resolved(work, {**(settings or {}), **journal.asked})),
+        )
+    write_text(folder / "README.md", _card(checkpoint, work, pruned, notes))
     return pruned
 
 
@@ -95,39 +103,39 @@ def _layers(work: Work, journal: Journal) -> list[dict[str, Any]]:
     return [*chosen, *left]
 
 
-def _card(work: Work, pruned: int, notes: list[str]) -> str:
+def _resolved(work: Work, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The request with every default, and what it resolved to; no path of this machine."""
+    todo = work.todo
+    told = {key: spec_name(value) if key in SPECS and value else value for key, value in settings.items()}
+    told["resolved"] = {
+        **todo.recipe.describe(),
+        "layers": [layer.name for layer in todo.layers],
+        "weights": todo.size,
+        "weights kept": todo.keep,
+        "statistics": list(todo.statistics),
+    }
+    return told
+
+
+def _yaml(value: Mapping[str, Any]) -> str:
+    return yaml.safe_dump(dict(value), sort_keys=False, allow_unicode=True)
+
+
+def _card(checkpoint: Checkpoint, work: Work, pruned: int, notes: Sequence[str]) -> str:
     size = work.todo.size
     lines = [
-        "# A pruned checkpoint",
+        f"# {code(spec_name(str(checkpoint.folder)))}, pruned",
         "",
         f"{pruned:,} of {size:,} weights in {len(work.todo.layers)} layers are zero (sparsity {pruned / size:.4f} of "
-        f"these layers), cut by secateur {__version__}: {work.todo}.",
+        f"these layers), cut by secateur {__version__}: {plain(str(work.todo))}.",
         "",
-        "The zeros are stored as ordinary numbers; files have the names, order and types of the source's. Masks are in",
-        "`run/masks.safetensors`, one bit a weight.",
-        *(f"\nNote: {note}." for note in notes),
+        "The checkpoint was pruned from file to file and not measured: `secateur evaluate` measures it.",
+        "",
+        "The zeros are stored as ordinary numbers: files have the names, order, types and size of the source's. Masks",
+        "are in `run/masks.safetensors`, one bit a weight.",
+        *(f"\nNote: {plain(note)}." for note in notes),
     ]
+    if hasattr(work.model, "config"):  # no stand-in
+        name = f"{type(work.model).__name__}.from_pretrained(folder)"
+        lines += ["", f"Load it with transformers, nothing else needed: {code(name)}."]
     return "\n".join(lines) + "\n"
-
-
-def _digest(value: Any) -> str:
-    found = hashlib.sha256()
-    _add(found, value)
-    return found.hexdigest()
-
-
-def _add(found: Any, value: Any) -> None:
-    """Hash nested containers of tensors; whatever else is in them by its text."""
-    if isinstance(value, Tensor):
-        found.update(f"{value.dtype}{tuple(value.shape)}".encode())
-        flat = value.detach().cpu().contiguous().reshape(-1)
-        found.update(np.ascontiguousarray(flat.view(torch.uint8).numpy()).data)
-    elif isinstance(value, Mapping):
-        for key in value:
-            found.update(f"{key}:".encode())
-            _add(found, value[key])
-    elif isinstance(value, list | tuple):
-        for item in value:
-            _add(found, item)
-    else:
-        found.update(repr(value).encode())

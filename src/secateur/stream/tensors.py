@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import count
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -45,14 +47,16 @@ class Work:
         nonzero: exact number of non-zeros asked for, None where a sparsity was.
         seed: for random scores.
         tell: progress.
+        budget: bytes of memory allowed, None where there is no limit.
     """
 
-    model: nn.Module
+    model: Any
     todo: Plan
     places: Places
     nonzero: int | None
     seed: int
     tell: Tell
+    budget: int | None = None
 
     @property
     def layers(self) -> dict[str, Layer]:
@@ -61,19 +65,22 @@ class Work:
 
     def candidates(self, statistics: Statistics) -> dict[str, Candidates]:
         """The units of every layer; scores read the layer's weight when asked for and let it go again."""
-        return {layer.name: self._candidates(layer, statistics) for layer in self.todo.layers}
+        steps = count()
+        return {layer.name: self._candidates(layer, statistics, steps) for layer in self.todo.layers}
 
     def shell(self, layer: Layer, statistics: Statistics) -> Candidates:
         """The units of a layer whose weight is held while the scores are asked for."""
         return _candidates(self.todo, layer, statistics, None, self.seed, self.nonzero is not None)
 
-    def _candidates(self, layer: Layer, statistics: Statistics) -> Candidates:
-        shell = self.shell(layer, statistics)
+    def _candidates(self, layer: Layer, statistics: Statistics, steps: Iterator[int]) -> Candidates:
+        shell, layers = self.shell(layer, statistics), len(self.todo.layers)
 
         def scores() -> Tensor:
-            self.tell(f"scores of {layer.name}", 0, 1)
             with holding(layer, read_checked(self.places, layer)):
-                return shell.scores()
+                found = shell.scores()
+            passes, done = divmod(next(steps), layers)
+            self.tell(f"scores, pass {passes + 1}", done + 1, layers)
+            return found
 
         return Candidates(shell.shape, shell.cells, scores)
 

@@ -6,21 +6,23 @@ called with (masks, positions) is caught there. Then each block runs by itself.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from secateur.core.masks import named_parameters
 from secateur.core.statistics import evaluating, forward
 from secateur.core.where import Layer
 from secateur.errors import InputError, UsageError
+from secateur.stream.hidden import Hidden
 from secateur.stream.places import Places
 
-__all__ = ["Call", "Decoder", "Running", "find_decoder", "loaded_blocks", "start"]
+__all__ = ["Call", "Decoder", "Running", "bytes_held", "find_decoder", "loaded_blocks", "start"]
 
 
 @dataclass(frozen=True)
@@ -42,45 +44,74 @@ class Decoder:
         return [layer for layer in layers if layer.name.startswith(f"{self.path}.{block}.")]
 
 
-@dataclass
+@dataclass(frozen=True)
 class Call:
     """What one batch calls every block with, beside the hidden states.
 
     Attributes:
+        shape: of the hidden states.
         mask: the batch's own attention mask, `(sequence, token)`, None where all tokens are real.
         given: for each block its further positional and its keyword arguments.
     """
 
+    shape: torch.Size
     mask: Tensor | None
     given: list[tuple[tuple[Any, ...], dict[str, Any]]]
 
 
 class Running(nn.Module):
-    """A block as a model of its own: `forward(hidden_states, call)`, outputs kept by number of the call."""
+    """A block as a model of its own; iterating gives its batches, hidden states read one batch at a time.
 
-    def __init__(self, block: nn.Module, number: int, calls: Sequence[Call]):
+    Args:
+        block: with its weights.
+        number: which of the blocks it is.
+        calls: what each batch calls it with.
+        hidden: what stands before it.
+    """
+
+    def __init__(self, block: nn.Module, number: int, calls: Sequence[Call], hidden: Hidden):
         super().__init__()
-        self.block, self.number, self.calls = block, number, calls
-        self.outputs: dict[int, Tensor] = {}
+        self.block, self.number, self.calls, self.hidden = block, number, calls, hidden
+        self.put: Callable[[Tensor], None] | None = None  # hears of every output
+        self.given_on = 0  # batches whose outputs it has heard of
 
     def forward(self, hidden_states: Tensor, call: int, attention_mask: Tensor | None = None) -> Tensor:
         """Run the block as the model would; the mask is for whoever counts tokens, the block has its own."""
         args, kwargs = self.calls[call].given[self.number]
         found = self.block(hidden_states, *args, **kwargs)
-        self.outputs[call] = found if isinstance(found, Tensor) else found[0]
-        return self.outputs[call]
+        states: Tensor = found if isinstance(found, Tensor) else found[0]
+        if states.shape != hidden_states.shape:
+            raise UsageError(
+                f"block {self.number} turns hidden states of shape {tuple(hidden_states.shape)} into "
+                f"{tuple(states.shape)}, so the model cannot be calibrated from file to file. Prune it in memory"
+            )
+        if self.put is not None:
+            self.put(states)
+            self.given_on += 1
+        return states
 
-    def batch(self, call: int, hidden: Tensor) -> dict[str, Any]:
-        """The keyword arguments of one call."""
-        batch: dict[str, Any] = {"hidden_states": hidden, "call": call}
-        mask = self.calls[call].mask
-        return batch if mask is None else {**batch, "attention_mask": mask}
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """The keyword arguments of each call."""
+        for call, known in enumerate(self.calls):
+            batch: dict[str, Any] = {"hidden_states": self.hidden.read(call), "call": call}
+            yield batch if known.mask is None else {**batch, "attention_mask": known.mask}
 
-    def results(self, hidden: Sequence[Tensor]) -> list[Tensor]:
-        """The block's outputs with the weights that it has now."""
-        self.outputs = {}
+    @contextmanager
+    def silent(self) -> Iterator[None]:
+        """Tell nobody of outputs meanwhile."""
+        put, self.put = self.put, None
+        try:
+            yield
+        finally:
+            self.put = put
+
+    def give_on(self) -> None:
+        """Run every batch through the block with the weights that it has now, unless that was done already."""
+        if self.given_on == len(self.calls):
+            return
         with evaluating(self):
-            return [forward(self, self.batch(call, states)) for call, states in enumerate(hidden)]
+            for batch in self:
+                forward(self, batch)
 
 
 def find_decoder(model: Any, layers: Sequence[Layer]) -> Decoder:
@@ -106,21 +137,42 @@ def find_decoder(model: Any, layers: Sequence[Layer]) -> Decoder:
     return Decoder(model, path, tuple(lists[path]))
 
 
-def start(decoder: Decoder, places: Places, batches: Sequence[Any]) -> tuple[list[Tensor], list[Call]]:
-    """Run the embedding part: the first block's hidden states and the calls of every block, for each batch.
+def start(
+    decoder: Decoder, places: Places, batches: Sequence[Any], put: Callable[[Tensor], None]
+) -> list[Call]:
+    """Run the embedding part: the calls of every block for each batch; `put` gets the first block's hidden states.
 
     Raises:
         UsageError: the model does something between its blocks, or does not call them one after the other.
     """
     decoder.model.config.use_cache = False
+    calls = []
     with _outside_loaded(decoder, places):
-        hidden, calls = [], []
         for batch in batches:
-            first, given = _caught(decoder, batch)
+            states, given = _caught(decoder, batch)
             mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-            hidden.append(first)
-            calls.append(Call(mask, given))
-    return hidden, calls
+            put(states)
+            calls.append(Call(states.shape, mask, given))
+    return calls
+
+
+def bytes_held(calls: Sequence[Call]) -> int:
+    """What the calls keep in memory: masks and positions, which blocks mostly share."""
+    found: dict[int, int] = {}
+
+    def add(value: Any) -> None:
+        if isinstance(value, Tensor):
+            found[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
+        elif isinstance(value, Mapping):
+            for inner in value.values():
+                add(inner)
+        elif isinstance(value, list | tuple):
+            for inner in value:
+                add(inner)
+
+    for call in calls:
+        add(call.given)
+    return sum(found.values())
 
 
 class _CaughtError(Exception):
@@ -199,28 +251,27 @@ def _outside_loaded(decoder: Decoder, places: Places) -> Iterator[None]:
             owner._parameters[last] = before
 
 
-def loaded_blocks(decoder: Decoder, places: Places, first: int) -> Iterator[tuple[int, nn.Module]]:
-    """Each block from `first` on with its weights in float32; the next one is read meanwhile."""
+def loaded_blocks(decoder: Decoder, places: Places, first: int, last: int) -> Generator[tuple[int, nn.Module]]:
+    """Each block from `first` to `last` with its weights in float32; the next one is read meanwhile."""
     with ThreadPoolExecutor(1, "reader") as reader:
-        coming = reader.submit(_read_block, decoder, places, first) if first < len(decoder.blocks) else None
-        for number in range(first, len(decoder.blocks)):
-            assert coming is not None
+        coming = reader.submit(_read_block, decoder, places, first)
+        for number in range(first, last + 1):
             tensors = coming.result()
-            if number + 1 < len(decoder.blocks):
+            if number < last:
                 coming = reader.submit(_read_block, decoder, places, number + 1)
             block = decoder.blocks[number]
             before = {}
             for name in list(tensors):
-                path, _, last = name.rpartition(".")
+                path, _, own = name.rpartition(".")
                 owner = block.get_submodule(path)
-                before[name] = (owner, last, owner._parameters[last])
-                owner._parameters[last] = _parameter(tensors.pop(name))
+                before[name] = (owner, own, owner._parameters[own])
+                owner._parameters[own] = _parameter(tensors.pop(name))
             _fill_buffers(block, f"{decoder.path}.{number}.", places)
             try:
                 yield number, block
             finally:
-                for owner, last, empty in before.values():
-                    owner._parameters[last] = empty
+                for owner, own, empty in before.values():
+                    owner._parameters[own] = empty
 
 
 def _read_block(decoder: Decoder, places: Places, number: int) -> dict[str, Tensor]:
