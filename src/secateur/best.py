@@ -144,7 +144,7 @@ def best_(
     assert final.masks is not None
     if nonzero is not None:
         chosen = select(final.model, only, skip).chosen
-        _check_nonzero({layer.name: layer for layer in chosen}, final.masks, nonzero)
+        _check_nonzero({layer.name: layer.weight for layer in chosen}, final.masks, nonzero)
     _copy_(model, final.model, final.masks)
     return Best(final.masks, final.recipe, final.mended, tuple(steps))
 

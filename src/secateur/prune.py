@@ -2,26 +2,41 @@
 
 from __future__ import annotations
 
-import hashlib
-import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from secateur.core.gradients import GRADIENTS, KNOWN, gather_all
+from secateur.core.example import Example
+from secateur.core.feasible import coarsest
+from secateur.core.gradients import GRADIENTS, gather_all
 from secateur.core.loss import Loss
-from secateur.core.masks import Masks, check_fits
-from secateur.core.select import Candidates, smallest
+from secateur.core.masks import Masks, check_fits, named_parameters
+from secateur.core.select import Candidates
+from secateur.core.site import Site
 from secateur.core.statistics import STATISTICS
-from secateur.core.where import Layer, Only, select
-from secateur.errors import NumericError, UsageError, nearest
+from secateur.core.units import Analysis
+from secateur.core.where import Layer, Only
+from secateur.errors import NumericError, UsageError
 from secateur.mend import mend_, own_biases, update_statistics
 from secateur.recipes import Recipe, magnitude
-from secateur.target import check_arguments, shape_of, weights_to_keep
+from secateur.scoring import (
+    Statistics,
+    candidates_of,
+    finite,
+    gather_for,
+    mask_of,
+    score_of,
+    seed_of,
+    statistics_of,
+)
+from secateur.sites import sites_of
+from secateur.structured import Target, counts_of
+from secateur.target import check_arguments, weights_to_keep
 
 __all__ = ["Plan", "plan", "prune_"]
 
@@ -31,10 +46,16 @@ class Plan:
     """What a call of `prune_` would do, found without looking at a score.
 
     Attributes:
-        layers: the layers that would be pruned.
-        left_out: layers that would not, each with the reason.
-        keep: weights kept in all layers together; None when the allocator decides (a threshold).
-        statistics: what the calibration data must say about each layer's input.
+        recipe: score, pattern and allocator.
+        layers: the matrices that are pruned or, where coupled units are, that the score looks at.
+        left_out: layers that are not pruned, each with the reason.
+        keep: weights kept in all sites together; None when the allocator or a target in real units decides.
+        statistics: what the calibration data must say about each layer.
+        sites: where units compete: one for each layer, or for each axis of coupled units.
+        axes_left_out: axes of the right kind that are not pruned, each with the reason.
+        target: in real units, None where a sparsity or a number of non-zeros was asked for.
+        analysis: the axes of the model, None where layers are pruned.
+        example: what it was made on.
     """
 
     recipe: Recipe
@@ -42,22 +63,35 @@ class Plan:
     left_out: tuple[tuple[Layer, str], ...]
     keep: int | None
     statistics: tuple[str, ...]
+    sites: tuple[Site, ...]
+    axes_left_out: tuple[tuple[str, str], ...] = ()
+    target: Target | None = None
+    analysis: Analysis | None = None
+    example: Example | None = None
 
     @property
     def size(self) -> int:
-        """Weights in all layers that would be pruned."""
-        return sum(layer.size for layer in self.layers)
+        """Weights in all units; where axes cross, a weight counts on each."""
+        return sum(site.shape[0] * site.shape[1] * site.cells for site in self.sites)
 
     @property
     def sparsity(self) -> float | None:
-        """The zeros asked for, as a fraction of `size`; None when the allocator decides."""
+        """The zeros asked for, as a fraction of `size`; None when the allocator or a target decides."""
         return None if self.keep is None else 1 - self.keep / self.size
 
     def __str__(self) -> str:
-        target = (
-            "as much as the threshold says" if self.sparsity is None else f"to sparsity {self.sparsity:.4f}"
-        )
-        return f"{self.recipe}: {len(self.layers)} layers with {self.size:,} weights {target}"
+        if self.target is not None:
+            how = f"to {self.target}"
+        elif self.sparsity is None:
+            how = "as much as the threshold says"
+        else:
+            how = f"to sparsity {self.sparsity:.4f}"
+        units = ""
+        if self.analysis is not None:
+            units = f" in {sum(site.shape[1] for site in self.sites):,} units"
+            how += " of these weights" if self.sparsity is not None else ""
+        noun = self.sites[0].noun[len(self.sites) > 1]
+        return f"{self.recipe}: {len(self.sites)} {noun} with {self.size:,} weights{units} {how}"
 
 
 def plan(
@@ -66,22 +100,27 @@ def plan(
     recipe: Recipe = magnitude,
     *,
     nonzero: int | None = None,
+    target: str | Target | None = None,
     only: Only = None,
     skip: Only = None,
+    example: Any = None,
 ) -> Plan:
     """Resolve what `prune_` with the same arguments would prune, and check everything that needs no data.
 
     Raises:
         UsageError: a sparsity out of range, a pattern that does not fit a layer, nothing to prune, a tied
-            tensor, an unknown statistic.
+            tensor, an unknown statistic, a target that is not understood.
     """
     check_arguments(sparsity, recipe, nonzero)
-    selection = select(model, only, skip)
-    for layer in selection.chosen:
-        shape_of(recipe, layer)
+    wanted = Target.read(target, recipe, sparsity, nonzero)
+    statistics = statistics_of(recipe.score)
+    found = sites_of(model, recipe, statistics, only, skip, example)
     update_statistics(recipe)
-    keep = weights_to_keep(model, selection.chosen, recipe, sparsity, nonzero)
-    return Plan(recipe, selection.chosen, selection.left_out, keep, _statistics_of(recipe.score))
+    keep = None if wanted else weights_to_keep(model, found.sites, recipe, sparsity, nonzero)
+    return Plan(
+        recipe, found.layers, found.left_out, keep, statistics, found.sites, found.axes_left_out, wanted,
+        found.analysis, found.example,
+    )  # fmt: skip
 
 
 def prune_(
@@ -90,11 +129,14 @@ def prune_(
     recipe: Recipe = magnitude,
     *,
     nonzero: int | None = None,
+    target: str | Target | None = None,
     data: Iterable[Any] | None = None,
     loss: Loss | None = None,
+    example: Any = None,
     only: Only = None,
     skip: Only = None,
     masks: Masks | None = None,
+    statistics: Statistics | None = None,
     keep_originals: bool = False,
     seed: int = 0,
 ) -> Masks:
@@ -102,61 +144,82 @@ def prune_(
 
     Args:
         model: any `nn.Module`.
-        sparsity: zeros to reach, as a fraction of the chosen layers' weights, in [0, 1]. Omit it with a recipe
-            that decides for itself (threshold, percentile, N:M).
+        sparsity: zeros to reach, as a fraction of the weights of the chosen layers, or of all coupled units
+            that compete, in [0, 1]. Omit it with a recipe that decides for itself (threshold, percentile, N:M).
         recipe: score, pattern and allocator.
         nonzero: instead of a sparsity, the exact number of non-zero parameters that the whole model is to have.
+        target: instead of a sparsity, what the model without the pruned units is to need: "0.5 parameters",
+            "300M macs", "20 MB", "2x faster", "12 ms"; see `Target`. For patterns of coupled units.
         data: calibration batches, for scores that need activations or gradients; see `core.statistics.gather`.
         loss: `loss(output, target)`, for scores that need gradients; default: what the batches imply (labels, the
             next token), see `core.loss.loss_of`.
+        example: for patterns of coupled units, one input to follow through the model (or an `Analysis`);
+            default: the first batch of the data.
         only, skip: which layers; a role (`all`, `attention`, `ffn`, `encoder`, `decoder`, `head`), a glob over
             module paths, a module type, a predicate `(path, module) -> bool`, or a list of these. The
-            default is every layer but embeddings, routers and the vocabulary head of language models.
+            default is every layer but embeddings, routers and the vocabulary head of language models, or
+            every axis that the pattern chooses.
         masks: masks of an earlier call: what they prune stays pruned and counts towards the sparsity.
+        statistics: what is known already of each layer, by parameter name and statistic, `(part, out, in)` or
+            `(part, in)`; only what is missing is gathered from the data.
         keep_originals: keep a copy of the weights in the masks, so that `undo_` can put them back.
         seed: for random scores.
 
     Returns:
-        One mask for each pruned parameter, True = kept.
+        One mask for each pruned parameter, True = kept; of coupled units for every parameter that carries them.
 
     Raises:
-        UsageError: see `plan`; also missing data, or a target that cannot be reached exactly.
+        UsageError: see `plan`; also missing data, or a target that cannot be reached.
         NumericError: NaN or Inf in weights, activations or scores, naming the layer.
 
-    Cost: one forward pass of the data if the score needs them; scores are computed a layer at a time, once
-        where counts do not depend on them, three times for `globally`; extra memory one layer's scores and one
-        byte a weight for the masks.
+    Cost: one forward pass of the data if the score needs them (and a backward pass for gradients); scores are
+        computed a layer at a time, once where counts do not depend on them, three times for `globally`; extra memory
+        one layer's scores and one byte a weight for the masks. Coupled units: an export of the model besides.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
         >>> prune_(model, 0.5)
         Masks(2 parameters, 48 of 96 pruned, sparsity 0.5000)
     """
-    todo = plan(model, sparsity, recipe, nonzero=nonzero, only=only, skip=skip)
-    layers = {layer.name: layer for layer in todo.layers}
-    _check_masks(masks, layers)
+    example, data = _example(recipe, example, data)
+    todo = plan(model, sparsity, recipe, nonzero=nonzero, target=target, only=only, skip=skip, example=example)
+    sites = {site.name: site for site in todo.sites}
+    parameters = named_parameters(model)
+    _check_masks(masks, todo.sites, parameters)
     _check_weights(todo.layers)
     if recipe.update is not None:
         data = _for_update(recipe, data, masks)
-    statistics = cache(lambda: _gather(model, todo, data, loss))
+    known = cache(lambda: gather_for(model, recipe, todo.layers, data, loss, statistics))
     candidates = {
-        name: _candidates(todo, layer, statistics, masks, seed, zeros_last=nonzero is not None)
-        for name, layer in layers.items()
+        name: candidates_of(recipe, site, known, masks, seed, zeros_last=nonzero is not None)
+        for name, site in sites.items()
     }
     if recipe.update is None:
-        statistics()  # what is wrong with the data is said before anything else
-    counts = recipe.allocation(candidates, todo.keep or 0)
+        known()  # what is wrong with the data is said before anything else
+    counts = counts_of(model, todo, candidates)
     _check_total(todo, candidates, counts)
     if recipe.update is not None:
         return _mended(model, todo, counts, data or (), loss, seed, keep_originals, nonzero)
-    kept = {name: _mask(recipe, layers[name], candidates[name], counts[name]) for name in layers}
+    kept: dict[str, Tensor] = {}
+    for name, site in sites.items():
+        for parameter, mask in mask_of(site, candidates[name], counts[name]).items():
+            kept[parameter] = kept[parameter] & mask if parameter in kept else mask
     _check_stays_pruned(kept, masks)
     if nonzero is not None:
-        _check_nonzero(layers, kept, nonzero)
-    originals = {name: layers[name].weight.detach().clone() for name in layers} if keep_originals else None
+        _check_nonzero(parameters, kept, nonzero)
+    originals = {name: parameters[name].detach().clone() for name in kept} if keep_originals else None
     result = Masks(kept, originals)
     result.apply_(model)
     return result
+
+
+def _example(recipe: Recipe, example: Any, data: Iterable[Any] | None) -> tuple[Any, Iterable[Any] | None]:
+    """Where units are coupled, the first batch of the data is the example if none is given."""
+    if example is not None or data is None or not hasattr(recipe.pattern, "sites") or isinstance(data, Mapping):
+        return example, data
+    batches = iter(data)
+    first = next(batches, None)
+    return first, data if isinstance(data, list | tuple) or first is None else chain([first], batches)
 
 
 def _for_update(recipe: Recipe, data: Iterable[Any] | None, masks: Masks | None) -> list[Any]:
@@ -194,14 +257,14 @@ def _mended(
         given: dict[str, Any] = {name: known[name] for name in todo.statistics if name in known}
         given |= {name: dense[layer.name][name][part] for name in slopes}
         if "generator" in todo.statistics:
-            given["generator"] = torch.Generator().manual_seed(_seed_of(seed, f"{layer.name}:{part}"))
+            given["generator"] = torch.Generator().manual_seed(seed_of(seed, f"{layer.name}:{part}"))
         matrix = layer.layout.to_matrices(layer.weight.detach())[part].float()
-        return _score(todo, layer, matrix, given)
+        return score_of(todo.recipe, layer, matrix, given)
 
     try:
         kept = mend_(model, todo.layers, todo.recipe, counts, names, data, scores).masks
         if nonzero is not None:
-            _check_nonzero(layers, kept, nonzero)
+            _check_nonzero({name: layer.weight for name, layer in layers.items()}, kept, nonzero)
     except BaseException:
         with torch.no_grad():
             for name, parameter in changed.items():
@@ -214,100 +277,14 @@ def _bias_name(layer: Layer) -> str:
     return f"{layer.path}.{layer.layout.bias}" if layer.path else str(layer.layout.bias)
 
 
-def _statistics_of(score: Callable[..., Any]) -> tuple[str, ...]:
-    """The parameter names of a score, after the weight, say what it needs to know."""
-    try:
-        names = tuple(inspect.signature(score).parameters)[1:]
-    except (TypeError, ValueError):
-        raise UsageError(f"score {score!r} is no function of (weight, <statistics by name>)") from None
-    known = (*KNOWN, "generator")
-    for name in names:
-        if name not in known:
-            raise UsageError(
-                f"score {getattr(score, '__name__', score)!r} asks for {name!r}, which is no known statistic; "
-                f"{nearest(name, known)}"
-            )
-    return names
-
-
-def _gather(
-    model: nn.Module, todo: Plan, data: Iterable[Any] | None, loss: Loss | None
-) -> dict[str, dict[str, Tensor]]:
-    names = [name for name in todo.statistics if name in KNOWN]
-    if not names:
-        return {}
-    if data is None:
-        raise UsageError(
-            f"{todo.recipe.describe()['score']} needs calibration data for {', '.join(names)}; pass data="
-        )
-    return gather_all(model, todo.layers, names, data, loss)
-
-
-def _candidates(
-    todo: Plan,
-    layer: Layer,
-    statistics: Callable[[], Mapping[str, Mapping[str, Tensor]]],
-    masks: Masks | None,
-    seed: int,
-    zeros_last: bool,
-) -> Candidates:
-    """The units of one layer, their scores computed when asked for."""
-    part, out, columns = layer.layout.shape
-    pattern = todo.recipe.pattern
-    shape = shape_of(todo.recipe, layer)
-
-    def scores() -> Tensor:
-        matrices = layer.layout.to_matrices(layer.weight.detach()).float()
-        known = statistics().get(layer.name, {})
-        inputs: dict[str, Any] = {name: values.to(matrices.device) for name, values in known.items()}
-        if "generator" in todo.statistics:
-            inputs["generator"] = [torch.Generator().manual_seed(_seed_of(seed, layer.name))] * part
-        scored = [
-            _score(todo, layer, matrices[p], {name: inputs[name][p] for name in todo.statistics})
-            for p in range(part)
-        ]
-        whole = scored[0] if part == 1 else torch.cat(scored)
-        units = pattern.pool(whole)
-        if zeros_last:
-            units = units.masked_fill(matrices.reshape(whole.shape) == 0, -float("inf"))
-        if masks is not None and layer.name in masks:
-            pruned = ~layer.layout.to_matrices(masks[layer.name]).reshape(part * out, columns)
-            units = units.masked_fill(pattern.pool(pruned.float()).to(units.device) == 1, -float("inf"))
-        return units
-
-    return Candidates(shape, layer.size // (shape[0] * shape[1]), scores)
-
-
-def _score(todo: Plan, layer: Layer, matrix: Tensor, given: dict[str, Any]) -> Tensor:
-    """One matrix's scores; anybody may have written the score, so what it returns is checked."""
-    result = todo.recipe.score(matrix, **given)
-    if not isinstance(result, Tensor) or result.shape != matrix.shape:
-        got = tuple(result.shape) if isinstance(result, Tensor) else type(result).__name__
-        raise UsageError(
-            f"{layer.name}: score {todo.recipe.describe()['score']!r} is to return one number for each of the weights, "
-            f"shape {tuple(matrix.shape)}, got {got}"
-        )
-    result = result.detach().float()
-    if not _finite(result):
-        raise NumericError(f"{layer.name}: NaN or Inf among its scores; look at its weights and at the data")
-    return result
-
-
-def _finite(values: Tensor) -> bool:
-    return all(bool(end.isfinite()) for end in values.aminmax())  # ten times faster than isfinite().all()
-
-
-def _seed_of(seed: int, name: str) -> int:
-    return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:7], "big")
-
-
-def _check_masks(masks: Masks | None, layers: Mapping[str, Layer]) -> None:
+def _check_masks(masks: Masks | None, sites: Iterable[Site], parameters: Mapping[str, nn.Parameter]) -> None:
+    known = {name for site in sites for name in site.parameters}
     for name, mask in (masks or {}).items():
-        if name not in layers:
+        if name not in known:
             raise UsageError(
                 f"the earlier masks prune {name}, which is not chosen now; choose it too, or leave masks out"
             )
-        check_fits(name, mask, {name: layers[name].weight})
+        check_fits(name, mask, {name: parameters[name]})
 
 
 def _check_weights(layers: Iterable[Layer]) -> None:
@@ -315,7 +292,7 @@ def _check_weights(layers: Iterable[Layer]) -> None:
     for layer in layers:
         if layer.weight.is_meta:
             raise UsageError(f"{layer.name} is on the meta device and has no values; load the weights first")
-        if not _finite(layer.weight.detach().float()):
+        if not finite(layer.weight.detach().float()):
             raise NumericError(
                 f"{layer.name}: NaN or Inf among its weights, read as float32; it cannot be pruned"
             )
@@ -328,23 +305,11 @@ def _check_total(todo: Plan, candidates: Mapping[str, Candidates], counts: Mappi
         if kept == todo.size:
             raise UsageError(f"{todo.recipe}: no weight is pruned by it; every score lies above. Raise it")
         return
-    unit = max(layer.cells for layer in candidates.values())
-    if abs(kept - todo.keep) >= max(unit, 1):
+    if abs(kept - todo.keep) >= max(coarsest(candidates), 1):
         raise UsageError(
             f"{todo.recipe}: sparsity {todo.sparsity:.4f} cannot be reached in whole units; "
             f"nearest {1 - kept / todo.size:.4f}"
         )
-
-
-def _mask(recipe: Recipe, layer: Layer, candidates: Candidates, counts: Tensor) -> Tensor:
-    """The mask of one parameter from how many units each of its competitions keeps."""
-    part, out, columns = layer.layout.shape
-    scores = candidates.scores()
-    if len(counts) == 1:  # the whole layer is one competition
-        scores = scores.reshape(1, -1)
-    kept = smallest(scores, scores.shape[1] - counts).logical_not_().reshape(candidates.shape)
-    whole = recipe.pattern.spread(kept, (part * out, columns))
-    return layer.layout.from_matrices(whole.reshape(part, out, columns)).contiguous()
 
 
 def _check_stays_pruned(kept: Mapping[str, Tensor], masks: Masks | None) -> None:
@@ -358,10 +323,10 @@ def _check_stays_pruned(kept: Mapping[str, Tensor], masks: Masks | None) -> None
             )
 
 
-def _check_nonzero(layers: Mapping[str, Layer], kept: Mapping[str, Tensor], nonzero: int) -> None:
+def _check_nonzero(parameters: Mapping[str, Tensor], kept: Mapping[str, Tensor], nonzero: int) -> None:
     """Kept weights that happen to be zero would fall short of the promised number."""
     for name, mask in kept.items():
-        idle = int(torch.count_nonzero(mask & (layers[name].weight == 0)))
+        idle = int(torch.count_nonzero(mask & (parameters[name] == 0)))
         if idle:
             raise UsageError(
                 f"{name}: {idle:,} of the weights it would keep are already zero, so {nonzero:,} non-zeros cannot be "

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from secateur.core.counts import distinct_parameters
+from secateur.core.site import Site
 from secateur.core.where import Layer
 from secateur.errors import UsageError, nearest
 from secateur.recipes import METHODS, Recipe
@@ -29,17 +30,17 @@ def check_arguments(sparsity: Any, recipe: Any, nonzero: Any) -> None:
 
 
 def weights_to_keep(
-    model: nn.Module, layers: tuple[Layer, ...], recipe: Recipe, sparsity: float | None, nonzero: int | None
+    model: nn.Module, sites: tuple[Site, ...], recipe: Recipe, sparsity: float | None, nonzero: int | None
 ) -> int | None:
-    """The target as an integer: weights kept in all chosen layers; None when the recipe decides."""
-    size = sum(layer.size for layer in layers)
+    """The target as an integer: weights kept in all sites together; None when the recipe decides."""
+    size = sum(site.shape[0] * site.shape[1] * site.cells for site in sites)
     decides = recipe.fixed_by_pattern or getattr(recipe.allocate, "decides", False)
     if nonzero is not None:
         if sparsity is not None or decides:
             raise UsageError(
                 "nonzero fixes the count; give it without a sparsity and with a recipe that can follow it"
             )
-        return _keep_of_nonzero(model, layers, recipe, nonzero)
+        return _keep_of_nonzero(model, sites, recipe, nonzero)
     if recipe.fixed_by_pattern:
         own = recipe.pattern.sparsity
         if sparsity is not None and abs(sparsity - own) > 1e-9:
@@ -61,8 +62,9 @@ def weights_to_keep(
     return size - round(size * float(sparsity))
 
 
-def _keep_of_nonzero(model: nn.Module, layers: tuple[Layer, ...], recipe: Recipe, nonzero: int) -> int:
-    if any(layer.size != shape_of(recipe, layer)[0] * shape_of(recipe, layer)[1] for layer in layers):
+def _keep_of_nonzero(model: nn.Module, sites: tuple[Site, ...], recipe: Recipe, nonzero: int) -> int:
+    layers = [layer for site in sites for layer in site.layers]
+    if hasattr(recipe.pattern, "sites") or any(site.cells != 1 for site in sites):
         raise UsageError(f"an exact number of non-zeros needs single weights as units, got {recipe.pattern}")
     chosen = {name for layer in layers for name in (layer.name, *layer.tied)}
     others = sum(int(torch.count_nonzero(p)) for n, p in distinct_parameters(model).items() if n not in chosen)

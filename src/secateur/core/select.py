@@ -37,11 +37,17 @@ class Candidates:
         cells: weights that one unit holds.
         scores: computes the `(competition, unit)` scores, float32, higher = keep. It is called anew in
             every pass, so that the scores of a whole model never exist at the same time.
+        least: units that stay in every competition.
+        step: counts are multiples of it, or all units.
+        alike: those that say the same keep equally many units; "" says nothing.
     """
 
     shape: tuple[int, int]
     cells: int
     scores: Callable[[], Float[Tensor, "competition unit"]]
+    least: int = 0
+    step: int = 1
+    alike: str = ""
 
     @property
     def units(self) -> int:

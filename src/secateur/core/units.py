@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 from secateur.core.axes.atoms import Atom
 from secateur.core.axes.found import Frozen, Member, Units, collect
 from secateur.core.axes.layout import extent, positions
+from secateur.core.axes.macs import macs
 from secateur.core.axes.program import masked_module, narrow_module
 from secateur.core.axes.step import Trace
 from secateur.core.axes.trace import export, label_graph, tied
@@ -124,6 +125,19 @@ class Analysis:
             if isinstance(node.meta["val"], nn.Parameter):
                 total += prod(extent(self.trace.axes, label, leaves) for label in self.trace.dims[node])
         return total
+
+    def byte_count(self, keep: Keep | None = None) -> int:
+        """Bytes of the parameters and buffers in use that are left, as they are stored now; tied ones count once."""
+        leaves = _leaves(self, keep or {})
+        return sum(
+            node.meta["val"].element_size()
+            * prod(extent(self.trace.axes, label, leaves) for label in self.trace.dims[node])
+            for node in self._tensors
+        )
+
+    def macs(self, keep: Keep | None = None) -> int:
+        """Multiply-accumulates of one forward pass of the example when only these units are kept; see `axes.macs`."""
+        return macs(self.trace, self.program.graph, _leaves(self, keep or {}))
 
 
 def analyse(

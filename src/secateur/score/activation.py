@@ -8,6 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from secateur.core.site import looking_at
+
 __all__ = ["RIA", "activation", "wanda", "wanda_l1"]
 
 
@@ -70,13 +72,14 @@ class RIA:
         return shares * input_norm**self.power
 
 
+@looking_at("inputs")
 def activation(
     weight: Float[Tensor, "out in"], input_activation: Float[Tensor, " in"]
 ) -> Float[Tensor, "out in"]:
     """The mean activation `mean |x_j|` of the neuron that feeds a weight, the same for its whole column.
 
     With `Threshold(lambda)` it cuts everything that reads a neuron whose average activation is at most
-    lambda; with `Columns()` neurons compete as wholes.
+    lambda; with `Columns()` neurons compete as wholes, and with `Neurons()` they go with all their weights.
 
     Args:
         input_activation: mean absolute value of every input column over all real calibration tokens.

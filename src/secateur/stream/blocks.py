@@ -22,7 +22,8 @@ from secateur.core.where import Layer
 from secateur.errors import InputError, NumericError
 from secateur.manifest import STATE
 from secateur.mend import mend_, own_biases, update_statistics
-from secateur.prune import Plan, _bias_name, _check_nonzero, _finite, _score, _seed_of
+from secateur.prune import Plan, _bias_name, _check_nonzero
+from secateur.scoring import finite, score_of, seed_of
 from secateur.stream.hidden import Hidden, write_hidden
 from secateur.stream.journal import ANEW
 from secateur.stream.memory import check_calls
@@ -94,7 +95,7 @@ def _mend(
         for layer in layers:
             mask = mended.masks[layer.name]
             if work.nonzero is not None:
-                _check_nonzero({layer.name: layer}, {layer.name: mask}, work.nonzero)
+                _check_nonzero({layer.name: layer.weight}, {layer.name: mask}, work.nonzero)
             weight = layer.weight.detach().to(work.places.kind(layer.name))
             found = write_pruned(work, layer, weight, mask, output)
             if layer.name in biases:
@@ -118,9 +119,9 @@ def _scores(todo: Plan, seed: int) -> Callable[[Layer, int, Mapping[str, Tensor]
     def scores(layer: Layer, part: int, known: Mapping[str, Tensor]) -> Tensor:
         given: dict[str, Any] = {name: known[name] for name in todo.statistics if name in known}
         if "generator" in todo.statistics:
-            given["generator"] = torch.Generator().manual_seed(_seed_of(seed, f"{layer.name}:{part}"))
+            given["generator"] = torch.Generator().manual_seed(seed_of(seed, f"{layer.name}:{part}"))
         matrix = layer.layout.to_matrices(layer.weight.detach())[part].float()
-        return _score(todo, layer, matrix, given)
+        return score_of(todo.recipe, layer, matrix, given)
 
     return scores
 
@@ -180,7 +181,7 @@ def _embedded(work: Work, decoder: Decoder, batches: Sequence[Any], path: Path, 
 
 def _check(layers: Sequence[Layer]) -> None:
     for layer in layers:
-        if not _finite(layer.weight.detach()):
+        if not finite(layer.weight.detach()):
             raise NumericError(f"{layer.name}: NaN or Inf among its weights; it cannot be pruned")
 
 

@@ -12,16 +12,18 @@ import torch
 
 from secateur.checkpoint import Checkpoint, read_checkpoint
 from secateur.core.gradients import GRADIENTS
+from secateur.core.site import LayerSite
 from secateur.core.where import Only, select
 from secateur.errors import InputError, NumericError, UsageError
 from secateur.folder import new_folder
 from secateur.manifest import STATE
 from secateur.measure import Tell
 from secateur.mend import update_statistics
-from secateur.prune import Plan, _statistics_of, plan
+from secateur.prune import Plan, plan
 from secateur.recipes import Recipe, magnitude
 from secateur.results import layer_lines
 from secateur.run import check_apart
+from secateur.scoring import statistics_of
 from secateur.stream.architecture import build_empty
 from secateur.stream.blocks import prune_blocks
 from secateur.stream.journal import Journal
@@ -282,7 +284,8 @@ def _plan_of_nonzero(
     update_statistics(recipe)
     own, others = count_nonzeros(model, places, selection.chosen)
     keep = weights_to_keep(own, others, nonzero)
-    return Plan(recipe, selection.chosen, selection.left_out, keep, _statistics_of(recipe.score))
+    sites = tuple(LayerSite(layer, recipe.pattern, shape_of(recipe, layer)) for layer in selection.chosen)
+    return Plan(recipe, selection.chosen, selection.left_out, keep, statistics_of(recipe.score), sites)
 
 
 def _batches(todo: Plan, names: list[str], data: Iterable[Any] | None) -> list[Any]:

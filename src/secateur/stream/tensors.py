@@ -17,7 +17,8 @@ from secateur.core.select import Candidates
 from secateur.core.where import Layer
 from secateur.errors import NumericError, UsageError
 from secateur.measure import Tell
-from secateur.prune import Plan, _candidates, _check_nonzero, _check_total, _finite, _mask
+from secateur.prune import Plan, _check_nonzero, _check_total
+from secateur.scoring import candidates_of, finite, mask_of
 from secateur.stream.output import Output
 from secateur.stream.places import Places
 
@@ -63,6 +64,11 @@ class Work:
         """The layers to prune by name."""
         return {layer.name: layer for layer in self.todo.layers}
 
+    @property
+    def sites(self) -> dict[str, Any]:
+        """Where units compete, one site a layer."""
+        return {site.name: site for site in self.todo.sites}
+
     def candidates(self, statistics: Statistics) -> dict[str, Candidates]:
         """The units of every layer; scores read the layer's weight when asked for and let it go again."""
         steps = count()
@@ -70,7 +76,8 @@ class Work:
 
     def shell(self, layer: Layer, statistics: Statistics) -> Candidates:
         """The units of a layer whose weight is held while the scores are asked for."""
-        return _candidates(self.todo, layer, statistics, None, self.seed, self.nonzero is not None)
+        site = self.sites[layer.name]
+        return candidates_of(self.todo.recipe, site, statistics, None, self.seed, self.nonzero is not None)
 
     def _candidates(self, layer: Layer, statistics: Statistics, steps: Iterator[int]) -> Candidates:
         shell, layers = self.shell(layer, statistics), len(self.todo.layers)
@@ -92,7 +99,7 @@ def read_checked(places: Places, layer: Layer) -> Tensor:
         NumericError: NaN or Inf in it.
     """
     weight = places.read(layer.name)
-    if not _finite(weight):
+    if not finite(weight):
         raise NumericError(f"{layer.name}: NaN or Inf among its weights; it cannot be pruned")
     return weight
 
@@ -153,9 +160,9 @@ def _prune_one(
 ) -> dict[str, int]:
     weight = read_checked(work.places, layer)
     with holding(layer, weight):
-        mask = _mask(work.todo.recipe, layer, work.shell(layer, statistics), counts)
+        mask = mask_of(work.sites[layer.name], work.shell(layer, statistics), counts)[layer.name]
         if work.nonzero is not None:
-            _check_nonzero({layer.name: layer}, {layer.name: mask}, work.nonzero)
+            _check_nonzero({layer.name: weight}, {layer.name: mask}, work.nonzero)
     weight.view(INTEGER[weight.element_size()]).mul_(mask)  # no negative zero, see `Masks.apply_`
     return write_pruned(work, layer, weight, mask, output)
 
