@@ -17,7 +17,7 @@ from secateur.core.select import Candidates, smallest
 from secateur.core.site import LayerSite, Scored, Site, look_of
 from secateur.core.where import Layer
 from secateur.errors import NumericError, UsageError, nearest
-from secateur.recipes import Recipe
+from secateur.recipes import Recipe, magnitude
 
 __all__ = [
     "Statistics",
@@ -111,9 +111,10 @@ def candidates_of(
             units = _gone(units, site.pruned(masks))
         return _protected(units, site.least)
 
-    few = site.shape[0] * site.shape[1] <= FEW and not isinstance(
-        site, LayerSite
-    )  # a layer's scores may be streamed
+    if isinstance(site, LayerSite):  # a layer's scores may be streamed
+        plain = recipe.score is magnitude.score and site.cells == 1 and not masks and not zeros_last
+        return Candidates(site.shape, site.cells, scores, magnitudes=site.weights if plain else None)
+    few = site.shape[0] * site.shape[1] <= FEW
     return Candidates(
         site.shape, site.cells, cache(scores) if few else scores, site.least, site.step, site.alike
     )
@@ -183,7 +184,7 @@ def mask_of(site: Site, candidates: Candidates, counts: Tensor) -> Mapping[str, 
 
 def kept_of(candidates: Candidates, counts: Tensor) -> Tensor:
     """The units that stay, `(competition, unit)`: those of the highest scores, ties by position."""
-    scores = candidates.scores()
+    keys, competing = candidates.keys(), candidates.shape[1]
     if len(counts) == 1:  # the whole layer is one competition
-        scores = scores.reshape(1, -1)
-    return smallest(scores, scores.shape[1] - counts).logical_not_().reshape(candidates.shape)
+        keys, competing = keys.reshape(1, -1), candidates.units
+    return smallest(keys, competing - counts).logical_not_().reshape(candidates.shape)

@@ -165,6 +165,12 @@ class LayerSite:
         """Weights in a unit."""
         return self.layer.size // (self.shape[0] * self.shape[1])
 
+    def weights(self) -> Float[Tensor, "competition unit"]:
+        """The weights themselves where each is a unit."""
+        part, out, columns = self.layer.layout.shape
+        matrices = self.layer.layout.to_matrices(self.layer.weight.detach())
+        return self.pattern.pool(matrices.reshape(part * out, columns))
+
     def pool(self, scored: Callable[[Layer], Scored]) -> Float[Tensor, "competition unit"]:
         """The pattern's own pooling of one number for each weight; parts lie one below the other."""
         part, out, columns = self.layer.layout.shape

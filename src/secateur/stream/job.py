@@ -211,7 +211,7 @@ def prepare(
             "prune_, or choose a score of activations"
         )
     work = Work(model, todo, places, nonzero, seed, tell, budget)
-    names = statistics_of(todo)
+    names = needed_of_data(todo)
     if names and not architecture.known:
         raise UsageError(
             f"{checkpoint.folder}: {todo.recipe} needs the model to run, but {architecture.note.split(', so')[0]}; "
@@ -227,7 +227,7 @@ def prepare(
     return Prepared(checkpoint, work, batches, need, (architecture.note,) if architecture.note else ())
 
 
-def statistics_of(todo: Plan) -> list[str]:
+def needed_of_data(todo: Plan) -> list[str]:
     """What calibration data have to say; empty where a recipe needs none."""
     return [name for name in (*todo.statistics, *update_statistics(todo.recipe)) if name != "generator"]
 

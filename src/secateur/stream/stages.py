@@ -15,9 +15,10 @@ from typing import Any
 
 from torch import Tensor
 
+from secateur.core.met import is_shareable, version_of
 from secateur.core.shrinkage import lean_on_the_layer
 from secateur.core.statistics import LayerLike, Padding, Sums, evaluating, forward, observe
-from secateur.core.visit import TOKENS, At, is_shareable, merge, split, unreached, version_of
+from secateur.core.visit import TOKENS, At, merge, split, unreached
 from secateur.stream.walk import Running
 
 __all__ = ["AT_ONCE", "in_parts", "visit_in_stages"]
