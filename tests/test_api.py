@@ -71,6 +71,8 @@ NAMES = [
     "random_blocks",
     "reconstruct_",
     "ria",
+    "shrink",
+    "shrunk",
     "sparsegpt",
     "sparsity",
     "taylor",

@@ -69,6 +69,8 @@ _HOME = {
     "random_blocks": "secateur.recipes",
     "reconstruct_": "secateur.recover",
     "ria": "secateur.recipes",
+    "shrink": "secateur.deploy",
+    "shrunk": "secateur.deploy",
     "sparsegpt": "secateur.recipes",
     "sparsity": "secateur.core.counts",
     "taylor": "secateur.recipes",
@@ -138,6 +140,8 @@ __all__ = [
     "random_blocks",
     "reconstruct_",
     "ria",
+    "shrink",
+    "shrunk",
     "sparsegpt",
     "sparsity",
     "taylor",
@@ -164,7 +168,7 @@ if TYPE_CHECKING:
     from secateur.core.counts import sparsity
     from secateur.core.hold import hold_
     from secateur.core.masks import Masks, undo_
-    from secateur.deploy import drop_blocks, drop_blocks_, merge_blocks, merge_blocks_
+    from secateur.deploy import drop_blocks, drop_blocks_, merge_blocks, merge_blocks_, shrink, shrunk
     from secateur.depth import choose_blocks
     from secateur.evaluate import Measurement
     from secateur.pattern import NM, Blocks, Columns, Layers, Rows, Weights
