@@ -87,14 +87,14 @@ HF: dict[str, Callable[[], Case]] = {
     ),
     "llama-gqa": _lm(
         "LlamaForCausalLM", "LlamaConfig", hidden_size=72, intermediate_size=88, num_hidden_layers=2,
-        num_attention_heads=12, num_key_value_heads=4, head_dim=10,
+        num_attention_heads=12, num_key_value_heads=4, head_dim=16,
     ),
     "llama-gqa-tied": _lm(
         "LlamaForCausalLM", "LlamaConfig", hidden_size=72, intermediate_size=88, num_hidden_layers=2,
-        num_attention_heads=12, num_key_value_heads=4, head_dim=10, tie_word_embeddings=True,
+        num_attention_heads=12, num_key_value_heads=4, head_dim=16, tie_word_embeddings=True,
     ),
     "phi3": _lm(
-        "Phi3ForCausalLM", "Phi3Config", hidden_size=80, intermediate_size=88, num_hidden_layers=2,
+        "Phi3ForCausalLM", "Phi3Config", hidden_size=128, intermediate_size=88, num_hidden_layers=2,
         num_attention_heads=8, num_key_value_heads=4, max_position_embeddings=64,
         original_max_position_embeddings=64,
     ),
@@ -112,11 +112,11 @@ HF: dict[str, Callable[[], Case]] = {
     ),
     "qwen3": _lm(
         "Qwen3ForCausalLM", "Qwen3Config", hidden_size=72, intermediate_size=88, num_hidden_layers=2,
-        num_attention_heads=12, num_key_value_heads=4, head_dim=10,
+        num_attention_heads=12, num_key_value_heads=4, head_dim=16,
     ),
     "gemma3": _lm(
         "Gemma3ForCausalLM", "Gemma3TextConfig", hidden_size=72, intermediate_size=88, num_hidden_layers=2,
-        num_attention_heads=12, num_key_value_heads=4, head_dim=10, sliding_window=4,
+        num_attention_heads=12, num_key_value_heads=4, head_dim=16, sliding_window=4,
         layer_types=["sliding_attention", "full_attention"],
     ),
     "distilbert": _encoder(
@@ -164,18 +164,18 @@ HF: dict[str, Callable[[], Case]] = {
     "wav2vec2": _wav2vec2,
     "mixtral": _lm(
         "MixtralForCausalLM", "MixtralConfig", hidden_size=72, intermediate_size=88, num_hidden_layers=2,
-        num_attention_heads=12, num_key_value_heads=4, head_dim=10, num_local_experts=3,
+        num_attention_heads=12, num_key_value_heads=4, head_dim=16, num_local_experts=3,
         num_experts_per_tok=2, **MOE,
     ),
     "qwen2-moe": _lm(
-        "Qwen2MoeForCausalLM", "Qwen2MoeConfig", hidden_size=80, intermediate_size=88, num_hidden_layers=2,
+        "Qwen2MoeForCausalLM", "Qwen2MoeConfig", hidden_size=128, intermediate_size=88, num_hidden_layers=2,
         num_attention_heads=8, num_key_value_heads=4, num_experts=3, num_experts_per_tok=2,
-        moe_intermediate_size=36, shared_expert_intermediate_size=44, **MOE,
+        moe_intermediate_size=40, shared_expert_intermediate_size=44, **MOE,
     ),
     "deepseek-v3": _lm(
         "DeepseekV3ForCausalLM", "DeepseekV3Config", hidden_size=72, intermediate_size=88, num_hidden_layers=2,
         num_attention_heads=6, num_key_value_heads=6, n_routed_experts=4, n_group=2, topk_group=1,
-        num_experts_per_tok=2, moe_intermediate_size=36, first_k_dense_replace=1, kv_lora_rank=20,
+        num_experts_per_tok=2, moe_intermediate_size=40, first_k_dense_replace=1, kv_lora_rank=20,
         q_lora_rank=28, qk_rope_head_dim=8, qk_nope_head_dim=14, v_head_dim=18, head_dim=8, **MOE,
     ),
     "mamba": _lm(

@@ -75,6 +75,8 @@ NAMES = [
     "recalibrate_",
     "rescale_norms_",
     "ria",
+    "shrink",
+    "shrunk",
     "sparsegpt",
     "sparsity",
     "taylor",

@@ -73,6 +73,8 @@ _HOME = {
     "recalibrate_": "secateur.recover",
     "rescale_norms_": "secateur.recover",
     "ria": "secateur.recipes",
+    "shrink": "secateur.deploy",
+    "shrunk": "secateur.deploy",
     "sparsegpt": "secateur.recipes",
     "sparsity": "secateur.core.counts",
     "taylor": "secateur.recipes",
@@ -146,6 +148,8 @@ __all__ = [
     "reconstruct_",
     "rescale_norms_",
     "ria",
+    "shrink",
+    "shrunk",
     "sparsegpt",
     "sparsity",
     "taylor",
@@ -172,7 +176,7 @@ if TYPE_CHECKING:
     from secateur.core.counts import sparsity
     from secateur.core.hold import hold_
     from secateur.core.masks import Masks, undo_
-    from secateur.deploy import drop_blocks, drop_blocks_, merge_blocks, merge_blocks_
+    from secateur.deploy import drop_blocks, drop_blocks_, merge_blocks, merge_blocks_, shrink, shrunk
     from secateur.depth import choose_blocks
     from secateur.evaluate import Measurement
     from secateur.pattern import NM, Blocks, Columns, Layers, Rows, Weights

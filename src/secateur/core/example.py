@@ -15,7 +15,7 @@ from secateur.core.forward import accepts, device_of
 from secateur.core.units import Analysis, analyse
 from secateur.errors import UsageError
 
-__all__ = ["Example", "analysis_of", "example_of", "main_output"]
+__all__ = ["Example", "analysis_of", "example_of", "main_output", "prepared"]
 
 LEFT_OUT = ("loss", "past_key_values")  # of a model's answer: neither is there to be kept
 
@@ -97,13 +97,23 @@ def analysis_of(model: nn.Module, given: Any, **options: Any) -> tuple[Analysis,
         >>> found.units[0].name, example.rows
         ('feed-forward units of 0,2', 2)
     """
+    example = prepared(model, given)
+    found = analyse(model, example.args, example.kwargs, **{"output": main_output, **options})
+    return found, example
+
+
+def prepared(model: nn.Module, given: Any) -> Example:
+    """An example in the form in which models are analysed: at least two rows, no cache.
+
+    Raises:
+        UsageError: as `example_of`.
+    """
     example = example_of(model, given)
     if example.rows == 1:
         example = example.map(lambda _, x: torch.cat([x, x]) if x.dim() and x.shape[0] == 1 else x)
     if accepts(model, "use_cache") and "use_cache" not in example.kwargs:
         example = Example(example.args, {**example.kwargs, "use_cache": False})
-    found = analyse(model, example.args, example.kwargs, **{"output": main_output, **options})
-    return found, example
+    return example
 
 
 def main_output(answer: Any) -> Any:

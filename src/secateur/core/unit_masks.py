@@ -11,7 +11,7 @@ from torch import Tensor
 
 from secateur.core.axes.found import Member, Units
 from secateur.core.masks import Masks
-from secateur.core.units import Analysis
+from secateur.core.units import Analysis, outer
 from secateur.errors import UsageError, nearest
 
 __all__ = ["keep_of"]
@@ -56,9 +56,9 @@ def keep_of(analysis: Analysis, masks: Masks) -> dict[str, Tensor]:
             )
         if dead.any():
             keep[units.name] = (~dead).nonzero().flatten()
-    whole = analysis.masks(keep)
+    index = analysis.kept_indices(keep)
     for name, mask in given.items():
-        meant = whole[name] if name in whole else torch.ones_like(mask)
+        meant = outer(tuple(mask.shape), index.get(name, ()))
         if not torch.equal(mask, meant):
             raise UsageError(_broken(analysis, alive, name, mask, meant))
     return keep

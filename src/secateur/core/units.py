@@ -104,11 +104,23 @@ class Analysis:
         index = self.kept_indices(keep)
         carried = dict.fromkeys(m.name for name in keep for m in self[name].members if m.is_parameter)
         shapes = self.shapes()
-        return Masks({name: _outer(shapes[name], index.get(name, ())) for name in carried})
+        return Masks({name: outer(shapes[name], index.get(name, ())) for name in carried})
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Name -> shape of every tensor in use, under all of its names."""
         return {name: tuple(node.meta["val"].shape) for node, names in self._tensors.items() for name in names}
+
+    def tensor_nodes(self) -> Mapping[fx.Node, tuple[str, ...]]:
+        """The graph's nodes that hold a parameter or buffer, and all names of each."""
+        return self._tensors
+
+    def leaves(self, keep: Keep) -> dict[Atom, Tensor]:
+        """Kept units by axis atom, ascending, for the axes that lose some.
+
+        Raises:
+            UsageError: an unknown axis, an index out of range or given twice, or nothing left.
+        """
+        return _leaves(self, keep)
 
     def first_names(self) -> dict[str, str]:
         """Name -> first name of the same tensor, for every tensor in use."""
@@ -194,7 +206,7 @@ def analyse(
     return Analysis(units, frozen, trace.unruled, unused, module, trace, tensors)
 
 
-def _outer(shape: tuple[int, ...], index: Sequence[Tensor | None]) -> Tensor:
+def outer(shape: tuple[int, ...], index: Sequence[Tensor | None]) -> Tensor:
     """True where every dimension's position is kept."""
     mask = torch.ones(shape, dtype=torch.bool)
     for dim, kept in enumerate(index):
@@ -250,7 +262,7 @@ def pruned_program(analysis: Analysis, keep: Keep) -> fx.GraphModule:
     return narrow_module(analysis.program, analysis.trace, _leaves(analysis, keep))
 
 
-def masked_program(analysis: Analysis, keep: Keep) -> fx.GraphModule:
+def masked_program(analysis: Analysis, keep: Keep, *, lazy: bool = False) -> fx.GraphModule:
     """The whole model with zeros in the parameters of removed units, and norms over the survivors.
 
     What `pruned_program` has to equal. On axes that are exact it is the eager model with zeroed parameters.
@@ -258,6 +270,7 @@ def masked_program(analysis: Analysis, keep: Keep) -> fx.GraphModule:
     Args:
         analysis: From `analyse`.
         keep: As for `pruned_program`.
+        lazy: Hold the model's own tensors and lay the masks on them while it runs: little memory.
 
     Returns:
         A module called like the model, in eval mode.
@@ -265,4 +278,4 @@ def masked_program(analysis: Analysis, keep: Keep) -> fx.GraphModule:
     Raises:
         UsageError: as for `pruned_program`.
     """
-    return masked_module(analysis.program, analysis.trace, _leaves(analysis, keep))
+    return masked_module(analysis.program, analysis.trace, _leaves(analysis, keep), lazy=lazy)

@@ -51,24 +51,57 @@ def narrow_module(module: fx.GraphModule, trace: Trace, kept: Kept) -> fx.GraphM
     return _rebuild(module, trace, kept, narrow_tensor, _narrow_node, buffers=True)
 
 
-def masked_module(module: fx.GraphModule, trace: Trace, kept: Kept) -> fx.GraphModule:
-    """The graph with zeros in the parameters of removed units, and norms and means over the survivors."""
+def masked_module(module: fx.GraphModule, trace: Trace, kept: Kept, *, lazy: bool = False) -> fx.GraphModule:
+    """The graph with zeros in the parameters of removed units, and norms and means over the survivors.
+
+    With `lazy` the graph holds the model's own tensors and lays the masks on them while it runs.
+    """
+    if lazy:
+        return _rebuild(module, trace, kept, lambda value, _: value, _masked_node, buffers=False, lazy=True)
     return _rebuild(module, trace, kept, _masked_tensor, _masked_node, buffers=False)
 
 
+def masked_at_run(value: Tensor, *kept: Tensor | None) -> Tensor:
+    """A parameter with zeros where a dimension's positions are not kept, made when the graph runs."""
+    for dim, alive in enumerate(kept):
+        if alive is not None:
+            shape = [-1 if i == dim else 1 for i in range(value.dim())]
+            zero = torch.zeros((), dtype=value.dtype, device=value.device)
+            value = torch.where(alive.to(value.device).view(shape), value, zero)
+    return value
+
+
 def _rebuild(
-    module: fx.GraphModule, trace: Trace, kept: Kept, transform: Transform, edit: Any, *, buffers: bool
+    module: fx.GraphModule,
+    trace: Trace,
+    kept: Kept,
+    transform: Transform,
+    edit: Any,
+    *,
+    buffers: bool,
+    lazy: bool = False,
 ) -> fx.GraphModule:
     graph = fx.Graph()
     moved: dict[fx.Node, fx.Node] = {}
     root: dict[str, Any] = {}
     done: dict[Any, Any] = {}
+    pending: dict[fx.Node, list[str | None]] = {}  # parameters to mask where they are used, by the masks' names
+    attributes: dict[fx.Node, fx.Node] = {}
     for node in module.graph.nodes:
         if node.op == "call_function" and operator(node) == "aten._assert_tensor_metadata":
             continue
+        for source, alive in ((n, pending[n]) for n in node.all_input_nodes if n in pending):
+            given = (attributes[source], *(name and graph.get_attr(name) for name in alive))
+            moved[source] = graph.call_function(
+                masked_at_run, given
+            )  # at each use, so that none is held for long
         new = moved[node] = graph.node_copy(node, moved.__getitem__)
         if node.op == "get_attr":
-            root[str(node.target)] = _tensor(module, node, trace, kept, transform, done, buffers)
+            value = root[str(node.target)] = _tensor(module, node, trace, kept, transform, done, buffers)
+            attributes[node] = new
+            if lazy and isinstance(value, nn.Parameter) and node in trace.dims:
+                alive = _alive(node, trace, kept, root)
+                pending |= {node: alive} if any(alive) else {}
         elif node.op == "call_function" and node in trace.records:
             moved[node] = edit(graph, node, new, trace, kept, moved)
     graph._codegen = copy(module.graph._codegen)
@@ -105,6 +138,20 @@ def _tensor(
             new = nn.Parameter(new, requires_grad=value.requires_grad)
         done[id(value)] = new
     return done[id(value)]
+
+
+def _alive(node: fx.Node, trace: Trace, kept: Kept, root: dict[str, Any]) -> list[str | None]:
+    """For each dimension the attribute that tells which positions stay; None where all do."""
+    out: list[str | None] = []
+    for size, label in zip(node.meta["val"].shape, trace.dims[node], strict=True):
+        index = positions(trace.axes, label, kept)
+        out.append(None)
+        if index is not None:
+            mask = torch.zeros(size, dtype=torch.bool)
+            mask[index] = True
+            name = f"_kept_{len(root)}"
+            out[-1], root[name] = name, mask
+    return out
 
 
 def _evaluate(value: Any, trace: Trace, kept: Kept) -> Any:
