@@ -11,6 +11,7 @@ from secateur.recover.lora import Adapters, lora_, merge_
 from secateur.recover.losses import LOSSES, language_model, multi_label, regression, single_label
 from secateur.recover.quadratic import loss
 from secateur.recover.reconstruct import Rebuilt, reconstruct_
+from secateur.recover.rewind import rewind_
 from secateur.recover.swaps import Swaps
 from secateur.recover.training import Epoch, Training, Tuned
 from secateur.recover.update import ADMM, ALPS, LeastSquares, SparseGPT, Updated
@@ -38,5 +39,6 @@ __all__ = [
     "multi_label",
     "reconstruct_",
     "regression",
+    "rewind_",
     "single_label",
 ]
