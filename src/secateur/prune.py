@@ -258,7 +258,7 @@ def _mended(
         given |= {name: dense[layer.name][name][part] for name in slopes}
         if "generator" in todo.statistics:
             given["generator"] = torch.Generator().manual_seed(seed_of(seed, f"{layer.name}:{part}"))
-        matrix = layer.layout.to_matrices(layer.weight.detach())[part].float()
+        matrix = layer.layout.to_matrices(layer.values)[part].float()
         return score_of(todo.recipe, layer, matrix, given)
 
     try:
@@ -292,7 +292,7 @@ def _check_weights(layers: Iterable[Layer]) -> None:
     for layer in layers:
         if layer.weight.is_meta:
             raise UsageError(f"{layer.name} is on the meta device and has no values; load the weights first")
-        if not finite(layer.weight.detach().float()):
+        if not finite(layer.values.float()):
             raise NumericError(
                 f"{layer.name}: NaN or Inf among its weights, read as float32; it cannot be pruned"
             )

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from secateur.core.gradients import KNOWN, gather_all
 from secateur.core.loss import Loss
-from secateur.core.select import Candidates, smallest
+from secateur.core.select import Candidates, last_of_all, smallest
 from secateur.core.site import LayerSite, Scored, Site, look_of
+from secateur.core.trained import TRAINED
 from secateur.core.where import Layer
 from secateur.errors import NumericError, UsageError, nearest
 from secateur.recipes import Recipe, magnitude
@@ -48,7 +49,7 @@ def statistics_of(score: Callable[..., Any]) -> tuple[str, ...]:
         names = tuple(inspect.signature(score).parameters)[1:]
     except (TypeError, ValueError):
         raise UsageError(f"score {score!r} is no function of (weight, <statistics by name>)") from None
-    known = (*KNOWN, "generator")
+    known = (*KNOWN, *TRAINED, "generator")
     for name in names:
         if name not in known:
             raise UsageError(
@@ -73,12 +74,16 @@ def gather_for(
         for name in statistics_of(recipe.score)
         if name != "generator" and not all(name in given.get(layer.name, {}) for layer in layers)
     ]
+    score = recipe.describe()["score"]
+    for name in missing:
+        if name in TRAINED:
+            raise UsageError(
+                f"{score} needs {name}, which is gathered while a model trains; use Gradual(..., optimizer=...)"
+            )
     if not missing:
         return given
     if data is None:
-        raise UsageError(
-            f"{recipe.describe()['score']} needs calibration data for {', '.join(missing)}; pass data="
-        )
+        raise UsageError(f"{score} needs calibration data for {', '.join(missing)}; pass data=")
     found = gather_all(model, layers, missing, data, loss)
     return {name: {**found[name], **given.get(name, {})} for name in found}
 
@@ -106,7 +111,7 @@ def candidates_of(
     def scores() -> Tensor:
         units = site.pool(lambda layer: scored(recipe, layer, names, statistics().get(layer.name, {}), seed))
         if zeros_last:
-            units = _gone(units, site.pruned({layer.name: layer.weight.detach() != 0 for layer in site.layers}))
+            units = _gone(units, site.pruned({layer.name: layer.values != 0 for layer in site.layers}))
         if masks:
             units = _gone(units, site.pruned(masks))
         return _protected(units, site.least)
@@ -121,7 +126,7 @@ def candidates_of(
 
 
 def _gone(units: Tensor, gone: Tensor | None) -> Tensor:
-    return units if gone is None else units.masked_fill(gone.to(units.device), -float("inf"))
+    return units if gone is None else last_of_all(units, gone.to(units.device).logical_not_())
 
 
 def _protected(units: Tensor, least: int) -> Tensor:
@@ -136,7 +141,7 @@ def scored(
     recipe: Recipe, layer: Layer, names: tuple[str, ...], known: Mapping[str, Tensor], seed: int
 ) -> Scored:
     """What the recipe's score says of all parts of a layer."""
-    matrices = layer.layout.to_matrices(layer.weight.detach()).float()
+    matrices = layer.layout.to_matrices(layer.values).float()
     part = matrices.shape[0]
     inputs: dict[str, Any] = {name: values.to(matrices.device) for name, values in known.items()}
     if "generator" in names:

@@ -168,7 +168,7 @@ class LayerSite:
     def weights(self) -> Float[Tensor, "competition unit"]:
         """The weights themselves where each is a unit."""
         part, out, columns = self.layer.layout.shape
-        matrices = self.layer.layout.to_matrices(self.layer.weight.detach())
+        matrices = self.layer.layout.to_matrices(self.layer.values)
         return self.pattern.pool(matrices.reshape(part * out, columns))
 
     def pool(self, scored: Callable[[Layer], Scored]) -> Float[Tensor, "competition unit"]:
@@ -188,4 +188,4 @@ class LayerSite:
             return None
         part, out, columns = self.layer.layout.shape
         gone = ~self.layer.layout.to_matrices(masks[self.name]).reshape(part * out, columns)
-        return self.pattern.pool(gone.to(torch.float32)) == 1
+        return self.pattern.pool(gone) if self.cells == 1 else self.pattern.pool(gone.to(torch.float32)) == 1
