@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from secateur.errors import UsageError
 
 if TYPE_CHECKING:
-    pass
+    from secateur.core.statistics import LayerLike
 
 __all__ = ["Padding"]
 
@@ -50,7 +50,7 @@ class Padding:
         self.source = _padded(~hidden.bool() if hidden is not None else given.get("attention_mask"))
         self.target = _padded(given.get("decoder_attention_mask")) if self.encoder else self.source
 
-    def real(self, layer: Placed, inputs: Tensor) -> Tensor | None:
+    def real(self, layer: LayerLike, inputs: Tensor) -> Tensor | None:
         """The boolean mask over the leading positions of `inputs`; None when all of them are real."""
         reads_source = id(layer.module) in self.encoder or inputs.data_ptr() == self.encoded
         mask = self.source if reads_source else self.target
