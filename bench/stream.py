@@ -50,8 +50,8 @@ with new_folder(asked["target"]) as folder:
     done = carry_out(prepared, folder)
 seconds, busy = time.perf_counter() - start, time.process_time() - busy
 peak = int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
-told = {"told": prepared.need.size, "sparsity": done.sparsity, "weights": done.size}
-print(json.dumps({"seconds": seconds, "busy": busy, "peak": peak, **told}))
+found = {"seconds": seconds, "busy": busy, "peak": peak, "told": prepared.need.size}
+print(json.dumps({**found, "sparsity": done.sparsity, "weights": done.size}))
 """
 
 
