@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -12,15 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secateur.core.gradients import GRADIENTS, KNOWN, gather_all
+from secateur.core.gradients import GRADIENTS, gather_all
 from secateur.core.loss import Loss
 from secateur.core.masks import Masks, check_fits
 from secateur.core.select import Candidates, smallest
 from secateur.core.statistics import STATISTICS
 from secateur.core.where import Layer, Only, select
-from secateur.errors import NumericError, UsageError, nearest
+from secateur.errors import NumericError, UsageError
 from secateur.mend import mend_, own_biases, update_statistics
 from secateur.recipes import Recipe, magnitude
+from secateur.scoring import Statistics, candidates_of, finite, gather_for, score_of, seed_of, statistics_of
 from secateur.target import check_arguments, shape_of, weights_to_keep
 
 __all__ = ["Plan", "plan", "prune_"]
@@ -81,7 +80,7 @@ def plan(
         shape_of(recipe, layer)
     update_statistics(recipe)
     keep = weights_to_keep(model, selection.chosen, recipe, sparsity, nonzero)
-    return Plan(recipe, selection.chosen, selection.left_out, keep, _statistics_of(recipe.score))
+    return Plan(recipe, selection.chosen, selection.left_out, keep, statistics_of(recipe.score))
 
 
 def prune_(
@@ -95,6 +94,7 @@ def prune_(
     only: Only = None,
     skip: Only = None,
     masks: Masks | None = None,
+    statistics: Statistics | None = None,
     keep_originals: bool = False,
     seed: int = 0,
 ) -> Masks:
@@ -113,6 +113,8 @@ def prune_(
             module paths, a module type, a predicate `(path, module) -> bool`, or a list of these. The
             default is every layer but embeddings, routers and the vocabulary head of language models.
         masks: masks of an earlier call: what they prune stays pruned and counts towards the sparsity.
+        statistics: what is known already of each layer, by parameter name and statistic, `(part, out, in)` or
+            `(part, in)`; only what is missing is gathered from the data.
         keep_originals: keep a copy of the weights in the masks, so that `undo_` can put them back.
         seed: for random scores.
 
@@ -138,13 +140,13 @@ def prune_(
     _check_weights(todo.layers)
     if recipe.update is not None:
         data = _for_update(recipe, data, masks)
-    statistics = cache(lambda: _gather(model, todo, data, loss))
+    known = cache(lambda: gather_for(model, todo, data, loss, statistics or {}))
     candidates = {
-        name: _candidates(todo, layer, statistics, masks, seed, zeros_last=nonzero is not None)
+        name: candidates_of(todo, layer, known, masks, seed, zeros_last=nonzero is not None)
         for name, layer in layers.items()
     }
     if recipe.update is None:
-        statistics()  # what is wrong with the data is said before anything else
+        known()  # what is wrong with the data is said before anything else
     counts = recipe.allocation(candidates, todo.keep or 0)
     _check_total(todo, candidates, counts)
     if recipe.update is not None:
@@ -153,7 +155,7 @@ def prune_(
     _check_stays_pruned(kept, masks)
     if nonzero is not None:
         _check_nonzero(layers, kept, nonzero)
-    originals = {name: layers[name].weight.detach().clone() for name in layers} if keep_originals else None
+    originals = {name: layers[name].values.clone() for name in layers} if keep_originals else None
     result = Masks(kept, originals)
     result.apply_(model)
     return result
@@ -194,9 +196,9 @@ def _mended(
         given: dict[str, Any] = {name: known[name] for name in todo.statistics if name in known}
         given |= {name: dense[layer.name][name][part] for name in slopes}
         if "generator" in todo.statistics:
-            given["generator"] = torch.Generator().manual_seed(_seed_of(seed, f"{layer.name}:{part}"))
-        matrix = layer.layout.to_matrices(layer.weight.detach())[part].float()
-        return _score(todo, layer, matrix, given)
+            given["generator"] = torch.Generator().manual_seed(seed_of(seed, f"{layer.name}:{part}"))
+        matrix = layer.layout.to_matrices(layer.values)[part].float()
+        return score_of(todo, layer, matrix, given)
 
     try:
         kept = mend_(model, todo.layers, todo.recipe, counts, names, data, scores).masks
@@ -214,93 +216,6 @@ def _bias_name(layer: Layer) -> str:
     return f"{layer.path}.{layer.layout.bias}" if layer.path else str(layer.layout.bias)
 
 
-def _statistics_of(score: Callable[..., Any]) -> tuple[str, ...]:
-    """The parameter names of a score, after the weight, say what it needs to know."""
-    try:
-        names = tuple(inspect.signature(score).parameters)[1:]
-    except (TypeError, ValueError):
-        raise UsageError(f"score {score!r} is no function of (weight, <statistics by name>)") from None
-    known = (*KNOWN, "generator")
-    for name in names:
-        if name not in known:
-            raise UsageError(
-                f"score {getattr(score, '__name__', score)!r} asks for {name!r}, which is no known statistic; "
-                f"{nearest(name, known)}"
-            )
-    return names
-
-
-def _gather(
-    model: nn.Module, todo: Plan, data: Iterable[Any] | None, loss: Loss | None
-) -> dict[str, dict[str, Tensor]]:
-    names = [name for name in todo.statistics if name in KNOWN]
-    if not names:
-        return {}
-    if data is None:
-        raise UsageError(
-            f"{todo.recipe.describe()['score']} needs calibration data for {', '.join(names)}; pass data="
-        )
-    return gather_all(model, todo.layers, names, data, loss)
-
-
-def _candidates(
-    todo: Plan,
-    layer: Layer,
-    statistics: Callable[[], Mapping[str, Mapping[str, Tensor]]],
-    masks: Masks | None,
-    seed: int,
-    zeros_last: bool,
-) -> Candidates:
-    """The units of one layer, their scores computed when asked for."""
-    part, out, columns = layer.layout.shape
-    pattern = todo.recipe.pattern
-    shape = shape_of(todo.recipe, layer)
-
-    def scores() -> Tensor:
-        matrices = layer.layout.to_matrices(layer.weight.detach()).float()
-        known = statistics().get(layer.name, {})
-        inputs: dict[str, Any] = {name: values.to(matrices.device) for name, values in known.items()}
-        if "generator" in todo.statistics:
-            inputs["generator"] = [torch.Generator().manual_seed(_seed_of(seed, layer.name))] * part
-        scored = [
-            _score(todo, layer, matrices[p], {name: inputs[name][p] for name in todo.statistics})
-            for p in range(part)
-        ]
-        whole = scored[0] if part == 1 else torch.cat(scored)
-        units = pattern.pool(whole)
-        if zeros_last:
-            units = units.masked_fill(matrices.reshape(whole.shape) == 0, -float("inf"))
-        if masks is not None and layer.name in masks:
-            pruned = ~layer.layout.to_matrices(masks[layer.name]).reshape(part * out, columns)
-            units = units.masked_fill(pattern.pool(pruned.float()).to(units.device) == 1, -float("inf"))
-        return units
-
-    return Candidates(shape, layer.size // (shape[0] * shape[1]), scores)
-
-
-def _score(todo: Plan, layer: Layer, matrix: Tensor, given: dict[str, Any]) -> Tensor:
-    """One matrix's scores; anybody may have written the score, so what it returns is checked."""
-    result = todo.recipe.score(matrix, **given)
-    if not isinstance(result, Tensor) or result.shape != matrix.shape:
-        got = tuple(result.shape) if isinstance(result, Tensor) else type(result).__name__
-        raise UsageError(
-            f"{layer.name}: score {todo.recipe.describe()['score']!r} is to return one number for each of the weights, "
-            f"shape {tuple(matrix.shape)}, got {got}"
-        )
-    result = result.detach().float()
-    if not _finite(result):
-        raise NumericError(f"{layer.name}: NaN or Inf among its scores; look at its weights and at the data")
-    return result
-
-
-def _finite(values: Tensor) -> bool:
-    return all(bool(end.isfinite()) for end in values.aminmax())  # ten times faster than isfinite().all()
-
-
-def _seed_of(seed: int, name: str) -> int:
-    return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:7], "big")
-
-
 def _check_masks(masks: Masks | None, layers: Mapping[str, Layer]) -> None:
     for name, mask in (masks or {}).items():
         if name not in layers:
@@ -315,7 +230,7 @@ def _check_weights(layers: Iterable[Layer]) -> None:
     for layer in layers:
         if layer.weight.is_meta:
             raise UsageError(f"{layer.name} is on the meta device and has no values; load the weights first")
-        if not _finite(layer.weight.detach().float()):
+        if not finite(layer.values.float()):
             raise NumericError(
                 f"{layer.name}: NaN or Inf among its weights, read as float32; it cannot be pruned"
             )

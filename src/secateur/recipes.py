@@ -32,10 +32,12 @@ __all__ = [
     "last_blocks",
     "loss_without",
     "magnitude",
+    "movement",
     "percentile",
     "random",
     "random_blocks",
     "ria",
+    "snip",
     "sparsegpt",
     "taylor",
     "threshold",
@@ -112,6 +114,9 @@ alps = Recipe(scores.wanda, update=ALPS())
 random = Recipe(scores.random)
 taylor = Recipe(scores.taylor)
 fisher = Recipe(scores.fisher)
+# Lee, Ajanthan, Torr 2019, equation 5, before training; dividing by the sum of all scores does not change their order
+snip = Recipe(scores.taylor, allocate=globally)
+movement = Recipe(scores.movement)
 
 # whole blocks, for `depth.choose_blocks`
 block_influence = Recipe(scores.block_influence, pattern=Layers())
@@ -142,6 +147,7 @@ METHODS: dict[str, Recipe] = {
     "random": random,
     "taylor": taylor,
     "fisher": fisher,
+    "snip": snip,
     "wanda-mended": wanda_mended,
     "sparsegpt": sparsegpt,
     "admm": admm,

@@ -130,3 +130,16 @@ def test_rubbish_is_refused(tmp_path, content):
         Masks.load(tmp_path / "m.safetensors")
     with pytest.raises(InputError, match="not a readable mask file"):
         Masks.load(tmp_path / "missing.safetensors")
+
+
+def test_shuffled_masks_keep_as_many_of_each_and_other_ones():
+    masks = Masks({"a": torch.rand(20, 30) > 0.8, "b": torch.rand(50) > 0.3})
+    one, same, other = masks.shuffled(), masks.shuffled(0), masks.shuffled(1)
+    assert one == same
+    assert one != other
+    assert one != masks
+    for name, mask in masks.items():
+        assert one[name].shape == mask.shape
+        assert one[name].sum() == mask.sum()
+    overlap = (one["a"] & masks["a"]).sum() / masks["a"].sum()
+    assert 0.05 < overlap < 0.4  # about the density, 0.2

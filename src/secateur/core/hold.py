@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from secateur.core.masks import Masks, check_fits, named_parameters, zero_
+from secateur.core.sharded import local, same_order, shard_like
 from secateur.errors import UsageError
 
-__all__ = ["Hold", "hold_", "local", "plain_optimizers", "unwrapped"]
+__all__ = ["Hold", "hold_", "plain_optimizers", "unwrapped"]
 
 # What an optimizer calls a running mean of gradients or of updates; second moments are not among them: left to
 # follow the gradients, they are what a weight needs on the day it is released.
@@ -52,7 +53,7 @@ class Hold:
         parameters = named_parameters(self._model)
         for name, mask in masks.items():
             check_fits(name, mask, parameters)
-        held = {name: (parameters[name], _like(parameters[name], mask)) for name, mask in masks.items()}
+        held = {name: (parameters[name], _mask_of(parameters[name], mask)) for name, mask in masks.items()}
         _check_optimizers(self._optimizers, held)
         self._masks, self._held = masks, held
         if self._gradients:
@@ -176,23 +177,9 @@ def plain_optimizers(optimizer: Any) -> tuple[Optimizer, ...]:
     return tuple(found)
 
 
-def local(tensor: Tensor) -> Tensor:
-    """The values that this process holds: a sharded tensor's own shard, any other tensor itself."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
-
-
-def _like(weight: Any, mask: Tensor) -> Tensor:
+def _mask_of(weight: nn.Parameter, mask: Tensor) -> Tensor:
     """The mask where the weight is, sharded as it is, in its order of memory."""
-    if hasattr(weight, "to_local"):
-        from torch.distributed.tensor import distribute_tensor
-
-        mask = mask.to(weight.device_mesh.device_type)
-        # every process has the whole mask, so nothing needs to be sent
-        mask = distribute_tensor(mask, weight.device_mesh, weight.placements, src_data_rank=None).to_local()
-    values = local(weight.detach())
-    if mask.device == values.device and mask.stride() == values.stride():
-        return mask
-    return torch.empty_like(values, dtype=torch.bool).copy_(mask)
+    return same_order(local(weight.detach()), shard_like(weight, mask))
 
 
 def _check_optimizers(optimizers: tuple[Optimizer, ...], held: dict[str, tuple[nn.Parameter, Tensor]]) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from secateur.core.sharded import local, shard_like
 from secateur.errors import InputError, UsageError, nearest
 
 __all__ = ["Masks", "undo_"]
@@ -109,6 +110,20 @@ class Masks(Mapping[str, Tensor]):
             joined[name] = operation(self[name], other[name])
         return Masks(joined)
 
+    def shuffled(self, seed: int = 0) -> Masks:
+        """Random masks that keep equally many weights of every parameter: the control for where the zeros are.
+
+        Example:
+            >>> masks = Masks({"weight": torch.tensor([[True, False], [False, False]])})
+            >>> masks.shuffled(seed=1).zeros
+            3
+        """
+        generator = torch.Generator().manual_seed(seed)
+        places = {name: torch.randperm(mask.numel(), generator=generator) for name, mask in self.items()}
+        return Masks(
+            {n: mask.reshape(-1)[places[n].to(mask.device)].reshape(mask.shape) for n, mask in self.items()}
+        )
+
     def apply_(self, model: nn.Module) -> nn.Module:
         """Set every pruned weight of `model` to zero (positive zero, so bit patterns agree); returns the model.
 
@@ -119,8 +134,7 @@ class Masks(Mapping[str, Tensor]):
         for name, mask in self.items():
             check_fits(name, mask, parameters)
         for name, mask in self.items():
-            weight = parameters[name].detach()
-            zero_(weight, mask.to(weight.device))
+            zero_(local(parameters[name].detach()), shard_like(parameters[name], mask))
         return model
 
     def save(self, path: str | Path) -> None:
@@ -226,5 +240,5 @@ def undo_(model: nn.Module, masks: Masks) -> nn.Module:
         check_fits(name, original, parameters)
     with torch.no_grad():
         for name, original in masks.originals.items():
-            parameters[name].copy_(original)
+            local(parameters[name]).copy_(shard_like(parameters[name], original))
     return model

@@ -11,10 +11,11 @@ from dataclasses import dataclass, field, replace
 from math import prod
 from typing import NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from secateur.core.matrix import Layout
 from secateur.core.roles import Place, Role, Survey, survey
+from secateur.core.sharded import whole
 from secateur.core.stacks import Stack
 from secateur.core.terms import ROLES, Only, Term, shown, terms
 from secateur.core.tied import contains, same_tensor, tied_names
@@ -53,6 +54,11 @@ class Layer:
     def weight(self) -> nn.Parameter:
         """The parameter itself."""
         return getattr(self.module, self.layout.name)
+
+    @property
+    def values(self) -> Tensor:
+        """The weight without its history, whole where processes share it out."""
+        return whole(self.weight.detach())
 
     @property
     def size(self) -> int:

@@ -12,6 +12,7 @@ from secateur.recover.losses import LOSSES, language_model, multi_label, regress
 from secateur.recover.norms import recalibrate_, rescale_norms_
 from secateur.recover.quadratic import loss
 from secateur.recover.reconstruct import Rebuilt, reconstruct_
+from secateur.recover.rewind import rewind_
 from secateur.recover.swaps import Swaps
 from secateur.recover.training import Epoch, Training, Tuned
 from secateur.recover.units import MendedUnits, mend_units_
@@ -43,6 +44,7 @@ __all__ = [
     "recalibrate_",
     "reconstruct_",
     "regression",
+    "rewind_",
     "rescale_norms_",
     "single_label",
 ]

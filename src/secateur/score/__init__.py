@@ -2,7 +2,7 @@
 
 from secateur.score.activation import RIA, activation, wanda, wanda_l1
 from secateur.score.depth import angular_distance, block_influence, last_blocks, loss_without, random_blocks
-from secateur.score.gradient import fisher, taylor
+from secateur.score.gradient import fisher, movement, taylor
 from secateur.score.magnitude import magnitude, random
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "last_blocks",
     "loss_without",
     "magnitude",
+    "movement",
     "random",
     "random_blocks",
     "taylor",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from jaxtyping import Float
 from torch import Tensor
 
-__all__ = ["fisher", "taylor"]
+__all__ = ["fisher", "movement", "taylor"]
 
 
 def taylor(weight: Float[Tensor, "out in"], grad: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
@@ -44,3 +44,23 @@ def fisher(weight: Float[Tensor, "out in"], grad_squared: Float[Tensor, "out in"
         tensor([[1., 2.]])
     """
     return 0.5 * weight.square() * grad_squared
+
+
+def movement(weight: Float[Tensor, "out in"], movement: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
+    """How far training has moved a weight away from zero: `- sum_t w_t g_t`.
+
+    Large weights that fine-tuning shrinks go before small ones that it grows, so this suits a pretrained model that
+    is tuned for a task. It needs the history of training; see `Gradual`.
+
+    Args:
+        movement: the sum, over the steps of training so far.
+
+    Source: Sanh, Wolf, Rush 2020, "Movement Pruning: Adaptive Sparsity by Fine-Tuning", equation 3 with a learning
+        rate of scores of 1. Deviation: what is pruned stays pruned; the authors let masked weights come back.
+
+    Example:
+        >>> import torch
+        >>> movement(torch.tensor([[-2.0, 1.0]]), torch.tensor([[-0.5, 3.0]]))
+        tensor([[-0.5000,  3.0000]])
+    """
+    return movement

@@ -21,7 +21,8 @@ from secateur.core.where import Layer
 from secateur.errors import NumericError
 from secateur.manifest import STATE
 from secateur.mend import mend_, update_statistics
-from secateur.prune import Plan, _finite, _score, _seed_of
+from secateur.prune import Plan
+from secateur.scoring import finite, score_of, seed_of
 from secateur.stream.output import Output
 from secateur.stream.shards import FLOATING
 from secateur.stream.tensors import Work, keep_counts, prune_tensors, units_of, write_pruned
@@ -103,9 +104,9 @@ def _scores(todo: Plan, seed: int) -> Callable[[Layer, int, Mapping[str, Tensor]
     def scores(layer: Layer, part: int, known: Mapping[str, Tensor]) -> Tensor:
         given: dict[str, Any] = {name: known[name] for name in todo.statistics if name in known}
         if "generator" in todo.statistics:
-            given["generator"] = torch.Generator().manual_seed(_seed_of(seed, f"{layer.name}:{part}"))
+            given["generator"] = torch.Generator().manual_seed(seed_of(seed, f"{layer.name}:{part}"))
         matrix = layer.layout.to_matrices(layer.weight.detach())[part].float()
-        return _score(todo, layer, matrix, given)
+        return score_of(todo, layer, matrix, given)
 
     return scores
 
@@ -148,7 +149,7 @@ def _walk(work: Work, batches: Sequence[Any], output: Output, state: Path, what:
 
 def _check(layers: Sequence[Layer]) -> None:
     for layer in layers:
-        if not _finite(layer.weight.detach()):
+        if not finite(layer.weight.detach()):
             raise NumericError(f"{layer.name}: NaN or Inf among its weights; it cannot be pruned")
 
 

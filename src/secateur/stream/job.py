@@ -20,9 +20,10 @@ from secateur.folder import interrupted, new_folder
 from secateur.manifest import STATE
 from secateur.measure import Tell
 from secateur.mend import update_statistics
-from secateur.prune import Plan, _statistics_of, plan
+from secateur.prune import Plan, plan
 from secateur.recipes import Recipe, magnitude
 from secateur.run import check_apart
+from secateur.scoring import statistics_of
 from secateur.stream.architecture import build_empty
 from secateur.stream.blocks import prune_blocks
 from secateur.stream.output import Journal, Output
@@ -239,7 +240,7 @@ def _plan_of_nonzero(
     update_statistics(recipe)
     own, others = count_nonzeros(model, places, selection.chosen)
     keep = weights_to_keep(own, others, nonzero)
-    return Plan(recipe, selection.chosen, selection.left_out, keep, _statistics_of(recipe.score))
+    return Plan(recipe, selection.chosen, selection.left_out, keep, statistics_of(recipe.score))
 
 
 def _check_memory(work: Work, budget: int | None) -> None:

@@ -15,7 +15,8 @@ from secateur.core.select import Candidates
 from secateur.core.where import Layer
 from secateur.errors import NumericError, UsageError
 from secateur.measure import Tell
-from secateur.prune import Plan, _candidates, _check_nonzero, _check_total, _finite, _mask
+from secateur.prune import Plan, _check_nonzero, _check_total, _mask
+from secateur.scoring import candidates_of, finite
 from secateur.stream.output import Output
 from secateur.stream.places import Places
 
@@ -65,7 +66,7 @@ class Work:
 
     def shell(self, layer: Layer, statistics: Statistics) -> Candidates:
         """The units of a layer whose weight is held while the scores are asked for."""
-        return _candidates(self.todo, layer, statistics, None, self.seed, self.nonzero is not None)
+        return candidates_of(self.todo, layer, statistics, None, self.seed, self.nonzero is not None)
 
     def _candidates(self, layer: Layer, statistics: Statistics) -> Candidates:
         shell = self.shell(layer, statistics)
@@ -85,7 +86,7 @@ def read_checked(places: Places, layer: Layer) -> Tensor:
         NumericError: NaN or Inf in it.
     """
     weight = places.read(layer.name)
-    if not _finite(weight):
+    if not finite(weight):
         raise NumericError(f"{layer.name}: NaN or Inf among its weights; it cannot be pruned")
     return weight
 

@@ -1,0 +1,7 @@
+"""When? Pruning while a model trains."""
+
+from secateur.training.gradual import Gradual
+from secateur.training.regrowth import RigL
+from secateur.training.thresholding import Thresholding
+
+__all__ = ["Gradual", "RigL", "Thresholding"]
