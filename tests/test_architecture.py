@@ -25,6 +25,8 @@ HEAVY = {
     "lm_eval",
     "pyarrow",
     "datasets",
+    "accelerate",
+    "lightning",
     "scipy",
 }
 SMALL = {"torch", "numpy", "jaxtyping", "safetensors", "secateur", *sys.stdlib_module_names}

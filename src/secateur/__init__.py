@@ -22,6 +22,7 @@ _HOME = {
     "IntoBias": "secateur.recover",
     "Layers": "secateur.pattern",
     "LeastSquares": "secateur.recover",
+    "LightningCallback": "secateur.training",
     "Masks": "secateur.core.masks",
     "Measurement": "secateur.evaluate",
     "NM": "secateur.pattern",
@@ -79,8 +80,8 @@ _HOME = {
     "prune_checkpoint": "secateur.stream",
     "random": "secateur.recipes",
     "random_blocks": "secateur.recipes",
-    "reconstruct_": "secateur.recover",
     "recalibrate_": "secateur.recover",
+    "reconstruct_": "secateur.recover",
     "rescale_norms_": "secateur.recover",
     "rewind_": "secateur.recover",
     "ria": "secateur.recipes",
@@ -91,6 +92,7 @@ _HOME = {
     "sparsity": "secateur.core.counts",
     "taylor": "secateur.recipes",
     "threshold": "secateur.recipes",
+    "trainer_callback": "secateur.training",
     "undo_": "secateur.core.masks",
     "wanda": "secateur.recipes",
     "wanda_l1": "secateur.recipes",
@@ -111,6 +113,7 @@ __all__ = [
     "IntoBias",
     "Layers",
     "LeastSquares",
+    "LightningCallback",
     "Masks",
     "Measurement",
     "Percentile",
@@ -178,6 +181,7 @@ __all__ = [
     "sparsity",
     "taylor",
     "threshold",
+    "trainer_callback",
     "undo_",
     "wanda",
     "wanda_l1",
@@ -243,7 +247,7 @@ if TYPE_CHECKING:
     from secateur.schedule import constant, cubic, exponential, geometric, linear, points
     from secateur.score import RIA
     from secateur.stream import prune_checkpoint
-    from secateur.training import Gradual, RigL, Thresholding
+    from secateur.training import Gradual, LightningCallback, RigL, Thresholding, trainer_callback
 
 
 def __getattr__(name: str) -> Any:

@@ -16,6 +16,7 @@ from secateur.evaluate import Measurement
 from secateur.measure import Tell
 from secateur.prune import prune_
 from secateur.recipes import threshold
+from secateur.training import Thresholding
 
 __all__ = ["Stage", "classifier", "digits", "life_cycle", "train"]
 
@@ -69,17 +70,15 @@ def train(
     model: nn.Module, images: Tensor, labels: Tensor, *, epochs: int, tau: float | None, seed: int
 ) -> None:
     """Adam; with `tau`, every step ends by setting the weights of magnitude at most tau to zero."""
-    weights = [layer.weight for layer in select(model).chosen]
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
+    pruner = Thresholding(model, tau, regrow=True) if tau is not None else None
     for rows in _batches(len(labels), epochs, seed):
         loss = nn.functional.cross_entropy(model(images[rows]), labels[rows])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        if tau is not None:
-            with torch.no_grad():
-                for weight in weights:
-                    weight.masked_fill_(weight.abs() <= tau, 0)
+        if pruner is not None:
+            pruner.step()
 
 
 def _batches(count: int, epochs: int, seed: int) -> Iterator[Tensor]:
