@@ -114,3 +114,13 @@ def test_batches_of_other_forms():
         inputs_and_labels("text")
     with pytest.raises(UsageError, match="no labels, and no token ids to predict"):
         loss_of(nn.Identity(), torch.randn(4, 3), None)
+
+
+def test_ones_own_loss_gets_what_the_model_returns():
+    model = nn.Module()
+    model.forward = lambda x: SimpleNamespace(logits=x, extra=x.sum())
+    x, y = torch.randn(4, 3), torch.tensor([0, 1, 2, 0])
+    found = loss_of(model, (x, y), lambda output, labels: output.extra + labels.sum())
+    assert found == x.sum() + 3
+    assert loss_of(nn.Identity(), x, lambda output, batch: (output - batch).sum()) == 0  # no labels: the batch
+    close(loss_of(nn.Identity(), (x, y), F.cross_entropy), F.cross_entropy(x, y))

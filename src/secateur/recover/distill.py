@@ -19,9 +19,8 @@ from secateur.recover.finetune import Metric, judge_by
 from secateur.recover.loop import train_
 from secateur.recover.losses import (
     Loss,
-    chosen_by_shape,
     inputs_and_labels,
-    labels_of,
+    judged,
     loss_named,
     multi_label,
     regression,
@@ -113,8 +112,7 @@ def distill_(
     maps = _maps(mine, theirs, paired, data, how.seed)
 
     def objective(batch: Any) -> Tensor:
-        inputs, labels = inputs_and_labels(batch)
-        inputs = move(inputs, device_of(student))
+        inputs = move(inputs_and_labels(batch)[0], device_of(student))
         output, seen, attended = mine(inputs)
         with undisturbed(teacher):
             shown, shown_inside, shown_maps = theirs(inputs)
@@ -123,8 +121,7 @@ def distill_(
         if weights.soft:
             total = total + weights.soft * answer_gap(logits, target, temperature, chosen, inputs)
         if weights.hard:
-            truth = labels_of(inputs, labels).to(logits.device)
-            total = total + weights.hard * (chosen or chosen_by_shape(logits, labels))(logits, truth)
+            total = total + weights.hard * judged(output, batch, chosen)
         if weights.hidden:
             total = total + weights.hidden * _hidden(seen, shown_inside, paired, maps, inputs)
         if weights.attention:

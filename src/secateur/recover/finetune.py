@@ -41,8 +41,8 @@ def finetune_(
             through once an epoch (a DataLoader). A batch is a pair `(inputs, labels)`, a mapping of named inputs
             with or without `labels`, or a tensor of token ids.
         masks: what `prune_` returned. Without them zeros are weights like any other and will be trained away.
-        loss: a name of `LOSSES` (language-model, single-label, multi-label, regression), or a function of logits
-            and labels as torch's own; None chooses by the shapes where they leave no doubt.
+        loss: a name of `LOSSES` (language-model, single-label, multi-label, regression), or one's own
+            `loss(output, labels)`, as for `prune_`; None chooses by the shapes where they leave no doubt.
         validation: batches that are never trained on.
         metric: `(model, validation) -> Measurement or number`, as `evaluate.accuracy` and `evaluate.perplexity`
             are; None for the loss itself.
@@ -61,8 +61,8 @@ def finetune_(
             its last good state.
 
     Cost: `epochs` forward and backward passes of the data and a validation after each; memory for the gradients,
-        two moments, and one more copy of the weights (the best). With `checkpoint`, one pass over the data to tell
-        them from others, and a file of four times the weights.
+        two moments, and one more copy of the weights (the best). With `checkpoint`, one pass over the data to
+        tell them from others, and a file of four times the weights.
 
     Example:
         >>> import torch

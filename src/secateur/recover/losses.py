@@ -1,7 +1,7 @@
 """What a model is trained on: four losses by name, and the user's own.
 
-A loss is a function of logits and labels that gives one number to make small, as torch's own are. Labels of
--100 are left out everywhere.
+A loss by name is a function of logits and labels, labels of -100 left out; one's own gets what the model returns
+and the labels, as everywhere in secateur.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from secateur.core.forward import call, device_of, logits_of, move
+from secateur.core.loss import Loss
 from secateur.errors import UsageError, nearest
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "Loss",
     "chosen_by_shape",
     "inputs_and_labels",
+    "judged",
     "labels_of",
     "language_model",
     "loss_named",
@@ -30,8 +32,6 @@ __all__ = [
     "regression",
     "single_label",
 ]
-
-Loss = Callable[[Tensor, Tensor], Tensor]
 
 IGNORED = -100
 """A label that asks not to be learned."""
@@ -109,7 +109,7 @@ def regression(outputs: Tensor, labels: Tensor) -> Tensor:
     return F.mse_loss(outputs.float(), labels.float())
 
 
-LOSSES: Mapping[str, Loss] = {
+LOSSES: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
     "language-model": language_model,
     "single-label": single_label,
     "multi-label": multi_label,
@@ -142,17 +142,37 @@ def loss_of(model: nn.Module, batch: Any, loss: Loss | None) -> Tensor:
     Args:
         model: returns logits, alone or as `.logits`.
         batch: see `inputs_and_labels`.
-        loss: None chooses by the shapes: no labels but token ids, `language_model`; whole numbers, one for each
-            row of logits, `single_label`; whole numbers, one for each logit, `multi_label`; one real number for
-            each example, `regression`.
+        loss: a function of `LOSSES`, or one's own `loss(output, labels)` of what the model returns (without
+            labels it gets the batch itself). None chooses by the shapes: no labels but token ids,
+            `language_model`; whole numbers, one for each row of logits, `single_label`; whole numbers, one for
+            each logit, `multi_label`; one real number for each example, `regression`.
 
     Raises:
         UsageError: a batch without labels, or shapes that fit no loss or more than one.
     """
+    return judged(call(model, move(inputs_and_labels(batch)[0], device_of(model))), batch, loss)
+
+
+def judged(output: Any, batch: Any, loss: Loss | None) -> Tensor:
+    """The loss of what a model answered to a batch; see `loss_of`."""
     inputs, labels = inputs_and_labels(batch)
-    logits = logits_of(call(model, move(inputs, device_of(model))))
+    if loss is not None and loss not in LOSSES.values():
+        device = next((v.device for v in _tensors(output)), torch.device("cpu"))
+        return loss(output, move(batch if labels is None else labels, device))
+    logits = logits_of(output)
     chosen = chosen_by_shape(logits, labels) if loss is None else loss
     return chosen(logits, labels_of(inputs, labels).to(logits.device))
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    values = (
+        output.values()
+        if isinstance(output, Mapping)
+        else output
+        if isinstance(output, tuple | list)
+        else [output]
+    )
+    return [value for value in values if isinstance(value, Tensor)]
 
 
 def inputs_and_labels(batch: Any) -> tuple[Any, Tensor | None]:
