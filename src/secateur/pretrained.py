@@ -9,7 +9,6 @@ is built.
 from __future__ import annotations
 
 import shutil
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.checkpoint import TOKENIZER_FILES, Checkpoint, one_line, read_object
+from secateur.core.quiet import quiet as hushed
 from secateur.errors import InputError, ResourceError, SecateurError, UsageError, nearest
 from secateur.manifest import write_json
 
@@ -125,7 +125,10 @@ def import_transformers() -> Any:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence transformers' log, progress bars and warnings, and restore their settings afterwards."""
+    """Silence transformers' log, progress bars and warnings, and restore their settings afterwards.
+
+    What it imports on the way (torchao) is silenced as well.
+    """
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
     from transformers.utils import logging
 
@@ -134,8 +137,7 @@ def quiet() -> Iterator[None]:
         logging.is_progress_bar_enabled(),
         not are_progress_bars_disabled(),
     )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with hushed():
         logging.set_verbosity(logging.CRITICAL)
         logging.disable_progress_bar()
         try:

@@ -65,7 +65,7 @@ def state_bytes(model: nn.Module) -> Measurement:
         state_bytes 32 bytes (2 tensors)
     """
     entries = model.state_dict(keep_vars=True).values()
-    found = _distinct(entry for entry in entries if isinstance(entry, Tensor))
+    found = _distinct(part for entry in entries if isinstance(entry, Tensor) for part in _parts(entry))
     size = sum(tensor.numel() * tensor.element_size() for tensor in found)
     return Measurement("state_bytes", size, "bytes", {"tensors": len(found)})
 
@@ -103,18 +103,29 @@ def _files(folder: Path) -> list[Path]:
     return [entry for entry in found if entry.is_file()]
 
 
+def _parts(tensor: Tensor) -> list[Tensor]:
+    """The tensors that a composed one (torchao's integers and scales) is made of; a plain one itself."""
+    if type(tensor) in (Tensor, nn.Parameter) or not hasattr(tensor, "__tensor_flatten__"):
+        return [tensor]
+    names, _ = tensor.__tensor_flatten__()
+    return [part for name in names for part in _parts(getattr(tensor, name))]
+
+
 def _distinct(tensors: Iterable[Tensor]) -> list[Tensor]:
     """Tensors that do not view the same memory in the same way; tied parameters may be two objects."""
     seen: dict[object, Tensor] = {}
     for tensor in tensors:
         key: object = id(tensor)
-        if not tensor.is_meta and tensor.layout == torch.strided and tensor.numel():
+        composed = len(_parts(tensor)) > 1
+        if not tensor.is_meta and tensor.layout == torch.strided and tensor.numel() and not composed:
             key = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device)
         seen.setdefault(key, tensor)
     return list(seen.values())
 
 
 def _nonzeros(tensor: Tensor) -> int:
+    if hasattr(tensor, "dequantize") and len(_parts(tensor)) > 1:
+        tensor = tensor.dequantize()
     if tensor.numel() <= _AT_ONCE or not tensor.is_contiguous():
         return int(torch.count_nonzero(tensor))
     return sum(int(torch.count_nonzero(part)) for part in tensor.view(-1).split(_AT_ONCE))
