@@ -4,16 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
 from secateur.errors import UsageError
 
-if TYPE_CHECKING:
-    from secateur.core.statistics import LayerLike
-
 __all__ = ["Padding"]
+
+
+class Placed(Protocol):
+    """What has to be known of a layer to tell which of its inputs are padding."""
+
+    @property
+    def name(self) -> str: ...  # noqa: D102
+    @property
+    def module(self) -> nn.Module: ...  # noqa: D102
 
 
 class Padding:
@@ -50,7 +56,7 @@ class Padding:
         self.source = _padded(~hidden.bool() if hidden is not None else given.get("attention_mask"))
         self.target = _padded(given.get("decoder_attention_mask")) if self.encoder else self.source
 
-    def real(self, layer: LayerLike, inputs: Tensor) -> Tensor | None:
+    def real(self, layer: Placed, inputs: Tensor) -> Tensor | None:
         """The boolean mask over the leading positions of `inputs`; None when all of them are real."""
         reads_source = id(layer.module) in self.encoder or inputs.data_ptr() == self.encoded
         mask = self.source if reads_source else self.target

@@ -188,4 +188,4 @@ class LayerSite:
             return None
         part, out, columns = self.layer.layout.shape
         gone = ~self.layer.layout.to_matrices(masks[self.name]).reshape(part * out, columns)
-        return self.pattern.pool(gone) if self.cells == 1 else self.pattern.pool(gone.to(torch.float32)) == 1
+        return gone.reshape(self.shape) if self.cells == 1 else self.pattern.pool(gone.to(torch.float32)) == 1

@@ -117,6 +117,7 @@ class LightningCallback:
         """Step where the optimizer has."""
         if trainer.global_step != self._seen:
             self._seen = trainer.global_step
+            assert self.pruner is not None  # made when training starts
             self.pruner.step()
 
     def state_dict(self) -> dict[str, Any]:
