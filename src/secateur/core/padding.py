@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import ExitStack
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -13,13 +13,14 @@ from secateur.errors import UsageError
 __all__ = ["Padding"]
 
 
+@runtime_checkable
 class Placed(Protocol):
     """What has to be known of a layer to tell which of its inputs are padding."""
 
     @property
-    def name(self) -> str: ...  # noqa: D102
+    def name(self) -> str: ...
     @property
-    def module(self) -> nn.Module: ...  # noqa: D102
+    def module(self) -> nn.Module: ...
 
 
 class Padding:
