@@ -73,6 +73,8 @@ NAMES = [
     "ria",
     "shrink",
     "shrunk",
+    "slice_like_",
+    "slice_optimizer_",
     "sparsegpt",
     "sparsity",
     "taylor",
