@@ -89,6 +89,8 @@ NAMES = [
     "ria",
     "shrink",
     "shrunk",
+    "slice_like_",
+    "slice_optimizer_",
     "snip",
     "sparsegpt",
     "sparsity",

@@ -87,6 +87,8 @@ _HOME = {
     "ria": "secateur.recipes",
     "shrink": "secateur.deploy",
     "shrunk": "secateur.deploy",
+    "slice_like_": "secateur.deploy",
+    "slice_optimizer_": "secateur.deploy",
     "snip": "secateur.recipes",
     "sparsegpt": "secateur.recipes",
     "sparsity": "secateur.core.counts",
@@ -176,6 +178,8 @@ __all__ = [
     "ria",
     "shrink",
     "shrunk",
+    "slice_like_",
+    "slice_optimizer_",
     "snip",
     "sparsegpt",
     "sparsity",
@@ -195,7 +199,16 @@ if TYPE_CHECKING:
     from secateur.core.counts import sparsity
     from secateur.core.hold import hold_
     from secateur.core.masks import Masks, undo_
-    from secateur.deploy import drop_blocks, drop_blocks_, merge_blocks, merge_blocks_, shrink, shrunk
+    from secateur.deploy import (
+        drop_blocks,
+        drop_blocks_,
+        merge_blocks,
+        merge_blocks_,
+        shrink,
+        shrunk,
+        slice_like_,
+        slice_optimizer_,
+    )
     from secateur.depth import choose_blocks
     from secateur.evaluate import Measurement
     from secateur.pattern import NM, Blocks, Columns, Layers, Rows, Weights

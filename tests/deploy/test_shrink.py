@@ -276,7 +276,6 @@ def test_hooks_and_parametrizations_come_along(hook: str) -> None:
     x = torch.randn(4, 5)
     analysis = analyse(model, (x,))
     small = shrink(model, half(analysis), x, analysis=analysis)
-    close(model.eval()(x) * 0 + small(x), small(x))
     assert small[0].weight.shape == (4, 5)
     assert shrunk(small).difference < 1e-5
 
@@ -308,7 +307,7 @@ def test_an_output_that_says_nothing_cannot_prove_anything() -> None:
     nn.init.zeros_(model[2].weight)
     x = torch.randn(4, 5)
     analysis = analyse(model, (x,))
-    small = shrink(model, half(analysis), x, analysis=analysis)
-    x = torch.randn(4, 5)
-    nn.init.ones_(model[2].weight)
-    assert small[0].weight.shape == (4, 5)
+    with pytest.raises(
+        UsageError, match=r"^Sequential: the masked model's output does not depend on its inputs"
+    ):
+        shrink(model, half(analysis), x, analysis=analysis)

@@ -2,6 +2,7 @@
 
 from secateur.deploy.depth import drop_blocks, drop_blocks_
 from secateur.deploy.merge import merge_blocks, merge_blocks_
+from secateur.deploy.optimizer import slice_like_, slice_optimizer_
 from secateur.deploy.shrink import shrink
 from secateur.deploy.shrunk import Axis, Shrunk, shrunk
 
@@ -14,4 +15,6 @@ __all__ = [
     "merge_blocks_",
     "shrink",
     "shrunk",
+    "slice_like_",
+    "slice_optimizer_",
 ]

@@ -51,16 +51,27 @@ class Reference:
         index = parts.index(counts)
         found = Reference()
         given = fresh(example, rows, generator)
+        program = None
         if whole is not None:
             program = masked_program(whole, parts.by_name("", counts), lazy=True)
             found.cases.append(("fresh inputs", given, answer(program, given)))
         else:
             with Masking(model, index):
                 found.cases.append(("fresh inputs", given, answer(model, given, output)))
+        found._refuse_constant(model, answer(program, example) if program is not None else None)
         for other in other_shapes(example):
             if found._add_shape(model, parts, counts, fresh(other, rows, generator), output, exact):
                 break
         return found
+
+    def _refuse_constant(self, model: nn.Module, other: list[Tensor] | None) -> None:
+        """Equal answers to different inputs prove nothing."""
+        if other is not None and difference(self.cases[0][2], other) < 1e-6:
+            raise UsageError(
+                f"{type(model).__name__}: the masked model's output does not depend on its inputs, so that nothing "
+                "can be checked by it. Expected trained weights, an example of real inputs and an output= that "
+                "depends on them."
+            )
 
     def _add_shape(
         self, model: nn.Module, parts: Parts, counts: Counts, given: Example, output: Output, exact: bool

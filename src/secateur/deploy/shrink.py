@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
 from secateur.core.axes.atoms import Atom
@@ -20,8 +21,8 @@ from secateur.deploy.fitting import NotExactError, fit
 from secateur.deploy.naming import of_torch
 from secateur.deploy.parts import Parts
 from secateur.deploy.reference import Reference
-from secateur.deploy.shrunk import Axis, Shrunk, after
-from secateur.deploy.slices import refuse_unfit, sliced_copy
+from secateur.deploy.shrunk import Axis, Shrunk, after, shrunk
+from secateur.deploy.slices import Index, copied, refuse_unfit, sliced_copy
 from secateur.deploy.slots import ATTRIBUTE, Slot, integers, read, write_
 from secateur.deploy.width import Width
 from secateur.deploy.widths import Widths
@@ -73,6 +74,8 @@ def shrink(
     if fallback not in FALLBACKS:
         raise UsageError(f"fallback={fallback!r}: {nearest(fallback, FALLBACKS)}.")
     refuse_unfit(model)
+    if any(p.dtype in (torch.bfloat16, torch.float16) for p in model.parameters()):
+        return _low_precision(model, masks, example, output, fallback)
     parts, given = _analysed(model, example, output, analysis)
     asked = parts.kept(masks) if isinstance(masks, Masks) else parts.named(masks)
     try:
@@ -88,6 +91,25 @@ def shrink(
             f'{error} The pruned exported program computes it: shrink(..., fallback="program").'
             + (' Or hold more units, zeroed: fallback="pad".' if fallback == "refuse" else "")
         ) from None
+
+
+def _low_precision(
+    model: nn.Module, masks: Masks | Mapping[str, Any], example: Any, output: Output, fallback: str
+) -> nn.Module:
+    """Shrink a float32 copy, where a difference is no rounding, and make the same cuts in the model."""
+    given = example_of(model, example).map(lambda _, x: x.float() if x.is_floating_point() else x)
+    twin = copied(model, {}).float()
+    found = shrink(twin, masks, given, output=output, fallback=fallback)
+    if not isinstance(vars(found).get(ATTRIBUTE), Shrunk):
+        raise UsageError(
+            f"{type(model).__name__}: no program of a half-precision model can be checked; shrink its float32 copy."
+        )
+    note = shrunk(found)
+    small = sliced_copy(model, note.index, note.zeros)
+    write_(small, {slot: new for slot, (_, new) in note.numbers.items()})
+    follow_torch_(small, model)
+    vars(small)[ATTRIBUTE] = note
+    return small
 
 
 class _CannotFollowError(Exception):
@@ -150,9 +172,12 @@ class _Job:
         return held, domains
 
     def _sliced(self, held: dict[Atom, Tensor]) -> nn.Module:
+        return sliced_copy(self.model, self.parts.index(held), self._zeros(held))
+
+    def _zeros(self, held: dict[Atom, Tensor]) -> Index:
+        """Positions that are not zeroed, of tensors that hold more units than asked for."""
         surplus = {leaf for leaf in self.asked if leaf not in held or len(held[leaf]) > len(self.asked[leaf])}
-        zeros = self.parts.index({leaf: self.asked[leaf] for leaf in surplus})
-        return sliced_copy(self.model, self.parts.index(held), zeros)
+        return self.parts.index({leaf: self.asked[leaf] for leaf in surplus})
 
     def _chosen(
         self, small: nn.Module, held: dict[Atom, Tensor], domains: dict[Slot, list[int]], reference: Reference
@@ -246,7 +271,16 @@ class _Job:
         checked = tuple(words for words, _, _ in reference.cases)
         count = (_count(self.model), _count(small))
         index = self.parts.index(held)
-        note = Shrunk(tuple(axes), index, changed, self.difference, checked, count, type(self.model).__name__)
+        note = Shrunk(
+            tuple(axes),
+            index,
+            self._zeros(held),
+            changed,
+            self.difference,
+            checked,
+            count,
+            type(self.model).__name__,
+        )
         before = vars(self.model).get(ATTRIBUTE)
         vars(small)[ATTRIBUTE] = after(before, note) if isinstance(before, Shrunk) else note
         return small

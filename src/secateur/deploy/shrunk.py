@@ -44,6 +44,7 @@ class Shrunk:
     Attributes:
         axes: Axes that lost units.
         index: Tensor name -> kept positions of each dimension, None where all stay; under all names.
+        zeros: For tensors that hold surplus units the positions that are not zeroed, before slicing.
         numbers: Integers that follow -> (old, new).
         difference: Largest relative difference to the masked model over all inputs tried.
         checked: The inputs tried, in words.
@@ -53,6 +54,7 @@ class Shrunk:
 
     axes: tuple[Axis, ...]
     index: Mapping[str, tuple[Tensor | None, ...]]
+    zeros: Mapping[str, tuple[Tensor | None, ...]]
     numbers: Mapping[Slot, tuple[int, int]]
     difference: float
     checked: tuple[str, ...]

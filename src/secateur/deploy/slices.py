@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from secateur.core.axes.program import narrow_tensor
 from secateur.errors import UsageError
 
-__all__ = ["Index", "narrow", "refuse_unfit", "shared_copy", "sliced_copy"]
+__all__ = ["Index", "copied", "narrow", "refuse_unfit", "shared_copy", "sliced_copy"]
 
 Index = Mapping[str, tuple[Tensor | None, ...]]  # tensor name -> kept positions of each dimension, None for all
 
 
 def shared_copy(model: nn.Module) -> nn.Module:
     """A copy of the modules around the model's own tensors."""
-    return _copied(model, {id(tensor): tensor for tensor in _tensors(model).values()})
+    return copied(model, {id(tensor): tensor for tensor in _tensors(model).values()})
 
 
 def sliced_copy(model: nn.Module, index: Index, zeros: Index | None = None) -> nn.Module:
@@ -40,7 +40,7 @@ def sliced_copy(model: nn.Module, index: Index, zeros: Index | None = None) -> n
         if id(tensor) not in new and (name in index or (zeros or {}).get(name)):
             filled = (zeros or {}).get(name) if isinstance(tensor, nn.Parameter) else None
             new[id(tensor)] = narrow(tensor, index.get(name, ()), filled)
-    small = _copied(model, new)
+    small = copied(model, new)
     for module in small.modules():
         if isinstance(module, nn.RNNBase):
             module._init_flat_weights()  # it remembers the tensors of the original
@@ -79,7 +79,8 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def _copied(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
+def copied(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    """A deep copy, with what the memo says in place of tensors; refused in words where there is none."""
     try:
         return copy.deepcopy(model, memo)
     except (RuntimeError, TypeError) as error:
