@@ -26,6 +26,7 @@ HEAVY = {
     "pyarrow",
     "datasets",
     "scipy",
+    "torchao",
 }
 SMALL = {"torch", "numpy", "jaxtyping", "safetensors", "secateur", *sys.stdlib_module_names}
 

@@ -27,6 +27,7 @@ _HOME = {
     "OWL": "secateur.allocate",
     "Percentile": "secateur.allocate",
     "Plan": "secateur.prune",
+    "Quantized": "secateur.deploy",
     "RIA": "secateur.score",
     "Recipe": "secateur.recipes",
     "Rows": "secateur.pattern",
@@ -54,6 +55,7 @@ _HOME = {
     "globally": "secateur.allocate",
     "hold_": "secateur.core.hold",
     "last_blocks": "secateur.recipes",
+    "load_quantized_": "secateur.deploy",
     "lora_": "secateur.recover",
     "loss_without": "secateur.recipes",
     "magnitude": "secateur.recipes",
@@ -66,12 +68,14 @@ _HOME = {
     "percentile": "secateur.recipes",
     "plan": "secateur.prune",
     "prune_": "secateur.prune",
+    "quantize_": "secateur.deploy",
     "random": "secateur.recipes",
     "random_blocks": "secateur.recipes",
-    "reconstruct_": "secateur.recover",
     "recalibrate_": "secateur.recover",
+    "reconstruct_": "secateur.recover",
     "rescale_norms_": "secateur.recover",
     "ria": "secateur.recipes",
+    "save_quantized": "secateur.deploy",
     "sparsegpt": "secateur.recipes",
     "sparsity": "secateur.core.counts",
     "taylor": "secateur.recipes",
@@ -99,6 +103,7 @@ __all__ = [
     "Measurement",
     "Percentile",
     "Plan",
+    "Quantized",
     "Recipe",
     "Rows",
     "Shares",
@@ -126,6 +131,7 @@ __all__ = [
     "globally",
     "hold_",
     "last_blocks",
+    "load_quantized_",
     "lora_",
     "loss_without",
     "magnitude",
@@ -138,12 +144,14 @@ __all__ = [
     "percentile",
     "plan",
     "prune_",
+    "quantize_",
     "random",
     "random_blocks",
     "recalibrate_",
     "reconstruct_",
     "rescale_norms_",
     "ria",
+    "save_quantized",
     "sparsegpt",
     "sparsity",
     "taylor",
@@ -170,7 +178,16 @@ if TYPE_CHECKING:
     from secateur.core.counts import sparsity
     from secateur.core.hold import hold_
     from secateur.core.masks import Masks, undo_
-    from secateur.deploy import drop_blocks, drop_blocks_, merge_blocks, merge_blocks_
+    from secateur.deploy import (
+        Quantized,
+        drop_blocks,
+        drop_blocks_,
+        load_quantized_,
+        merge_blocks,
+        merge_blocks_,
+        quantize_,
+        save_quantized,
+    )
     from secateur.depth import choose_blocks
     from secateur.evaluate import Measurement
     from secateur.pattern import NM, Blocks, Columns, Layers, Rows, Weights

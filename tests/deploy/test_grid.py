@@ -37,7 +37,6 @@ def test_zeros_stay_and_the_error_is_no_larger_than_plain_roundings(seed, bits, 
     assert (found - w).square().sum() <= 1.1 * (expected - w).square().sum() + rounding
 
 
-
 def test_clipping_pays_with_few_levels():
     w = torch.randn(1, 64, 256, generator=torch.Generator().manual_seed(0))
     found = (from_grid(to_grid(w, 4)) - w).square().sum()

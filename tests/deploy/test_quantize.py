@@ -135,7 +135,9 @@ def test_dynamic_layers_compute_in_integers():
     expected = product * step.double() * grid.scale[0].double().t() + model[0].bias.double()
     gap = (model(x).double() - expected).abs()
     # an input on the edge between two integers may fall on either side: one step of it times one weight
-    assert (gap <= 1e-4 + 2 * step.double() * (grid.integers[0].double().abs() * grid.scale[0].double()).max()).all()
+    assert (
+        gap <= 1e-4 + 2 * step.double() * (grid.integers[0].double().abs() * grid.scale[0].double()).max()
+    ).all()
     assert (gap < 1e-4).double().mean() > 0.7
     # layers that torchao has no such kernel for hold int8 weights
     mixed = Mixed()
