@@ -23,7 +23,7 @@ torch.set_num_threads(1)
 settings.register_profile(
     "secateur",
     deadline=None,
-    max_examples=50,
+    max_examples=int(os.environ.get("SECATEUR_EXAMPLES", "30")),  # of a law; make test-slow looks at more
     derandomize=True,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )

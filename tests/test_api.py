@@ -30,6 +30,7 @@ NAMES = [
     "OWL",
     "Percentile",
     "Plan",
+    "Quantized",
     "RIA",
     "Recipe",
     "RigL",
@@ -64,7 +65,11 @@ NAMES = [
     "globally",
     "hold_",
     "last_blocks",
+<<<<<<< HEAD
     "linear",
+=======
+    "load_quantized_",
+>>>>>>> recover
     "lora_",
     "loss_without",
     "magnitude",
@@ -79,7 +84,11 @@ NAMES = [
     "plan",
     "points",
     "prune_",
+<<<<<<< HEAD
     "prune_checkpoint",
+=======
+    "quantize_",
+>>>>>>> recover
     "random",
     "random_blocks",
     "recalibrate_",
@@ -87,11 +96,15 @@ NAMES = [
     "rescale_norms_",
     "rewind_",
     "ria",
+<<<<<<< HEAD
     "shrink",
     "shrunk",
     "slice_like_",
     "slice_optimizer_",
     "snip",
+=======
+    "save_quantized",
+>>>>>>> recover
     "sparsegpt",
     "sparsity",
     "taylor",

@@ -28,6 +28,7 @@ HEAVY = {
     "accelerate",
     "lightning",
     "scipy",
+    "torchao",
 }
 SMALL = {"torch", "numpy", "jaxtyping", "safetensors", "secateur", *sys.stdlib_module_names}
 

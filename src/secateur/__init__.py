@@ -29,6 +29,7 @@ _HOME = {
     "OWL": "secateur.allocate",
     "Percentile": "secateur.allocate",
     "Plan": "secateur.prune",
+    "Quantized": "secateur.deploy",
     "RIA": "secateur.score",
     "Recipe": "secateur.recipes",
     "RigL": "secateur.training",
@@ -62,7 +63,11 @@ _HOME = {
     "globally": "secateur.allocate",
     "hold_": "secateur.core.hold",
     "last_blocks": "secateur.recipes",
+<<<<<<< HEAD
     "linear": "secateur.schedule",
+=======
+    "load_quantized_": "secateur.deploy",
+>>>>>>> recover
     "lora_": "secateur.recover",
     "loss_without": "secateur.recipes",
     "magnitude": "secateur.recipes",
@@ -77,7 +82,11 @@ _HOME = {
     "plan": "secateur.prune",
     "points": "secateur.schedule",
     "prune_": "secateur.prune",
+<<<<<<< HEAD
     "prune_checkpoint": "secateur.stream",
+=======
+    "quantize_": "secateur.deploy",
+>>>>>>> recover
     "random": "secateur.recipes",
     "random_blocks": "secateur.recipes",
     "recalibrate_": "secateur.recover",
@@ -85,11 +94,15 @@ _HOME = {
     "rescale_norms_": "secateur.recover",
     "rewind_": "secateur.recover",
     "ria": "secateur.recipes",
+<<<<<<< HEAD
     "shrink": "secateur.deploy",
     "shrunk": "secateur.deploy",
     "slice_like_": "secateur.deploy",
     "slice_optimizer_": "secateur.deploy",
     "snip": "secateur.recipes",
+=======
+    "save_quantized": "secateur.deploy",
+>>>>>>> recover
     "sparsegpt": "secateur.recipes",
     "sparsity": "secateur.core.counts",
     "taylor": "secateur.recipes",
@@ -120,6 +133,7 @@ __all__ = [
     "Measurement",
     "Percentile",
     "Plan",
+    "Quantized",
     "Recipe",
     "RigL",
     "Rows",
@@ -153,7 +167,11 @@ __all__ = [
     "globally",
     "hold_",
     "last_blocks",
+<<<<<<< HEAD
     "linear",
+=======
+    "load_quantized_",
+>>>>>>> recover
     "lora_",
     "loss_without",
     "magnitude",
@@ -168,7 +186,11 @@ __all__ = [
     "plan",
     "points",
     "prune_",
+<<<<<<< HEAD
     "prune_checkpoint",
+=======
+    "quantize_",
+>>>>>>> recover
     "random",
     "random_blocks",
     "recalibrate_",
@@ -176,11 +198,15 @@ __all__ = [
     "rescale_norms_",
     "rewind_",
     "ria",
+<<<<<<< HEAD
     "shrink",
     "shrunk",
     "slice_like_",
     "slice_optimizer_",
     "snip",
+=======
+    "save_quantized",
+>>>>>>> recover
     "sparsegpt",
     "sparsity",
     "taylor",
@@ -200,6 +226,7 @@ if TYPE_CHECKING:
     from secateur.core.hold import hold_
     from secateur.core.masks import Masks, undo_
     from secateur.deploy import (
+<<<<<<< HEAD
         drop_blocks,
         drop_blocks_,
         merge_blocks,
@@ -208,6 +235,16 @@ if TYPE_CHECKING:
         shrunk,
         slice_like_,
         slice_optimizer_,
+=======
+        Quantized,
+        drop_blocks,
+        drop_blocks_,
+        load_quantized_,
+        merge_blocks,
+        merge_blocks_,
+        quantize_,
+        save_quantized,
+>>>>>>> recover
     )
     from secateur.depth import choose_blocks
     from secateur.evaluate import Measurement

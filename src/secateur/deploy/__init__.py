@@ -2,6 +2,7 @@
 
 from secateur.deploy.depth import drop_blocks, drop_blocks_
 from secateur.deploy.merge import merge_blocks, merge_blocks_
+<<<<<<< HEAD
 from secateur.deploy.optimizer import slice_like_, slice_optimizer_
 from secateur.deploy.shrink import shrink
 from secateur.deploy.shrunk import Axis, Shrunk, shrunk
@@ -17,4 +18,19 @@ __all__ = [
     "shrunk",
     "slice_like_",
     "slice_optimizer_",
+=======
+from secateur.deploy.packed import load_quantized_, save_quantized
+from secateur.deploy.quantize import Quantized, QuantizedLayer, quantize_
+
+__all__ = [
+    "Quantized",
+    "QuantizedLayer",
+    "drop_blocks",
+    "drop_blocks_",
+    "load_quantized_",
+    "merge_blocks",
+    "merge_blocks_",
+    "quantize_",
+    "save_quantized",
+>>>>>>> recover
 ]
