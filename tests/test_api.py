@@ -65,11 +65,8 @@ NAMES = [
     "globally",
     "hold_",
     "last_blocks",
-<<<<<<< HEAD
     "linear",
-=======
     "load_quantized_",
->>>>>>> recover
     "lora_",
     "loss_without",
     "magnitude",
@@ -84,11 +81,8 @@ NAMES = [
     "plan",
     "points",
     "prune_",
-<<<<<<< HEAD
     "prune_checkpoint",
-=======
     "quantize_",
->>>>>>> recover
     "random",
     "random_blocks",
     "recalibrate_",
@@ -96,15 +90,12 @@ NAMES = [
     "rescale_norms_",
     "rewind_",
     "ria",
-<<<<<<< HEAD
+    "save_quantized",
     "shrink",
     "shrunk",
     "slice_like_",
     "slice_optimizer_",
     "snip",
-=======
-    "save_quantized",
->>>>>>> recover
     "sparsegpt",
     "sparsity",
     "taylor",

@@ -63,11 +63,8 @@ _HOME = {
     "globally": "secateur.allocate",
     "hold_": "secateur.core.hold",
     "last_blocks": "secateur.recipes",
-<<<<<<< HEAD
     "linear": "secateur.schedule",
-=======
     "load_quantized_": "secateur.deploy",
->>>>>>> recover
     "lora_": "secateur.recover",
     "loss_without": "secateur.recipes",
     "magnitude": "secateur.recipes",
@@ -82,11 +79,8 @@ _HOME = {
     "plan": "secateur.prune",
     "points": "secateur.schedule",
     "prune_": "secateur.prune",
-<<<<<<< HEAD
     "prune_checkpoint": "secateur.stream",
-=======
     "quantize_": "secateur.deploy",
->>>>>>> recover
     "random": "secateur.recipes",
     "random_blocks": "secateur.recipes",
     "recalibrate_": "secateur.recover",
@@ -94,15 +88,12 @@ _HOME = {
     "rescale_norms_": "secateur.recover",
     "rewind_": "secateur.recover",
     "ria": "secateur.recipes",
-<<<<<<< HEAD
+    "save_quantized": "secateur.deploy",
     "shrink": "secateur.deploy",
     "shrunk": "secateur.deploy",
     "slice_like_": "secateur.deploy",
     "slice_optimizer_": "secateur.deploy",
     "snip": "secateur.recipes",
-=======
-    "save_quantized": "secateur.deploy",
->>>>>>> recover
     "sparsegpt": "secateur.recipes",
     "sparsity": "secateur.core.counts",
     "taylor": "secateur.recipes",
@@ -167,11 +158,8 @@ __all__ = [
     "globally",
     "hold_",
     "last_blocks",
-<<<<<<< HEAD
     "linear",
-=======
     "load_quantized_",
->>>>>>> recover
     "lora_",
     "loss_without",
     "magnitude",
@@ -186,11 +174,8 @@ __all__ = [
     "plan",
     "points",
     "prune_",
-<<<<<<< HEAD
     "prune_checkpoint",
-=======
     "quantize_",
->>>>>>> recover
     "random",
     "random_blocks",
     "recalibrate_",
@@ -198,15 +183,12 @@ __all__ = [
     "rescale_norms_",
     "rewind_",
     "ria",
-<<<<<<< HEAD
+    "save_quantized",
     "shrink",
     "shrunk",
     "slice_like_",
     "slice_optimizer_",
     "snip",
-=======
-    "save_quantized",
->>>>>>> recover
     "sparsegpt",
     "sparsity",
     "taylor",
@@ -226,16 +208,6 @@ if TYPE_CHECKING:
     from secateur.core.hold import hold_
     from secateur.core.masks import Masks, undo_
     from secateur.deploy import (
-<<<<<<< HEAD
-        drop_blocks,
-        drop_blocks_,
-        merge_blocks,
-        merge_blocks_,
-        shrink,
-        shrunk,
-        slice_like_,
-        slice_optimizer_,
-=======
         Quantized,
         drop_blocks,
         drop_blocks_,
@@ -244,7 +216,10 @@ if TYPE_CHECKING:
         merge_blocks_,
         quantize_,
         save_quantized,
->>>>>>> recover
+        shrink,
+        shrunk,
+        slice_like_,
+        slice_optimizer_,
     )
     from secateur.depth import choose_blocks
     from secateur.evaluate import Measurement

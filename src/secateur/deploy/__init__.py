@@ -2,29 +2,17 @@
 
 from secateur.deploy.depth import drop_blocks, drop_blocks_
 from secateur.deploy.merge import merge_blocks, merge_blocks_
-<<<<<<< HEAD
 from secateur.deploy.optimizer import slice_like_, slice_optimizer_
+from secateur.deploy.packed import load_quantized_, save_quantized
+from secateur.deploy.quantize import Quantized, QuantizedLayer, quantize_
 from secateur.deploy.shrink import shrink
 from secateur.deploy.shrunk import Axis, Shrunk, shrunk
 
 __all__ = [
     "Axis",
-    "Shrunk",
-    "drop_blocks",
-    "drop_blocks_",
-    "merge_blocks",
-    "merge_blocks_",
-    "shrink",
-    "shrunk",
-    "slice_like_",
-    "slice_optimizer_",
-=======
-from secateur.deploy.packed import load_quantized_, save_quantized
-from secateur.deploy.quantize import Quantized, QuantizedLayer, quantize_
-
-__all__ = [
     "Quantized",
     "QuantizedLayer",
+    "Shrunk",
     "drop_blocks",
     "drop_blocks_",
     "load_quantized_",
@@ -32,5 +20,8 @@ __all__ = [
     "merge_blocks_",
     "quantize_",
     "save_quantized",
->>>>>>> recover
+    "shrink",
+    "shrunk",
+    "slice_like_",
+    "slice_optimizer_",
 ]
