@@ -99,6 +99,9 @@ _HOME = {
 __all__ = [
     "ADMM",
     "ALPS",
+    "NM",
+    "OWL",
+    "RIA",
     "Adapters",
     "Best",
     "Blocks",
@@ -110,11 +113,8 @@ __all__ = [
     "LightningCallback",
     "Masks",
     "Measurement",
-    "NM",
-    "OWL",
     "Percentile",
     "Plan",
-    "RIA",
     "Recipe",
     "RigL",
     "Rows",
@@ -192,10 +192,52 @@ if TYPE_CHECKING:
     from secateur.deploy import drop_blocks, drop_blocks_, merge_blocks, merge_blocks_
     from secateur.depth import choose_blocks
     from secateur.evaluate import Measurement
-    from secateur.pattern import Blocks, Columns, Layers, NM, Rows, Weights
+    from secateur.pattern import NM, Blocks, Columns, Layers, Rows, Weights
     from secateur.prune import Plan, plan, prune_
-    from secateur.recipes import Recipe, activation, admm, alps, angular_distance, block_influence, fisher, global_magnitude, last_blocks, loss_without, magnitude, movement, percentile, random, random_blocks, ria, snip, sparsegpt, taylor, threshold, wanda, wanda_l1, wanda_mended
-    from secateur.recover import ADMM, ALPS, Adapters, IntoBias, LeastSquares, SparseGPT, Swaps, Tuned, distill_, finetune_, lora_, mend_units_, merge_, recalibrate_, reconstruct_, rescale_norms_, rewind_
+    from secateur.recipes import (
+        Recipe,
+        activation,
+        admm,
+        alps,
+        angular_distance,
+        block_influence,
+        fisher,
+        global_magnitude,
+        last_blocks,
+        loss_without,
+        magnitude,
+        movement,
+        percentile,
+        random,
+        random_blocks,
+        ria,
+        snip,
+        sparsegpt,
+        taylor,
+        threshold,
+        wanda,
+        wanda_l1,
+        wanda_mended,
+    )
+    from secateur.recover import (
+        ADMM,
+        ALPS,
+        Adapters,
+        IntoBias,
+        LeastSquares,
+        SparseGPT,
+        Swaps,
+        Tuned,
+        distill_,
+        finetune_,
+        lora_,
+        mend_units_,
+        merge_,
+        recalibrate_,
+        reconstruct_,
+        rescale_norms_,
+        rewind_,
+    )
     from secateur.schedule import constant, cubic, exponential, geometric, linear, points
     from secateur.score import RIA
     from secateur.training import Gradual, LightningCallback, RigL, Thresholding, trainer_callback

@@ -44,7 +44,7 @@ __all__ = [
     "recalibrate_",
     "reconstruct_",
     "regression",
-    "rewind_",
     "rescale_norms_",
+    "rewind_",
     "single_label",
 ]
