@@ -90,7 +90,8 @@ def slice_like_(small: nn.Module, other: nn.Module) -> nn.Module:
         kept = index.get(name, ())
         source = given[name]
         shape = tuple(
-            len(one) if d < len(kept) and (one := kept[d]) is not None else n for d, n in enumerate(source.shape)
+            len(one) if d < len(kept) and (one := kept[d]) is not None else n
+            for d, n in enumerate(source.shape)
         )
         if shape != tuple(target.shape):
             raise UsageError(

@@ -88,7 +88,8 @@ class LightningCallback:
     """
 
     def __init__(self, make: Make) -> None:
-        self.make, self.pruner = make, None
+        self.make = make
+        self.pruner: Any = None
         self._restored: dict[str, Any] | None = None
         self._seen = 0
 
