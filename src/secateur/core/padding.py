@@ -4,23 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import ExitStack
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from secateur.errors import UsageError
 
+if TYPE_CHECKING:
+    from secateur.core.statistics import Placed
+
 __all__ = ["Padding"]
-
-
-@runtime_checkable
-class Placed(Protocol):
-    """What has to be known of a layer to tell which of its inputs are padding."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def module(self) -> nn.Module: ...
 
 
 class Padding:
