@@ -36,7 +36,8 @@ from secateur import (
 from secateur.recipes import METHODS
 
 SPARSITIES = st.one_of(st.floats(0, 1), st.sampled_from([0.0, 0.29, 0.5, 1.0]))
-DATA = [torch.randn(7, 8, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
+DRAWS = [torch.Generator().manual_seed(seed) for seed in range(3)]
+DATA = [(torch.randn(7, 8, generator=draw), torch.randint(4, (7,), generator=draw)) for draw in DRAWS]
 # every recipe whose units are single weights, whose sparsity is asked for, and that leaves kept weights alone
 FINE = {
     **{name: recipe for name, recipe in METHODS.items() if recipe.update is None},
@@ -205,7 +206,9 @@ def test_wanda_keeps_the_best_of_all_subsets_of_a_row_of_eight(count, seed):
 def test_the_number_of_nonzeros_is_exact_although_zeros_are_not_what_the_score_likes_least(score):
     model = network()
     model[0].weight.data[3:9] = 0
-    data = [torch.nn.functional.pad(x[:, :5], (0, 3)) for x in DATA]  # dead inputs, so that scores tie at zero
+    data = [
+        torch.nn.functional.pad(x[:, :5], (0, 3)) for x, _ in DATA
+    ]  # dead inputs, so that scores tie at zero
     for nonzero in (24 + 160, 24 + 101, 24):  # 24 biases
         prune_(model, nonzero=nonzero, recipe=Recipe(score, allocate=globally), data=data)
         assert sum(int(torch.count_nonzero(p)) for p in model.parameters()) == nonzero
