@@ -39,7 +39,8 @@ $(VENV)/.installed-torch: constraints.txt
 	$(PIP) torch
 	touch $@
 
-$(VENV)/.installed-%: $(VENV)/.installed-torch pyproject.toml
+# the native kernels are compiled on the way where there is a C++ compiler
+$(VENV)/.installed-%: $(VENV)/.installed-torch pyproject.toml hatch_build.py $(wildcard native/*)
 	$(PIP) --editable '.[$*]'
 	touch $@
 

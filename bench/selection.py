@@ -61,11 +61,13 @@ def by_selection(model: Any) -> Any:
     from secateur.core.select import Candidates, smallest
 
     weights = {name: weight.detach() for name, weight in model.named_parameters() if weight.dim() == 2}
-    layers = {name: Candidates(tuple(w.shape), 1, lambda w=w: w.abs()) for name, w in weights.items()}
+    layers = {
+        name: Candidates(tuple(w.shape), 1, lambda w=w: w.abs(), lambda w=w: w) for name, w in weights.items()
+    }
     total = sum(w.numel() for w in weights.values())
     kept = globally(layers, total - total // 2)
     return {
-        name: smallest(w.abs().reshape(1, -1), w.numel() - kept[name]).logical_not_()
+        name: smallest(layers[name].keys().reshape(1, -1), w.numel() - kept[name]).logical_not_()
         for name, w in weights.items()
     }
 

@@ -9,6 +9,7 @@ from importlib.util import find_spec
 import torch
 
 from secateur import __version__, evaluate
+from secateur.core import native
 
 __all__ = ["findings"]
 
@@ -22,7 +23,7 @@ EXTRAS = {
 
 
 def findings() -> dict[str, str]:
-    """Versions, extras, instruction sets, threads, memory and known traps, each as one line."""
+    """Versions, extras, instruction sets, threads, memory, known traps and which path is active, each as one line."""
     found = {"secateur": __version__, "python": platform.python_version()}
     for package in ("torch", "numpy", "safetensors", "pydantic"):
         found[package] = _version(package) or "missing"
@@ -34,6 +35,7 @@ def findings() -> dict[str, str]:
     found["cuda"] = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "none"
     found["memory free"] = _memory()
     found["torchvision"] = _torchvision()
+    found["selection"] = native.path()
     return found
 
 

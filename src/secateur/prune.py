@@ -256,16 +256,20 @@ def _candidates(
     pattern = todo.recipe.pattern
     shape = shape_of(todo.recipe, layer)
 
+    checked = False
+
     def scores() -> Tensor:
+        nonlocal checked
         matrices = layer.layout.to_matrices(layer.weight.detach()).float()
         known = statistics().get(layer.name, {})
         inputs: dict[str, Any] = {name: values.to(matrices.device) for name, values in known.items()}
         if "generator" in todo.statistics:
             inputs["generator"] = [torch.Generator().manual_seed(_seed_of(seed, layer.name))] * part
         scored = [
-            _score(todo, layer, matrices[p], {name: inputs[name][p] for name in todo.statistics})
+            _score(todo, layer, matrices[p], {name: inputs[name][p] for name in todo.statistics}, not checked)
             for p in range(part)
         ]
+        checked = True  # the same scores come every time
         whole = scored[0] if part == 1 else torch.cat(scored)
         units = pattern.pool(whole)
         if zeros_last:
@@ -275,10 +279,15 @@ def _candidates(
             units = units.masked_fill(pattern.pool(pruned.float()).to(units.device) == 1, -float("inf"))
         return units
 
-    return Candidates(shape, layer.size // (shape[0] * shape[1]), scores)
+    def weights() -> Tensor:
+        return pattern.pool(layer.layout.to_matrices(layer.weight.detach()).reshape(part * out, columns))
+
+    cells = layer.size // (shape[0] * shape[1])
+    plain = todo.recipe.score is magnitude.score and cells == 1 and masks is None and not zeros_last
+    return Candidates(shape, cells, scores, weights if plain else None)
 
 
-def _score(todo: Plan, layer: Layer, matrix: Tensor, given: dict[str, Any]) -> Tensor:
+def _score(todo: Plan, layer: Layer, matrix: Tensor, given: dict[str, Any], check: bool = True) -> Tensor:
     """One matrix's scores; anybody may have written the score, so what it returns is checked."""
     result = todo.recipe.score(matrix, **given)
     if not isinstance(result, Tensor) or result.shape != matrix.shape:
@@ -288,7 +297,7 @@ def _score(todo: Plan, layer: Layer, matrix: Tensor, given: dict[str, Any]) -> T
             f"shape {tuple(matrix.shape)}, got {got}"
         )
     result = result.detach().float()
-    if not _finite(result):
+    if check and not _finite(result):
         raise NumericError(f"{layer.name}: NaN or Inf among its scores; look at its weights and at the data")
     return result
 
@@ -339,10 +348,10 @@ def _check_total(todo: Plan, candidates: Mapping[str, Candidates], counts: Mappi
 def _mask(recipe: Recipe, layer: Layer, candidates: Candidates, counts: Tensor) -> Tensor:
     """The mask of one parameter from how many units each of its competitions keeps."""
     part, out, columns = layer.layout.shape
-    scores = candidates.scores()
+    keys, competing = candidates.keys(), candidates.shape[1]
     if len(counts) == 1:  # the whole layer is one competition
-        scores = scores.reshape(1, -1)
-    kept = smallest(scores, scores.shape[1] - counts).logical_not_().reshape(candidates.shape)
+        keys, competing = keys.reshape(1, -1), candidates.units
+    kept = smallest(keys, competing - counts).logical_not_().reshape(candidates.shape)
     whole = recipe.pattern.spread(kept, (part * out, columns))
     return layer.layout.from_matrices(whole.reshape(part, out, columns)).contiguous()
 

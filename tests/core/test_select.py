@@ -8,7 +8,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from secateur.core import select
-from secateur.core.select import Cut, apportion, kth_smallest, smallest
+from secateur.core.select import Cut, Magnitudes, apportion, kth_smallest, smallest
+
+pytestmark = pytest.mark.usefixtures("path")  # natively and in torch
 
 FLOATS = st.one_of(
     st.floats(width=32, allow_nan=False),
@@ -74,6 +76,20 @@ def test_smallest_across_chunks(shape, monkeypatch):
     for scores in (torch.randn(shape), torch.randint(0, 3, shape).float(), torch.zeros(shape)):
         counts = torch.randint(0, shape[1] + 1, (shape[0],))
         assert torch.equal(smallest(scores, counts), by_sorting(scores, counts))
+
+
+@given(st.integers(1, 6), st.integers(1, 40), st.data())
+def test_magnitudes_are_chosen_from_as_scores_are(rows, columns, data):
+    weights = torch.from_numpy(data.draw(hnp.arrays(np.float32, (rows, columns), elements=FLOATS)))
+    counts = torch.tensor(data.draw(st.lists(st.integers(0, columns), min_size=rows, max_size=rows)))
+    assert torch.equal(smallest(Magnitudes(weights), counts), by_sorting(weights.abs(), counts))
+    assert torch.equal(
+        smallest(Magnitudes(weights.t()).reshape(1, -1), counts[:1]),
+        by_sorting(weights.t().abs().reshape(1, -1), counts[:1]),
+    )
+    k = data.draw(st.integers(1, weights.numel()))
+    parts = [lambda r=r: Magnitudes(weights[r : r + 1]) for r in range(rows)]
+    assert kth_smallest(parts, k) == kth_smallest([lambda: weights.abs()], k)
 
 
 @given(st.lists(st.integers(0, 50), min_size=1, max_size=8))

@@ -17,7 +17,9 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
-__all__ = ["Candidates", "Cut", "apportion", "cut_by_part", "kth_smallest", "smallest"]
+from secateur.core import native
+
+__all__ = ["Candidates", "Cut", "Magnitudes", "apportion", "cut_by_part", "kth_smallest", "smallest"]
 
 # Elements looked at in one go: large enough to hide Python, small enough to stay in the cache hierarchy
 # and to keep the extra memory of a 100-million-weight model at a few megabytes.
@@ -29,6 +31,25 @@ STRIDE = 1 + 5**0.5
 
 
 @dataclass(frozen=True)
+class Magnitudes:
+    """Scores that are the magnitudes of weights, not computed: who reads the weights themselves needs no copy."""
+
+    weights: Float[Tensor, "competition unit"]
+
+    def scores(self) -> Float[Tensor, "competition unit"]:
+        """The scores."""
+        return self.weights.abs()
+
+    def reshape(self, *shape: int) -> Magnitudes:
+        """In another shape."""
+        return Magnitudes(self.weights.reshape(shape))
+
+
+# what is chosen from
+Keys = Tensor | Magnitudes
+
+
+@dataclass(frozen=True)
 class Candidates:
     """The units of one layer that may be pruned, and what they are worth.
 
@@ -37,11 +58,19 @@ class Candidates:
         cells: weights that one unit holds.
         scores: computes the `(competition, unit)` scores, float32, higher = keep. It is called anew in
             every pass, so that the scores of a whole model never exist at the same time.
+        magnitudes: the weights whose magnitudes are the scores, where scores are nothing else; only a saving.
     """
 
     shape: tuple[int, int]
     cells: int
     scores: Callable[[], Float[Tensor, "competition unit"]]
+    magnitudes: Callable[[], Float[Tensor, "competition unit"]] | None = None
+
+    def keys(self) -> Keys:
+        """What `cut_by_part` and `smallest` choose from: the scores, computed only where they have to be."""
+        if self.magnitudes is not None and native.serves(weights := self.magnitudes()):
+            return Magnitudes(weights)
+        return self.scores()
 
     @property
     def units(self) -> int:
@@ -62,7 +91,7 @@ class Cut:
     below: int
 
 
-def kth_smallest(parts: Sequence[Callable[[], Tensor]], k: int) -> Cut:
+def kth_smallest(parts: Sequence[Callable[[], Keys]], k: int) -> Cut:
     """The k-th smallest element (k from 1) of all tensors together, exactly.
 
     Args:
@@ -83,7 +112,7 @@ def kth_smallest(parts: Sequence[Callable[[], Tensor]], k: int) -> Cut:
     return Cut(value, sum(below))
 
 
-def cut_by_part(parts: Sequence[Callable[[], Tensor]], k: int) -> tuple[float, list[int], list[int]]:
+def cut_by_part(parts: Sequence[Callable[[], Keys]], k: int) -> tuple[float, list[int], list[int]]:
     """The k-th smallest element of all tensors together, and for each tensor how many lie below it and equal it.
 
     A sample brackets the answer, one pass counts what lies below the bracket and collects what lies inside
@@ -120,7 +149,7 @@ def cut_by_part(parts: Sequence[Callable[[], Tensor]], k: int) -> tuple[float, l
 
 
 def _sample(
-    parts: Sequence[Callable[[], Tensor]], low: float, high: float
+    parts: Sequence[Callable[[], Keys]], low: float, high: float
 ) -> tuple[Float[np.ndarray, " n"], int]:
     """Evenly spread elements of those in [low, high], sorted; and the number of all elements.
 
@@ -129,16 +158,23 @@ def _sample(
     taken: list[Tensor] = []
     total, seen, stride = 0, 0, 1.0
     for part in parts:
-        flat = part().reshape(-1)
+        keys = part()
+        absolute, flat = isinstance(keys, Magnitudes), _tensor(keys).reshape(-1)
         total += flat.numel()
         if low > -float("inf") or high < float("inf"):
+            absolute, flat = False, flat.abs() if absolute else flat
             flat = flat[(flat >= low) & (flat <= high)]
         seen += flat.numel()
         while seen / stride > STRIDE * min(SAMPLE, seen ** (2 / 3) + 1):
             stride *= STRIDE
             taken = [_every(STRIDE, piece) for piece in taken]
-        taken.append(_every(stride, flat).float())
+        few = _every(stride, flat).float()
+        taken.append(few.abs_() if absolute else few)
     return np.sort(torch.cat(taken).cpu().numpy()), total
+
+
+def _tensor(keys: Keys) -> Tensor:
+    return keys.weights if isinstance(keys, Magnitudes) else keys
 
 
 def _every(stride: float, flat: Shaped[Tensor, " n"]) -> Shaped[Tensor, " m"]:
@@ -163,25 +199,34 @@ def _bracket(
 
 
 def _count(
-    parts: Sequence[Callable[[], Tensor]], a: float, b: float
+    parts: Sequence[Callable[[], Keys]], a: float, b: float
 ) -> tuple[list[int], list[int], list[Tensor] | None]:
     """For each part how many are below a and how many in [a, b]; and those themselves unless they are too many."""
     less, within = [], []
     values: list[Tensor] | None = []
     for part in parts:
-        counts, found = [0, 0], []
-        for piece in part().reshape(-1).split(CHUNK):
-            array = _array(piece)
-            under, upto = array < a, array <= b
-            counts[0] += _true(under)
-            counts[1] += _true(upto)
-            if values is not None:
-                found.append(torch.as_tensor(array[upto ^ under]).float())
-        less.append(counts[0])
-        within.append(counts[1] - counts[0])
-        if values is not None:
-            values = None if sum(within) > 2 * CHUNK else [*values, torch.cat(found)]
+        under, inside, found = _count_one(part(), a, b)
+        less.append(under)
+        within.append(inside)
+        kept = values is not None and found is not None and sum(within) <= 2 * CHUNK
+        values = [*values, found] if kept else None  # type: ignore[misc, list-item]
     return less, within, values
+
+
+def _count_one(keys: Keys, a: float, b: float) -> tuple[int, int, Tensor | None]:
+    """How many scores are below a, how many in [a, b], and those themselves unless they are too many."""
+    absolute = isinstance(keys, Magnitudes)
+    if native.serves(_tensor(keys)):
+        return native.between(_tensor(keys), a, b, absolute=absolute)
+    scores = keys.scores() if isinstance(keys, Magnitudes) else keys
+    counts, found = [0, 0], []
+    for piece in scores.reshape(-1).split(CHUNK):
+        array = _array(piece)
+        under, upto = array < a, array <= b
+        counts[0] += _true(under)
+        counts[1] += _true(upto)
+        found.append(torch.as_tensor(array[upto ^ under]).float())
+    return counts[0], counts[1] - counts[0], torch.cat(found)
 
 
 def _array(tensor: Tensor) -> Any:
@@ -221,11 +266,11 @@ def apportion(sizes: Sequence[int], total: int) -> list[int]:
     return shares
 
 
-def smallest(scores: Float[Tensor, "row unit"], counts: Int[Tensor, " row"]) -> Bool[Tensor, "row unit"]:
+def smallest(keys: Keys, counts: Int[Tensor, " row"]) -> Bool[Tensor, "row unit"]:
     """Mark the `counts[r]` smallest scores of every row r, exactly, ties by index.
 
     Args:
-        scores: float32, no NaN; infinities are allowed.
+        keys: scores `(row, unit)`, float32, no NaN; infinities are allowed. Or weights with these magnitudes.
         counts: how many to mark in each row, 0 to the row's length.
 
     Cost: linear in the number of scores; a copy of at most 2 million scores at a time.
@@ -234,6 +279,9 @@ def smallest(scores: Float[Tensor, "row unit"], counts: Int[Tensor, " row"]) -> 
         >>> smallest(torch.tensor([[2.0, 1.0, 1.0, 1.0]]), torch.tensor([2]))
         tensor([[False,  True,  True, False]])
     """
+    if native.serves(_tensor(keys)):
+        return native.smallest(_tensor(keys), counts, absolute=isinstance(keys, Magnitudes))
+    scores = keys.scores() if isinstance(keys, Magnitudes) else keys
     rows, units = scores.shape
     if rows == 1:
         return _smallest_in_row(scores[0], int(counts[0]))[None]

@@ -1,0 +1,105 @@
+"""The native kernels, where they were built: exact selection over float32 scores on a CPU.
+
+The library is plain C behind ctypes (`native/` in the repository). It is compiled when secateur is installed, where
+a C++ compiler is at hand; without it, or with `SECATEUR_NATIVE=0` in the environment, the callers take their torch
+path, which gives the same answers.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from functools import cache
+from pathlib import Path
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+__all__ = ["between", "path", "serves", "smallest"]
+
+ABI = 1
+ROOM = 1 << 22  # scores collected at most
+FILE = Path(__file__).with_name("_kernels.so")
+
+_SIZE, _THREADS, _FLAG = ctypes.c_int64, ctypes.c_int32, ctypes.c_int32
+_POINTER, _VALUE = ctypes.c_void_p, ctypes.c_float
+_ARGUMENTS = {
+    "secateur_between": [_POINTER, _SIZE, _FLAG, _VALUE, _VALUE, _POINTER, _SIZE, _POINTER, _THREADS],
+    "secateur_smallest": [_POINTER, _SIZE, _SIZE, _FLAG, _POINTER, _POINTER, _THREADS],
+}
+
+
+@cache
+def _opened() -> tuple[ctypes.CDLL | None, str]:
+    """The library, and which path is active in words."""
+    if os.environ.get("SECATEUR_NATIVE") == "0":
+        return None, "torch (SECATEUR_NATIVE=0)"
+    if not FILE.is_file():
+        return (
+            None,
+            "torch (the native kernels were not built; a C++ compiler and a new installation build them)",
+        )
+    try:
+        library = ctypes.CDLL(str(FILE))
+        version = library.secateur_abi()
+    except (OSError, AttributeError) as error:
+        return None, f"torch (the native kernels do not load: {error})"
+    if version != ABI:
+        return None, f"torch (the native kernels are of version {version}, expected {ABI}; install again)"
+    for name, arguments in _ARGUMENTS.items():
+        getattr(library, name).argtypes = arguments
+        getattr(library, name).restype = ctypes.c_int64
+    return library, "native kernels"
+
+
+def path() -> str:
+    """Which path is active, for `secateur doctor`."""
+    return _opened()[1]
+
+
+def serves(scores: Tensor) -> bool:
+    """Whether the kernels are there and can read this tensor: float32, on the CPU."""
+    return scores.dtype == torch.float32 and scores.device.type == "cpu" and _opened()[0] is not None
+
+
+def between(
+    scores: Float[Tensor, ...], a: float, b: float, *, absolute: bool = False
+) -> tuple[int, int, Float[Tensor, " inside"] | None]:
+    """How many scores are below a, how many in [a, b], and those themselves, or None where they are too many.
+
+    Args:
+        scores: with `absolute`, weights whose magnitudes are the scores.
+        a, b: bounds, a <= b.
+    """
+    flat = scores.contiguous()
+    inside = torch.empty(min(flat.numel(), ROOM))
+    below = ctypes.c_int64()
+    count = _library().secateur_between(
+        flat.data_ptr(), flat.numel(), absolute, a, b, inside.data_ptr(), len(inside), ctypes.byref(below),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return below.value, count, inside[:count].clone() if count <= len(inside) else None
+
+
+def smallest(
+    scores: Float[Tensor, "row unit"], counts: Int[Tensor, " row"], *, absolute: bool = False
+) -> Bool[Tensor, "row unit"]:
+    """Mark the `counts[r]` smallest scores of every row r, ties by index; see `core.select.smallest`."""
+    scores, counts = scores.contiguous(), counts.to(torch.int64).contiguous()
+    marked = torch.empty(scores.shape, dtype=torch.bool)
+    _library().secateur_smallest(
+        scores.data_ptr(),
+        *scores.shape,
+        absolute,
+        counts.data_ptr(),
+        marked.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return marked
+
+
+def _library() -> ctypes.CDLL:
+    library = _opened()[0]
+    assert library is not None  # callers ask `serves` first
+    return library
