@@ -144,7 +144,9 @@ def _update(
             f"{layer.name}: update {recipe.update!r} is to return a weight and a mask of shape {tuple(weight.shape)}, "
             f"got {tuple(new.shape)} and {tuple(mask.shape)}"
         )
-    new = torch.where(mask.all(1, keepdim=True), dense, new)
+    whole = mask.all(1)
+    if bool(whole.any()):
+        new = torch.where(whole[:, None], dense, new)
     shift = rest[1] if len(rest) > 1 else None
     if not all(bool(end.isfinite()) for each in (new, shift) if each is not None for end in each.aminmax()):
         raise NumericError(f"{layer.name}: the weight update gave NaN or Inf; give more calibration data")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -16,9 +17,22 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from secateur.core.matrix import Layout
+from secateur.core.met import Met
+from secateur.core.padding import Padding
 from secateur.errors import NumericError, UsageError
 
-__all__ = ["STATISTICS", "LayerLike", "Padding", "Placed", "Sums", "evaluating", "forward", "gather", "observe"]
+__all__ = [
+    "STATISTICS",
+    "LayerLike",
+    "Met",
+    "Padding",
+    "Placed",
+    "Sums",
+    "evaluating",
+    "forward",
+    "gather",
+    "observe",
+]
 
 
 @runtime_checkable
@@ -39,12 +53,24 @@ class LayerLike(Placed, Protocol):
     def layout(self) -> Layout: ...  # noqa: D102
 
 
+PIECE = 256  # rows that are turned into float64 at a time: they stay in the cache
+PANEL = 512  # columns of a second moment that are computed at a time
+
+
+def _summed(rows: Tensor, of: Callable[[Tensor], Tensor]) -> Tensor:
+    """The sum of a function of the rows in float64, without a copy of all of them in float64."""
+    total = rows.new_zeros(rows.shape[1], dtype=torch.float64)
+    for piece in rows.split(PIECE):
+        total += of(piece).sum(0, dtype=torch.float64)
+    return total
+
+
 def _squares(rows: Tensor) -> Tensor:
-    return rows.square().sum(0, dtype=torch.float64)
+    return _summed(rows, torch.square)
 
 
 def _magnitudes(rows: Tensor) -> Tensor:
-    return rows.abs().sum(0, dtype=torch.float64)
+    return _summed(rows, torch.abs)
 
 
 def _count(rows: Tensor) -> Tensor:
@@ -52,7 +78,16 @@ def _count(rows: Tensor) -> Tensor:
 
 
 def _products(rows: Tensor) -> Tensor:
-    return rows.t() @ rows
+    """`X^T X` by panels of columns, each only from its diagonal on: half the work, and symmetric to the bit."""
+    columns = rows.shape[1]
+    if columns < 2 * PANEL:
+        return rows.t() @ rows
+    total = rows.new_empty(columns, columns)
+    for start in range(0, columns, PANEL):
+        panel = slice(start, start + PANEL)
+        torch.mm(rows[:, panel].t(), rows[:, start:], out=total[panel, start:])
+        total[start + PANEL :, panel] = total[panel, start + PANEL :].t()
+    return total
 
 
 def _zeros(rows: Tensor) -> Tensor:
@@ -60,7 +95,7 @@ def _zeros(rows: Tensor) -> Tensor:
 
 
 def _moments(rows: Tensor) -> Tensor:
-    return torch.stack([rows.sum(0, dtype=torch.float64), rows.square().sum(0, dtype=torch.float64)])
+    return torch.stack([_summed(rows, torch.Tensor.detach), _squares(rows)])
 
 
 def _variance(total: Tensor, tokens: int) -> Tensor:
@@ -79,7 +114,7 @@ STATISTICS: Mapping[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, int
     # mean |x_j|: how strongly the neuron that feeds this column is active
     "input_activation": (_magnitudes, lambda total, tokens: total / tokens),
     # mean x_j over all tokens
-    "input_mean": (lambda rows: rows.sum(0, dtype=torch.float64), lambda total, tokens: total / tokens),
+    "input_mean": (lambda rows: _summed(rows, torch.Tensor.detach), lambda total, tokens: total / tokens),
     # mean (x_j - mean x_j)^2: how much the neuron that feeds this column fluctuates
     "input_variance": (_moments, _variance),
     # fraction of tokens at which x_j is exactly zero
@@ -91,6 +126,14 @@ STATISTICS: Mapping[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, int
 }
 
 
+# what rows add to the sums of each part: how many they are, and each statistic
+Added = list[tuple[int, dict[str, Tensor]]]
+
+
+def _finite(values: Tensor) -> bool:
+    return not values.numel() or all(bool(end.isfinite()) for end in values.aminmax())
+
+
 class Sums:
     """The running sums of one layer, one row of sums a part."""
 
@@ -100,19 +143,27 @@ class Sums:
         self.totals: dict[str, list[Tensor | None]] = {name: [None] * layout.shape[0] for name in names}
         self.tokens = [0] * layout.shape[0]
 
-    def add(self, rows_of_parts: list[Tensor]) -> None:
-        """Count the rows `(token, in)` that meet each part."""
-        for part, rows in enumerate(rows_of_parts):
-            self.tokens[part] += rows.shape[0]
-            for name in self.names:
-                added = STATISTICS[name][0](rows.float())
-                if not bool(added.isfinite().all()):
+    def add(self, rows_of_parts: list[Tensor]) -> Added:
+        """Count the rows `(token, in)` that meet each part; returns what they add, for layers that meet the same."""
+        added = [
+            (rows.shape[0], {name: STATISTICS[name][0](rows.float()) for name in self.names})
+            for rows in rows_of_parts
+        ]
+        self.take(added)
+        return added
+
+    def take(self, added: Added) -> None:
+        """Count what rows add."""
+        for part, (tokens, values) in enumerate(added):
+            self.tokens[part] += tokens
+            for name, value in values.items():
+                if not _finite(value):
                     raise NumericError(
                         f"{self.name}: NaN or Inf among its input activations; look at the data and at the layers "
                         "before it"
                     )
                 before = self.totals[name][part]
-                self.totals[name][part] = added if before is None else before + added
+                self.totals[name][part] = value if before is None else before + value
 
     def values(self) -> dict[str, Float[Tensor, "part ..."]]:
         """Each statistic, float32, stacked over parts; a part that met no token has sums of nothing."""
@@ -157,8 +208,8 @@ def gather(
     with ExitStack() as stack:
         stack.enter_context(evaluating(model))
         padding = Padding(model, stack)
-        for layer in layers:
-            observe(layer, padding, _adding(sums[layer.name]), stack)
+        for layer, receive in _adding(layers, sums):
+            observe(layer, padding, receive, stack)
         batches = 0
         for batch in data:
             batches += 1
@@ -175,8 +226,19 @@ def gather(
     return {name: total.values() for name, total in sums.items()}
 
 
-def _adding(sums: Sums) -> Receive:
-    return lambda inputs, rows: sums.add(rows())
+def _adding(layers: Sequence[LayerLike], sums: Mapping[str, Sums]) -> Iterator[tuple[LayerLike, Receive]]:
+    """For each layer a function that adds what it meets to its sums; one input is looked at once."""
+    met = Met()
+
+    def receive(layer: LayerLike, inputs: Tensor, rows: Callable[[], list[Tensor]]) -> None:
+        if met.again(layer, inputs):
+            sums[layer.name].take(met.found)
+            return
+        met.forget()
+        met.remember(layer, inputs, sums[layer.name].add(rows()))
+
+    for layer in layers:
+        yield layer, partial(receive, layer)
 
 
 def observe(layer: LayerLike, padding: Padding, receive: Receive, stack: ExitStack) -> None:
@@ -223,68 +285,6 @@ def _seen_as_function(layer: LayerLike, padding: Padding, receive: Receive) -> I
         yield
     finally:
         F.linear = plain
-
-
-class Padding:
-    """Which tokens of the current batch are real, for inputs of any leading shape.
-
-    In an encoder-decoder two masks exist. A layer inside the encoder reads the source; a layer of the
-    decoder reads the target unless its input is the encoder's very output (keys and values of
-    cross-attention).
-    """
-
-    def __init__(self, model: nn.Module, stack: ExitStack):
-        self.source: Tensor | None = None
-        self.target: Tensor | None = None
-        self.encoder: set[int] = set()
-        self.encoded = -1  # address of the encoder's output in this batch
-        # nn.Transformer's default order is (time, batch, feature)
-        self.time_first = any(
-            isinstance(m, nn.MultiheadAttention) and not m.batch_first for m in model.modules()
-        )
-        if getattr(getattr(model, "config", None), "is_encoder_decoder", False) and hasattr(
-            model, "get_encoder"
-        ):
-            encoder: nn.Module = model.get_encoder()  # type: ignore[operator]
-            self.encoder = {id(module) for module in encoder.modules()}
-            stack.callback(encoder.register_forward_hook(self._remember).remove)
-
-    def _remember(self, module: nn.Module, args: tuple, output: Any) -> None:
-        self.encoded = (output if isinstance(output, Tensor) else output[0]).data_ptr()
-
-    def look_at(self, batch: Any) -> None:
-        """Take the masks out of a new batch; a mask without padding needs no care."""
-        given = batch if isinstance(batch, Mapping) else {}
-        hidden = given.get("src_key_padding_mask")  # nn.Transformer marks padding, not tokens
-        self.source = _padded(~hidden.bool() if hidden is not None else given.get("attention_mask"))
-        self.target = _padded(given.get("decoder_attention_mask")) if self.encoder else self.source
-
-    def real(self, layer: Placed, inputs: Tensor) -> Tensor | None:
-        """The boolean mask over the leading positions of `inputs`; None when all of them are real."""
-        reads_source = id(layer.module) in self.encoder or inputs.data_ptr() == self.encoded
-        mask = self.source if reads_source else self.target
-        if mask is None:
-            return None
-        if isinstance(layer.module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
-            inputs = inputs.movedim(1, -1)
-        lead = inputs.shape[:-1]
-        if self.time_first and lead == mask.shape[::-1]:
-            return mask.t().to(inputs.device)
-        if lead == mask.shape or (len(lead) == 1 and lead[0] == mask.numel()):
-            return mask.to(inputs.device)
-        if len(lead) == 1 and lead[0] == mask.shape[0]:  # one pooled vector a sequence
-            return None
-        raise UsageError(
-            f"{layer.name}: its input has shape {tuple(inputs.shape)}, the attention mask {tuple(mask.shape)}; which "
-            "positions are padding cannot be told. Give calibration batches without padding, or skip this layer"
-        )
-
-
-def _padded(mask: Tensor | None) -> Tensor | None:
-    """The mask as booleans, or None where nothing is padding."""
-    if mask is None or mask.dim() != 2 or bool(mask.bool().all()):
-        return None
-    return mask.bool()
 
 
 def forward(model: nn.Module, batch: Any) -> Any:

@@ -7,7 +7,6 @@ calibrates every layer on what will really reach it, with no knowledge of blocks
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from functools import partial
@@ -17,6 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from secateur.core.met import Met
 from secateur.core.shrinkage import lean_on_the_layer
 from secateur.core.statistics import LayerLike, Padding, Sums, evaluating, forward, observe
 from secateur.errors import UsageError
@@ -53,17 +53,16 @@ def visit(
     """
     batch = merge(data)
     left = {layer.name for layer in layers}
-    newest = _Met(None, {})
+    newest = Met()
 
     def see(layer: LayerLike, inputs: Tensor, rows: Callable[[], list[Tensor]]) -> None:
-        nonlocal newest
         if layer.name not in left:
             return
         left.remove(layer.name)
         if not newest.again(layer, inputs):
-            newest = _Met(None, {})  # let go of the old before the new is made
-            newest = _Met(inputs if _shareable(layer) else None, _statistics(names, layer, rows()))
-        at(layer, newest.statistics)
+            newest.forget()  # before the new is made
+            newest.remember(layer, inputs, _statistics(names, layer, rows()))
+        at(layer, newest.found)
         if not left:
             raise _AllVisitedError
 
@@ -86,30 +85,6 @@ def visit(
 
 class _AllVisitedError(Exception):
     """Ends the forward pass once nothing is left to visit."""
-
-
-class _Met:
-    """The newest input and what was found of it; the input itself is not kept alive."""
-
-    def __init__(self, inputs: Tensor | None, statistics: Mapping[str, Tensor]):
-        self.inputs = None if inputs is None else weakref.ref(inputs)
-        self.version = None if inputs is None else _version(inputs)
-        self.statistics = statistics
-
-    def again(self, layer: LayerLike, inputs: Tensor) -> bool:
-        """Whether this layer reads the very tensor of before, unchanged."""
-        same = self.inputs is not None and self.inputs() is inputs and self.version == _version(inputs)
-        return same and _shareable(layer)
-
-
-def _version(inputs: Tensor) -> int:
-    """How often a tensor was changed in place."""
-    return 0 if inputs.is_inference() else inputs._version
-
-
-def _shareable(layer: LayerLike) -> bool:
-    """A convolution's statistics depend on its kernel, those of experts on the router."""
-    return layer.layout.shape[0] == 1 and not isinstance(layer.module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
 
 
 def _statistics(names: Sequence[str], layer: LayerLike, rows: list[Tensor]) -> Mapping[str, Tensor]:
