@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from secateur.core import statistics
 from secateur.core.matrix import Layout, layouts
 from secateur.core.statistics import STATISTICS, gather
 from secateur.errors import NumericError, UsageError
@@ -157,3 +158,49 @@ def test_padding_that_cannot_be_told_is_refused():
         UsageError, match=r"a\.weight: its input has shape \(2, 4, 3\), the attention mask \(2, 3\)"
     ):
         gather(model, watch(model)[:1], ["input_norm"], [batch])
+
+
+def test_a_wide_second_moment_is_computed_by_panels(monkeypatch):
+    monkeypatch.setattr(statistics, "PANEL", 16)
+    for columns in (31, 32, 33, 48, 70):
+        rows = torch.randn(50, columns)
+        found = statistics._products(rows)
+        torch.testing.assert_close(found, rows.t() @ rows, rtol=1e-5, atol=1e-5)
+        if columns >= 32:  # what lies below a panel is a copy
+            assert torch.equal(found[16:, :16], found[:16, 16:].t())
+
+
+def test_sums_in_pieces_are_those_of_float64():
+    rows = torch.randn(1000, 7)
+    double = rows.double()
+    torch.testing.assert_close(statistics._magnitudes(rows), double.abs().sum(0), rtol=1e-14, atol=0)
+    torch.testing.assert_close(statistics._squares(rows), rows.square().double().sum(0), rtol=1e-14, atol=0)
+    assert statistics._squares(rows[:0]).tolist() == [0.0] * 7
+
+
+def test_one_input_is_looked_at_once_unless_it_changes(monkeypatch):
+    """q and k read the very same tensor; v reads it after a change in place."""
+
+    class Three(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q, self.k, self.v = (nn.Linear(6, 2) for _ in range(3))
+
+        def forward(self, x):
+            x = x + 0
+            q, k = self.q(x), self.k(x)
+            return q + k + self.v(x.mul_(2))
+
+    looked = []
+    squares = statistics._squares
+    watched = {
+        **STATISTICS,
+        "input_norm": (lambda rows: looked.append(1) or squares(rows), lambda t, n: t.sqrt()),
+    }
+    monkeypatch.setattr(statistics, "STATISTICS", watched)
+    model, x = Three(), torch.randn(5, 6)
+    found = gather(model, watch(model), ["input_norm"], [x, x[:2]])
+    assert len(looked) == 4  # two inputs in each of two batches
+    expected = torch.cat([x, x[:2]]).norm(dim=0)
+    for name, times in (("q", 1), ("k", 1), ("v", 2)):
+        torch.testing.assert_close(found[f"{name}.weight"]["input_norm"][0], times * expected)

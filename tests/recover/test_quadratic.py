@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from secateur.errors import NumericError
+from secateur.recover import quadratic
 from secateur.recover.quadratic import loss, one_thread, pose, refit
 
 from .problems import correlated
@@ -142,3 +143,24 @@ def test_threads_are_put_back():
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(threads)
+
+
+def test_layers_with_one_moment_share_one_factorisation(monkeypatch):
+    counted = []
+    factorise = quadratic._factorise
+    monkeypatch.setattr(quadratic, "_factorise", lambda moment: counted.append(1) or factorise(moment))
+    weight, moment = correlated(4, 6, 30, dtype=torch.float32)
+    stacked = torch.stack([moment, 2 * moment])
+    first = pose(weight, stacked[0])
+    assert pose(2 * weight, stacked[0]).known is first.known
+    assert first.known.spectrum is pose(weight, stacked[0]).known.spectrum
+    assert first.known.inverse(1.0) is pose(weight, stacked[0]).known.inverse(1.0)
+    assert len(counted) == 1
+    assert pose(weight, stacked[1]).known is not first.known  # another part
+    assert pose(weight, stacked[0], normalise=False).known is not first.known
+    stacked[0].mul_(3)
+    assert pose(weight, stacked[0]).known is not first.known  # changed since
+    assert len(counted) == 4
+    kept = len(quadratic._FACTORED)
+    del stacked
+    assert len(quadratic._FACTORED) == kept - 1  # nothing outlives the moment

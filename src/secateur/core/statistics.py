@@ -78,7 +78,7 @@ def _count(rows: Tensor) -> Tensor:
 
 
 def _products(rows: Tensor) -> Tensor:
-    """`X^T X` by panels of columns, each only from its diagonal on: half the work, and symmetric to the bit."""
+    """`X^T X` by panels of columns, each only from its diagonal on: half the work."""
     columns = rows.shape[1]
     if columns < 2 * PANEL:
         return rows.t() @ rows

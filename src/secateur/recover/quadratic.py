@@ -7,29 +7,31 @@ the damping has no scale, and the magnitude of a normalised weight is its Wanda 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from secateur.errors import NumericError
 
-__all__ = ["LayerProblem", "loss", "one_thread", "pose", "refit"]
+__all__ = ["Factored", "LayerProblem", "loss", "one_thread", "pose", "refit"]
 
 DAMPING = (0.01, 0.1, 1.0)  # multiples of the mean diagonal, tried in this order
 
 
 @dataclass(frozen=True)
-class LayerProblem:
-    """A layer problem in normalised columns, damped until its matrix can be factorised.
+class Factored:
+    """A second moment in normalised columns, damped until it can be factorised; shared by layers with one input.
 
     Attributes:
         moment: damped, normalised second moment, symmetric positive definite, diagonal `1 + damping`.
         factor: upper triangular `R` with `moment = R R^T`.
-        target: normalised dense weights.
         norm: `n_j`; 1 for a dead column.
         dead: inputs that are zero for every token. Nothing is known about their weights: those are worth nothing
             to a score, and those that are kept all the same stay as they are.
@@ -38,10 +40,67 @@ class LayerProblem:
 
     moment: Float[Tensor, "in in"]
     factor: Float[Tensor, "in in"]
-    target: Float[Tensor, "out in"]
     norm: Float[Tensor, " in"]
     dead: Bool[Tensor, " in"]
     damping: float
+
+    @cached_property
+    def spectrum(self) -> tuple[Float[Tensor, " in"], Float[Tensor, "in in"]]:
+        """Eigenvalues and eigenvectors of the moment, found in float64."""
+        with one_thread():
+            values, vectors = torch.linalg.eigh(self.moment.double())
+        return values.to(self.moment.dtype), vectors.to(self.moment.dtype)
+
+    def inverse(self, rho: float) -> Float[Tensor, "in in"]:
+        """`(moment + rho I)^-1`, kept for the next layer that asks for it."""
+        if rho not in self._inverses:
+            shifted = self.moment.clone()
+            shifted.diagonal().add_(rho)
+            with one_thread():
+                self._inverses[rho] = torch.cholesky_inverse(torch.linalg.cholesky(shifted))
+        return self._inverses[rho]
+
+    @cached_property
+    def _inverses(self) -> dict[float, Tensor]:
+        return {}
+
+
+@dataclass(frozen=True)
+class LayerProblem:
+    """A layer problem in normalised columns.
+
+    Attributes:
+        known: what is known of the inputs.
+        target: normalised dense weights.
+    """
+
+    known: Factored
+    target: Float[Tensor, "out in"]
+
+    @property
+    def moment(self) -> Float[Tensor, "in in"]:
+        """See `Factored`."""
+        return self.known.moment
+
+    @property
+    def factor(self) -> Float[Tensor, "in in"]:
+        """See `Factored`."""
+        return self.known.factor
+
+    @property
+    def norm(self) -> Float[Tensor, " in"]:
+        """See `Factored`."""
+        return self.known.norm
+
+    @property
+    def dead(self) -> Bool[Tensor, " in"]:
+        """See `Factored`."""
+        return self.known.dead
+
+    @property
+    def damping(self) -> float:
+        """See `Factored`."""
+        return self.known.damping
 
     def worth(self, normalised: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
         """The magnitude of normalised weights, zero in dead columns: what supports are searched by."""
@@ -49,7 +108,7 @@ class LayerProblem:
 
     def weights(self, normalised: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
         """Back from normalised columns."""
-        return normalised / self.norm
+        return normalised / self.known.norm
 
 
 @contextmanager
@@ -63,13 +122,18 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
+# tensor that holds moments -> (where in it, how often it was changed, normalised or not) -> what was found; gone with
+# the tensor itself
+_FACTORED: MutableMapping[Tensor, dict[tuple[Any, ...], Factored]] = WeakTensorKeyDictionary()
+
+
 def pose(
     weight: Float[Tensor, "out in"], second_moment: Float[Tensor, "in in"], *, normalise: bool = True
 ) -> LayerProblem:
     """Normalise and damp a layer problem.
 
     Damping starts at 0.01 of the mean diagonal and grows tenfold until a Cholesky factorisation succeeds; it is
-    never replaced by the identity.
+    never replaced by the identity. Layers that pass the very same moment (q, k and v) share one factorisation.
 
     Args:
         weight: dense weights.
@@ -79,8 +143,19 @@ def pose(
     Raises:
         NumericError: NaN or Inf in the moment, or no factorisation up to a damping of 1.
 
-    Cost: one factorisation, O(in^3); three `(in, in)` matrices of memory.
+    Cost: one factorisation, O(in^3); three `(in, in)` matrices of memory for as long as the moment lives.
     """
+    holder = second_moment if second_moment._base is None else second_moment._base
+    found = _FACTORED.setdefault(holder, {})
+    place = second_moment.storage_offset(), second_moment.stride(), second_moment.shape
+    key = (*place, second_moment._version, normalise)
+    if key not in found:
+        found[key] = _factored(second_moment, normalise)
+    known = found[key]
+    return LayerProblem(known, weight * known.norm)
+
+
+def _factored(second_moment: Float[Tensor, "in in"], normalise: bool) -> Factored:
     if not all(bool(end.isfinite()) for end in second_moment.aminmax()):
         raise NumericError("NaN or Inf in the second moment of its inputs; look at the calibration data")
     diagonal = second_moment.diagonal()
@@ -94,9 +169,9 @@ def pose(
         moment.diagonal().copy_(own + damping * scale)
         factor = _factorise(moment)
         if factor is not None:
-            return LayerProblem(moment, factor, weight * norm, norm, dead, damping)
+            return Factored(moment, factor, norm, dead, damping)
     raise NumericError(
-        f"the second moment of {weight.shape[1]} inputs cannot be factorised with damping up to {DAMPING[-1]:g} of its "
+        f"the second moment of {len(norm)} inputs cannot be factorised with damping up to {DAMPING[-1]:g} of its "
         "mean diagonal; give more calibration data, or prune this layer without a weight update"
     )
 

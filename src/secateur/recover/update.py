@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from secateur.recover.quadratic import LayerProblem, one_thread, pose, refit
+from secateur.recover.quadratic import LayerProblem, pose, refit
 
 __all__ = ["ADMM", "ALPS", "Choose", "LeastSquares", "SparseGPT", "Updated"]
 
@@ -187,10 +187,7 @@ class ADMM:
     ) -> Updated:
         """Iterate, then fit on the mask that was found."""
         problem = pose(weight, second_moment)
-        shifted = problem.moment.clone()
-        shifted.diagonal().add_(self.rho)
-        with one_thread():
-            inverse = torch.cholesky_inverse(torch.linalg.cholesky(shifted))
+        inverse = problem.known.inverse(self.rho)
         fixed = problem.target @ problem.moment
         mask = choose(problem.worth(problem.target))
         dense, dual = problem.target, torch.zeros_like(problem.target)
@@ -229,9 +226,7 @@ class ALPS:
     ) -> Updated:
         """Search the support, then fit on it."""
         problem = pose(weight, second_moment)
-        with one_thread():
-            values, vectors = torch.linalg.eigh(problem.moment.double())
-        mask = self._search(problem, choose, values.to(weight.dtype), vectors.to(weight.dtype))
+        mask = self._search(problem, choose, *problem.known.spectrum)
         return Updated(problem.weights(refit(problem, mask, self.refit_steps)), mask, problem.damping)
 
     def _search(
