@@ -113,7 +113,7 @@ class _Sweep:
     """The columns of one matrix, eliminated left to right; a column of W is a row here, so that it is contiguous.
 
     The columns are halved until few are left: the first half, then its effect on the second half in one matrix
-    product, then the second half.
+    product, then the second half. What is passed on is multiplied by `R_jj`, so R is used as it is.
     """
 
     LEAF = 16  # columns that are eliminated one by one
@@ -121,11 +121,16 @@ class _Sweep:
     def __init__(self, problem: LayerProblem, choose: Choose, width: int):
         self.choose, self.width = choose, width
         self.target = problem.target.t().contiguous()
-        self.current = self.target.clone()
-        self.lost = torch.zeros_like(self.target)
+        self.gained = torch.zeros_like(self.target)  # sum of d_k R_kj over the columns k before
+        self.lost = torch.empty_like(self.target)
         self.keep = torch.empty_like(self.target)
-        self.scale = problem.factor.diagonal().masked_fill(problem.dead, 0)[:, None]
-        self.spread = problem.factor / problem.factor.diagonal()
+        self.factor, self.own = problem.factor, problem.factor.diagonal()[:, None]
+        self.scale = self.own.masked_fill(problem.dead[:, None], 0)
+
+    @property
+    def current(self) -> Float[Tensor, "in out"]:
+        """The columns as they are now."""
+        return torch.addcdiv(self.target, self.gained, self.own)
 
     def run(self, start: int, stop: int) -> None:
         """Choose and eliminate columns `start` to `stop`."""
@@ -141,9 +146,8 @@ class _Sweep:
 
     def _scores(self, start: int, stop: int) -> Float[Tensor, "out column"]:
         """`(w_j R_jj)^2` with the weights that these columns would have if all of them were kept."""
-        among = self.spread[start:stop, start:stop].t()
-        moved = self.current[start:stop] - self.target[start:stop]
-        moved = torch.linalg.solve_triangular(among, moved, upper=False, unitriangular=True)
+        among = self.factor[start:stop, start:stop].t()
+        moved = torch.linalg.solve_triangular(among, self.gained[start:stop], upper=False)
         return moved.add_(self.target[start:stop]).mul_(self.scale[start:stop]).square_().t()
 
     def _eliminate(self, start: int, stop: int) -> None:
@@ -154,12 +158,13 @@ class _Sweep:
             self._eliminate(middle, stop)
             return
         for j in range(start, stop):
-            torch.addcmul(self.target[j], self.current[j], self.keep[j], value=-1, out=self.lost[j])
-            self.current[j + 1 : stop].addr_(self.spread[j, j + 1 : stop], self.lost[j])
+            now = torch.addcdiv(self.target[j], self.gained[j], self.own[j])
+            torch.addcmul(self.target[j], now, self.keep[j], value=-1, out=self.lost[j])
+            self.gained[j + 1 : stop].addr_(self.factor[j, j + 1 : stop], self.lost[j])
 
     def _pass_on(self, start: int, middle: int, stop: int) -> None:
         """What columns `start` to `middle` have lost changes those from `middle` to `stop`."""
-        self.current[middle:stop].addmm_(self.spread[start:middle, middle:stop].t(), self.lost[start:middle])
+        self.gained[middle:stop].addmm_(self.factor[start:middle, middle:stop].t(), self.lost[start:middle])
 
 
 @dataclass(frozen=True)
