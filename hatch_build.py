@@ -12,7 +12,7 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 
 class NativeKernels(BuildHookInterface):
-    """Adds `secateur/core/_kernels.so` to a wheel, or puts it into the source tree of an editable installation.
+    """Adds `secateur/core/kernels.native` to a wheel, or puts it into the source tree of an editable installation.
 
     `SECATEUR_NATIVE=0` leaves it out; `SECATEUR_NATIVE=require` makes it an error when it cannot be built.
     """

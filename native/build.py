@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-TARGET = HERE.parent / "src" / "secateur" / "core" / "_kernels.so"
+TARGET = HERE.parent / "src" / "secateur" / "core" / "kernels.native"
 FLAGS = ["-std=c++17", "-O3", "-fPIC", "-shared", "-pthread", "-ffp-contract=off", "-fvisibility=hidden"]
 
 

@@ -138,7 +138,7 @@ def test_only_what_the_kernels_can_read_goes_to_them():
 
 
 def test_without_a_library_the_torch_path_is_taken_and_said(tmp_path, monkeypatch):
-    monkeypatch.setattr(native, "FILE", tmp_path / "_kernels.so")
+    monkeypatch.setattr(native, "FILE", tmp_path / "kernels.native")
     try:
         native._opened.cache_clear()
         assert native.path().startswith("torch (the native kernels were not built; a C++ compiler")
@@ -175,9 +175,9 @@ def test_a_library_of_another_version_is_not_used(kernels, monkeypatch):
 def test_what_is_not_built_has_a_reason_and_leaves_the_old_one(tmp_path, monkeypatch, environment, reason):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    target: Path = tmp_path / "_kernels.so"
+    target: Path = tmp_path / "kernels.native"
     target.write_text("old")
     said = runpy.run_path(str(BUILD))["build"](target)
     assert said.startswith(reason)
     assert target.read_text() == "old"
-    assert [path.name for path in tmp_path.iterdir()] == ["_kernels.so"]
+    assert [path.name for path in tmp_path.iterdir()] == ["kernels.native"]

@@ -20,7 +20,7 @@ __all__ = ["between", "path", "serves", "smallest"]
 
 ABI = 1
 ROOM = 1 << 22  # scores collected at most
-FILE = Path(__file__).with_name("_kernels.so")
+FILE = Path(__file__).with_name("kernels.native")  # no .so, which Python would take for a module of its own
 
 _SIZE, _THREADS, _FLAG = ctypes.c_int64, ctypes.c_int32, ctypes.c_int32
 _POINTER, _VALUE = ctypes.c_void_p, ctypes.c_float

@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from secateur.errors import UsageError
 
 if TYPE_CHECKING:
+    from secateur.core.statistics import Placed
+
+if TYPE_CHECKING:
     pass
 
 __all__ = ["Padding"]
