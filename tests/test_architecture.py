@@ -26,6 +26,8 @@ HEAVY = {
     "pyarrow",
     "datasets",
     "scipy",
+    "matplotlib",
+    "wandb",
 }
 SMALL = {"torch", "numpy", "jaxtyping", "safetensors", "secateur", *sys.stdlib_module_names}
 
