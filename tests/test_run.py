@@ -645,7 +645,7 @@ def test_a_run_that_dies_leaves_no_folder_that_looks_finished(tmp_path, own, kil
         assert partial.is_dir()
         time.sleep(0.5)
         running.send_signal(kill)
-        _, said = running.communicate(timeout=30)
+        _, said = running.communicate(timeout=120)
     finally:
         running.kill()
     assert running.returncode == code

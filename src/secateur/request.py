@@ -39,6 +39,7 @@ METHOD_NAMES = (
     "ria",
     "activation",
     "random",
+    "snip",
     "taylor",
     "fisher",
     "wanda-mended",

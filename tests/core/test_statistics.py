@@ -70,7 +70,9 @@ def test_padding_and_batching_do_not_matter(lengths, batch_size, extra):
     together = gather(model, watch(model), list(STATISTICS), batches)
     for layer, values in alone.items():
         for name in STATISTICS:
-            torch.testing.assert_close(together[layer][name], values[name], rtol=1e-6, atol=1e-7)
+            # sums of products may cancel, so their rounding is judged by the largest of them
+            room = max(1e-7, 1e-6 * float(values[name].abs().max()))
+            torch.testing.assert_close(together[layer][name], values[name], rtol=1e-6, atol=room)
 
 
 def test_the_model_is_left_as_it_was():

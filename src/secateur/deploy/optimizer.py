@@ -93,7 +93,11 @@ def slice_like_(small: nn.Module, other: nn.Module) -> nn.Module:
             len(one) if d < len(kept) and (one := kept[d]) is not None else n
             for d, n in enumerate(source.shape)
         )
-        if shape != tuple(target.shape):
+        beyond = any(
+            one is not None and len(one) and int(one.max()) >= n
+            for one, n in zip(kept, source.shape, strict=False)
+        )
+        if shape != tuple(target.shape) or beyond:
             raise UsageError(
                 f"{name}: {shape} would be kept, expected {tuple(target.shape)}; it is another model."
             )

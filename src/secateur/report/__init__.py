@@ -1,5 +1,7 @@
 """How does it look? Numbers and tensors become one HTML file that opens offline."""
 
+from . import figures
+from .boards import log_to
 from .counting import histogram
 from .elements import Section
 from .heat import HeatMap, heat_section
@@ -32,9 +34,11 @@ __all__ = [
     "Tradeoff",
     "compare",
     "document",
+    "figures",
     "heat_section",
     "histogram",
     "histogram_section",
+    "log_to",
     "measurement_section",
     "notes_section",
     "page",

@@ -30,6 +30,7 @@ def l2(weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
         l2 norm; the mean instead of the sum makes axes comparable. `magnitude` is the same with absolute values.
 
     Example:
+        >>> import torch
         >>> l2(torch.tensor([[-2.0, 1.0]]))
         tensor([[4., 1.]])
     """
@@ -45,6 +46,7 @@ def taylor_whole(weight: Float[Tensor, "out in"], grad: Float[Tensor, "out in"])
     Source: Ma, Fang, Wang 2023, "LLM-Pruner", vector-wise importance.
 
     Example:
+        >>> import torch
         >>> taylor_whole(torch.tensor([[-2.0, 1.0]]), torch.tensor([[0.5, 3.0]]))
         tensor([[-1.,  3.]])
     """
@@ -65,6 +67,7 @@ def gate(weight: Float[Tensor, "out in"], input_gate: Float[Tensor, "row in"]) -
         "Importance Estimation for Neural Network Pruning", gates after batch norms.
 
     Example:
+        >>> import torch
         >>> gate(torch.ones(1, 2), torch.tensor([[0.5, -3.0], [0.5, 1.0]])).shape
         torch.Size([2, 2])
     """
@@ -81,6 +84,7 @@ def active(weight: Float[Tensor, "out in"], input_zeros: Float[Tensor, " in"]) -
     Source: Hu, Peng, Tai, Tang 2016, "Network Trimming", equation 1 (average percentage of zeros).
 
     Example:
+        >>> import torch
         >>> active(torch.ones(3, 2), torch.tensor([0.25, 1.0]))
         tensor([[0.7500, 0.0000]])
     """
@@ -101,6 +105,7 @@ def flap(weight: Float[Tensor, "out in"], input_variance: Float[Tensor, " in"]) 
         equation 5. Deviation: the variance is that of all tokens together, not a running mean of batches.
 
     Example:
+        >>> import torch
         >>> flap(torch.tensor([[3.0, 1.0], [4.0, 0.0]]), torch.tensor([2.0, 7.0]))
         tensor([[50.,  7.]])
     """
@@ -115,6 +120,7 @@ def slimming(weight: Float[Tensor, "1 channel"]) -> Float[Tensor, "1 channel"]:
         Slimming".
 
     Example:
+        >>> import torch
         >>> slimming(torch.tensor([[-2.0, 1.0]]))
         tensor([[2., 1.]])
     """
