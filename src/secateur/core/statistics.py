@@ -182,7 +182,7 @@ class Sums:
 
 def gather(
     model: nn.Module, layers: Sequence[LayerLike], names: Sequence[str], data: Iterable[Any]
-) -> dict[str, dict[str, Float[Tensor, "part in"]]]:
+) -> dict[str, dict[str, Float[Tensor, "part ..."]]]:
     """Run `data` through the model once and return the named statistics of every layer's input.
 
     Args:

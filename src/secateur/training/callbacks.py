@@ -109,7 +109,7 @@ class LightningCallback:
         self.pruner = self.make(pl_module, list(trainer.optimizers), steps)
         self._seen = trainer.global_step
         if self._restored is not None:
-            self.pruner.load_state_dict(self._restored)  # type: ignore[attr-defined]
+            self.pruner.load_state_dict(self._restored)
             self._restored = None
 
     def on_train_batch_end(
