@@ -51,6 +51,7 @@ def logits(model: nn.Module, given: dict[str, torch.Tensor]) -> torch.Tensor:
         return model(**given).logits
 
 
+@pytest.mark.slow
 def test_a_fresh_process_with_stock_transformers_loads_every_family(tmp_path):
     """from_pretrained alone, none missing, none left over, the same numbers; all families in one process."""
     expected, families = {}, {}
