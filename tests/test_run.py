@@ -637,6 +637,8 @@ def test_a_run_that_dies_leaves_no_folder_that_looks_finished(tmp_path, own, kil
     running = subprocess.Popen(
         [sys.executable, "-m", "secateur", *command],
         cwd=tmp_path, env=_environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        # a shell's background jobs ignore Ctrl-C, and so would the child of a test run that is one
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     try:
         partial = tmp_path / "results" / ".out.secateur-partial"
