@@ -70,6 +70,8 @@ def visit(
             newest.forget()  # before the new is made
             newest.remember(layer, inputs, _statistics(names, layer, rows()))
         at(layer, newest.found)
+        if not left:
+            newest.forget()
         if not left and not to_the_end:
             raise _AllVisitedError
 

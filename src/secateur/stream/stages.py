@@ -71,6 +71,7 @@ def visit_in_stages(
             known, stage.sums = stage.sums.values(), None
             for layer in stage.layers:
                 at(left.pop(layer.name), known)
+            del known  # with all that was factorised, before the next is counted
 
 
 class _StageOverError(Exception):
