@@ -33,11 +33,12 @@ from cifar import ResNet, images
 
 from secateur import Recipe, evaluate, finetune_, mend_units_, prune_, recalibrate_, score, shrink
 from secateur.allocate import Normalised, globally, per_layer
-from secateur.pattern import Channels
+from secateur.pattern import Axes
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 FACTORS = (2.1, 2.6)
 EXAMPLE = torch.zeros(2, 3, 32, 32)
+INNER = Axes("channels of layer?.?")  # between the convolutions of a block
 
 
 def macs(model: nn.Module) -> float:
@@ -125,13 +126,13 @@ METHODS: dict[str, Callable[..., nn.Module]] = {
     "torch-pruning, group l2, local": torch_pruning("GroupMagnitudeImportance", False),
     "torch-pruning, group l2, global": torch_pruning("GroupMagnitudeImportance", True),
     "torch-pruning, Taylor, global": torch_pruning("GroupTaylorImportance", True),
-    "secateur, l2, per axis": secateur(Recipe(score.l2, Channels()), False),
-    "secateur, Taylor, global": secateur(Recipe(score.taylor, Channels(), globally), False),
-    "secateur, Taylor by mean": secateur(Recipe(score.taylor, Channels(), Normalised("mean")), False),
-    "secateur, l2, per axis, mended": secateur(Recipe(score.l2, Channels()), True),
-    "secateur, Taylor, per axis, mended": secateur(Recipe(score.taylor, Channels(), per_layer), True),
-    "secateur, Taylor, global, mended": secateur(Recipe(score.taylor, Channels(), globally), True),
-    "secateur, Taylor by mean, mended": secateur(Recipe(score.taylor, Channels(), Normalised("mean")), True),
+    "secateur, l2, per axis": secateur(Recipe(score.l2, INNER), False),
+    "secateur, Taylor, global": secateur(Recipe(score.taylor, INNER, globally), False),
+    "secateur, Taylor by mean": secateur(Recipe(score.taylor, INNER, Normalised("mean")), False),
+    "secateur, l2, per axis, mended": secateur(Recipe(score.l2, INNER), True),
+    "secateur, Taylor, per axis, mended": secateur(Recipe(score.taylor, INNER, per_layer), True),
+    "secateur, Taylor, global, mended": secateur(Recipe(score.taylor, INNER, globally), True),
+    "secateur, Taylor by mean, mended": secateur(Recipe(score.taylor, INNER, Normalised("mean")), True),
 }  # fmt: skip
 TRAINED = (
     "torch-pruning, group l2, local",

@@ -11,7 +11,7 @@ from secateur.evaluate import Measurement
 from secateur.model import Loaded
 from secateur.request import spec_name
 
-__all__ = ["code", "model_card", "plain"]
+__all__ = ["code", "depth_card", "model_card", "plain"]
 
 
 def model_card(
@@ -30,6 +30,24 @@ def model_card(
         "",
         "The zeros are stored as ordinary numbers: files and speed are those of the dense model until the sparsity is",
         "put to use. Masks, exact conditions of every measurement and the report are in `run/`.",
+        "",
+        _loading(loaded),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def depth_card(loaded: Loaded, said: str, measurements: Mapping[str, Sequence[Measurement]]) -> str:
+    """The same for a model that lost whole blocks: nothing is zero, everything is smaller."""
+    lines = [
+        f"# {code(spec_name(loaded.spec))}, with fewer blocks",
+        "",
+        f"Made by secateur {__version__}: {plain(said)}.",
+        "",
+        "| measurement | " + " | ".join(measurements) + " |",
+        "|---|" + "---|" * len(measurements),
+        *_rows(measurements),
+        "",
+        "Exact conditions of every measurement and the report are in `run/`.",
         "",
         _loading(loaded),
     ]

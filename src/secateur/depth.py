@@ -25,7 +25,7 @@ from secateur.errors import UsageError, nearest
 from secateur.pattern import Layers
 from secateur.recipes import Recipe, block_influence
 
-__all__ = ["KNOWN", "choose_blocks"]
+__all__ = ["KNOWN", "choose_blocks", "needs_data"]
 
 # what a score of blocks may ask for
 KNOWN = (*PASSAGES, "loss_without", "position", "generator")
@@ -113,6 +113,11 @@ def _names(recipe: Recipe) -> tuple[str, ...]:
     return names
 
 
+def needs_data(recipe: Recipe) -> bool:
+    """Whether a recipe for blocks looks at what they do; positions and random numbers need no data."""
+    return bool({*PASSAGES, "loss_without"}.intersection(_names(recipe)))
+
+
 def _listed(data: Iterable[Any]) -> list[Any]:
     if isinstance(data, Mapping):
         raise UsageError("data is one batch; expected an iterable of batches, such as [batch]")
@@ -182,7 +187,7 @@ def _run(job: _Job, lists: Sequence[Series], count: int, banned: set[str]) -> li
 def _scores(job: _Job, lists: Sequence[Series], span: int) -> dict[str, Tensor]:
     """Path of each list -> a score for each start of a run of blocks."""
     data = job.data
-    if data is None and {*PASSAGES, "loss_without"}.intersection(job.names):
+    if data is None and needs_data(job.recipe):
         raise UsageError(f"{job.recipe.describe()['score']} needs calibration data; pass data=")
     moved = passages(job.model, lists, data or (), span=span) if {*PASSAGES} & {*job.names} else {}
     generator = torch.Generator().manual_seed(job.seed)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
@@ -23,6 +23,7 @@ __all__ = [
     "PruneRequest",
     "build_recipe",
     "check_target",
+    "checked",
     "parse_count",
     "request",
     "with_method",
@@ -108,6 +109,9 @@ def _pattern(value: Any) -> Any:
     )
 
 
+Schema = TypeVar("Schema", bound=BaseModel)
+
+
 class PruneRequest(BaseModel):
     """Everything that decides the result of `secateur prune`."""
 
@@ -145,16 +149,21 @@ def request(given: dict[str, Any]) -> PruneRequest:
         UsageError: an unknown key, a wrong type, a value out of range, naming the field, what was expected
             and, for words, the nearest known one.
     """
+    return checked(PruneRequest, given)
+
+
+def checked(kind: type[Schema], given: dict[str, Any]) -> Schema:
+    """A request of any kind; see `request`."""
     try:
-        return PruneRequest(**given)
+        return kind(**given)
     except ValidationError as error:
-        raise UsageError("; ".join(_said(problem) for problem in error.errors())) from None
+        raise UsageError("; ".join(_said(problem, kind) for problem in error.errors())) from None
 
 
-def _said(problem: Any) -> str:
+def _said(problem: Any, kind: type[BaseModel]) -> str:
     name = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
-        return f"{name} is no setting; {nearest(name, PruneRequest.model_fields)}"
+        return f"{name} is no setting; {nearest(name, kind.model_fields)}"
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "value_error":
         return f"{name}: {message}" if not message.startswith(name) else message

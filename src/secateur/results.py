@@ -30,7 +30,7 @@ from secateur.model import Loaded
 from secateur.prune import Plan
 from secateur.request import PruneRequest, spec_name
 
-__all__ = ["SPECS", "Result", "layer_lines", "write_results"]
+__all__ = ["SPECS", "Result", "as_csv", "as_yaml", "circumstances", "layer_lines", "write_results"]
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "plotly", "pydantic")
 SPECS = ("model", "data", "evaluate", "labelled")  # settings that may hold a path
@@ -82,11 +82,11 @@ def write_results(asked: PruneRequest, loaded: Loaded, todo: Plan, result: Resul
     run.mkdir(exist_ok=True)
     result.masks.save(run / "masks.safetensors")
     write_json(run / "metrics.json", plain)
-    write_text(run / "results.csv", _csv(plain))
+    write_text(run / "results.csv", as_csv(plain))
     write_json(run / "layers.json", _layers(todo, result.masks, counted))
-    write_text(run / "recipe.yaml", _yaml(asked.model_dump(mode="json", exclude_unset=True)))
-    write_text(run / "recipe.resolved.yaml", _yaml(_resolved(asked, loaded, todo, result.applied)))
-    write_json(run / "run.json", _circumstances(asked, loaded, result))
+    write_text(run / "recipe.yaml", as_yaml(asked.model_dump(mode="json", exclude_unset=True)))
+    write_text(run / "recipe.resolved.yaml", as_yaml(_resolved(asked, loaded, todo, result.applied)))
+    write_json(run / "run.json", circumstances(asked, loaded, result.inputs, result.seconds))
     write_text(
         folder / "README.md", model_card(loaded, _said(todo, result.applied), result.measurements, result.masks)
     )
@@ -159,7 +159,10 @@ def _resolved(asked: PruneRequest, loaded: Loaded, todo: Plan, applied: Applied)
     return settings
 
 
-def _circumstances(asked: PruneRequest, loaded: Loaded, result: Result) -> dict[str, Any]:
+def circumstances(
+    asked: Any, loaded: Loaded, inputs: Mapping[str, str], seconds: Mapping[str, float]
+) -> dict[str, Any]:
+    """What a result depends on beside the request: versions, machine, seed, digests, times."""
     return {
         "secateur": __version__,
         "python": platform.python_version(),
@@ -167,8 +170,8 @@ def _circumstances(asked: PruneRequest, loaded: Loaded, result: Result) -> dict[
         "machine": evaluate.hardware(asked.device),
         "seed": asked.seed,
         "model": {"name": spec_name(asked.model), "kind": loaded.kind, "sha256": loaded.fingerprint},
-        "inputs": {**loaded.files, **result.inputs},
-        "seconds": result.seconds,
+        "inputs": {**loaded.files, **inputs},
+        "seconds": dict(seconds),
     }
 
 
@@ -179,7 +182,8 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _csv(plain: dict[str, list[dict[str, Any]]]) -> str:
+def as_csv(plain: dict[str, list[dict[str, Any]]]) -> str:
+    """Measurements by variant, one line each."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["variant", "name", "value", "unit", "low", "high", "conditions"])
@@ -193,5 +197,6 @@ def _csv(plain: dict[str, list[dict[str, Any]]]) -> str:
     return text.getvalue()
 
 
-def _yaml(value: Any) -> str:
+def as_yaml(value: Any) -> str:
+    """Plain values as YAML, in their own order."""
     return yaml.safe_dump(value, sort_keys=False, allow_unicode=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +16,10 @@ from secateur.errors import UsageError
 from secateur.evaluate.corpus import context_for, positions
 from secateur.measure import Tell, Yardstick
 from secateur.model import Loaded
-from secateur.request import PruneRequest, spec_name
+from secateur.request import spec_name
 
 __all__ = [
+    "Asked",
     "Calibration",
     "Sources",
     "calibration",
@@ -31,6 +32,27 @@ __all__ = [
 
 EXAMPLE_TOKENS = 128
 CONTEXT = 2048  # tokens in a calibration window at most, unless the user says otherwise
+
+
+class Asked(Protocol):
+    """What a request says of data; `PruneRequest` and `DepthRequest` do."""
+
+    @property
+    def method(self) -> str | None: ...  # noqa: D102
+    @property
+    def data(self) -> str | None: ...  # noqa: D102
+    @property
+    def samples(self) -> int: ...  # noqa: D102
+    @property
+    def context(self) -> int | None: ...  # noqa: D102
+    @property
+    def evaluate(self) -> str | None: ...  # noqa: D102
+    @property
+    def labelled(self) -> str | None: ...  # noqa: D102
+    @property
+    def evaluate_tokens(self) -> int: ...  # noqa: D102
+    @property
+    def seed(self) -> int: ...  # noqa: D102
 
 
 @dataclass(frozen=True)
@@ -50,7 +72,7 @@ class Sources:
     notes: tuple[str, ...] = ()
 
 
-def sources(asked: PruneRequest, loaded: Loaded, *, needs_data: bool, tell: Tell) -> Sources:
+def sources(asked: Asked, loaded: Loaded, *, needs_data: bool, tell: Tell) -> Sources:
     """Everything that a run reads beside the model.
 
     A causal language model is judged on `evaluate`, else on the held-out last fifth of `data`, else on
@@ -120,7 +142,7 @@ def _inputs(model: nn.Module, ids: Tensor, **rest: Tensor) -> dict[str, Tensor]:
 
 
 def _without_perplexity(
-    asked: PruneRequest, loaded: Loaded, labelled: list[Any] | None, needs_data: bool, tell: Tell
+    asked: Asked, loaded: Loaded, labelled: list[Any] | None, needs_data: bool, tell: Tell
 ) -> Sources:
     """Models of images, tables, sound; classifiers; encoder-decoders: judged by labelled batches alone."""
     if asked.evaluate:
@@ -155,7 +177,7 @@ def _without_perplexity(
 
 
 def _with_perplexity(
-    asked: PruneRequest, loaded: Loaded, labelled: list[Any] | None, needs_data: bool, tell: Tell
+    asked: Asked, loaded: Loaded, labelled: list[Any] | None, needs_data: bool, tell: Tell
 ) -> Sources:
     """Causal language models."""
     mine = bool(asked.data) and own.is_own(asked.data or "")
@@ -186,11 +208,11 @@ def _with_perplexity(
     return Sources(calibration, by, tuple(notes))
 
 
-def _own_batches(asked: PruneRequest) -> list[Any]:
+def _own_batches(asked: Asked) -> list[Any]:
     return data.read_batches(str(asked.data), seed=asked.seed, limit=asked.samples)
 
 
-def _context(asked: PruneRequest, loaded: Loaded) -> int:
+def _context(asked: Asked, loaded: Loaded) -> int:
     if asked.context is not None:
         return context_for(loaded.model, asked.context)
     return min(positions(loaded.model) or 512, CONTEXT)
@@ -211,7 +233,7 @@ def _split(texts: list[str]) -> tuple[list[str], list[str]]:
 
 
 def _calibration(
-    asked: PruneRequest, loaded: Loaded, given: list[Any] | None, labelled: list[Any] | None, tell: Tell
+    asked: Asked, loaded: Loaded, given: list[Any] | None, labelled: list[Any] | None, tell: Tell
 ) -> Calibration:
     """Batches of the user's own, windows of the given text, or text that the model will write itself."""
     model, tokenizer, context = loaded.model, loaded.tokenizer, _context(asked, loaded)
