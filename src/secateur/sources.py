@@ -94,7 +94,7 @@ def sources(asked: Asked, loaded: Loaded, *, needs_data: bool, tell: Tell) -> So
     return _with_perplexity(asked, loaded, labelled, needs_data, tell)
 
 
-def calibration(asked: PruneRequest, loaded: Loaded, tell: Tell) -> Calibration:
+def calibration(asked: Asked, loaded: Loaded, tell: Tell) -> Calibration:
     """What `data` alone says, for a model that is not judged."""
     given = _own_batches(asked) if asked.data and own.is_own(asked.data) else None
     return _calibration(asked, loaded, given, None, tell)
