@@ -89,9 +89,8 @@ def slice_like_(small: nn.Module, other: nn.Module) -> nn.Module:
             raise UsageError(f"{name}: {type(other).__name__} has no tensor of that name; it is another model.")
         kept = index.get(name, ())
         source = given[name]
-        shape = tuple(
-            len(kept[d]) if d < len(kept) and kept[d] is not None else n for d, n in enumerate(source.shape)
-        )
+        positions = [*kept, *[None] * (source.dim() - len(kept))]
+        shape = tuple(n if p is None else len(p) for n, p in zip(source.shape, positions, strict=True))
         if shape != tuple(target.shape):
             raise UsageError(
                 f"{name}: {shape} would be kept, expected {tuple(target.shape)}; it is another model."

@@ -14,11 +14,10 @@ from secateur.core.axes.blocks import analyse_blocks
 from secateur.core.example import Example, analysis_of, example_of, main_output, prepared
 from secateur.core.masks import Masks
 from secateur.core.units import Analysis, Units, pruned_program
-from secateur.deploy.attention import narrow_attention_
 from secateur.deploy.attributes import Survey, survey
 from secateur.deploy.compare import Output, Progress, fingerprints, progress
+from secateur.deploy.cuts import cut, follow_torch_
 from secateur.deploy.fitting import NotExactError, fit
-from secateur.deploy.naming import of_torch
 from secateur.deploy.parts import Parts
 from secateur.deploy.reference import Reference
 from secateur.deploy.shrunk import Axis, Shrunk, after, shrunk
@@ -105,11 +104,7 @@ def _low_precision(
             f"{type(model).__name__}: no program of a half-precision model can be checked; shrink its float32 copy."
         )
     note = shrunk(found)
-    small = sliced_copy(model, note.index, note.zeros)
-    write_(small, {slot: new for slot, (_, new) in note.numbers.items()})
-    follow_torch_(small, model)
-    vars(small)[ATTRIBUTE] = note
-    return small
+    return cut(model, note)
 
 
 class _CannotFollowError(Exception):
@@ -288,19 +283,6 @@ class _Job:
 
 def _under(slots: list[Slot], path: str) -> bool:
     return any(path == slot.module or path.startswith(f"{slot.module}.") for slot in slots)
-
-
-def follow_torch_(small: nn.Module, model: nn.Module) -> None:
-    """Let torch's own layers remember the sizes of their sliced tensors."""
-    for path, module in small.named_modules():
-        if isinstance(module, nn.MultiheadAttention):
-            narrow_attention_(module, _head_width(model.get_submodule(path)))
-        for name, size in of_torch(module).items():
-            setattr(module, name, size)
-
-
-def _head_width(module: Any) -> int:
-    return int(module.head_dim)
 
 
 def _numbers(model: nn.Module) -> dict[Slot, int]:
