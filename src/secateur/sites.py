@@ -67,6 +67,11 @@ def sites_of(
         selection = select(model, only, skip)
         sites = tuple(LayerSite(layer, recipe.pattern, shape_of(recipe, layer)) for layer in selection.chosen)
         return Sites(sites, selection.chosen, selection.left_out)
+    if recipe.update is not None:
+        raise UsageError(
+            f"{recipe.update!r} updates single layers while it chooses, and {recipe.pattern!r} cuts through several; "
+            "leave update out and mend afterwards, see docs/structured.md"
+        )
     analysis, inputs = _analysis(model, recipe, example)
     barred, left_out = _barred(model, only, skip)
     found, axes_left_out = recipe.pattern.sites(model, analysis, look, barred)

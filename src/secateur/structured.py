@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from secateur import evaluate
 from secateur.core.example import Example
-from secateur.core.feasible import feasible
+from secateur.core.feasible import feasible, neighbours
 from secateur.core.select import Candidates
 from secateur.core.units import Analysis, pruned_program
 from secateur.errors import UsageError
@@ -177,7 +177,7 @@ class _Call(nn.Module):
 
 def _stopwatch(target: Target, analysis: Analysis, example: Example) -> Meter:
     """Milliseconds of the program without the pruned units, or their ratio to the whole program's, taken in turns."""
-    dense = _Call(analysis.program, example)
+    dense = _Call(pruned_program(analysis, {}), example)  # rebuilt like the pruned one, so that they compare
 
     def measure(keep: Mapping[str, Tensor]) -> float:
         pair = {"dense": dense, "pruned": _Call(pruned_program(analysis, keep), example)}
@@ -192,46 +192,68 @@ def _stopwatch(target: Target, analysis: Analysis, example: Example) -> Meter:
 ROUNDS = 15  # of timing, for each number of units that is tried
 
 
+@dataclass(frozen=True)
+class _Trial:
+    """Counts that were tried, and how much of the quantity they leave."""
+
+    miss: float
+    amount: float
+    counts: dict[str, Tensor]
+
+
 def _search(
     target: Target,
     meter: Meter,
     at: Callable[[int], dict[str, Tensor]],
     candidates: Mapping[str, Candidates],
 ) -> dict[str, Tensor]:
-    """Halve the interval of weights kept until the target is met, or no unit is left between."""
-    sizes = {name: layer.weights for name, layer in candidates.items()}
-    low, high = sum(layer.cells * layer.least for layer in candidates.values()), sum(sizes.values())
-    tried: list[tuple[float, float, dict[str, Tensor]]] = []
+    """Halve the interval of weights kept until the target is met, or no unit is left between; then try single units."""
 
-    def measure(keep: int) -> float:
-        counts = at(keep)
+    def tried(counts: dict[str, Tensor]) -> _Trial:
         kept = {
             name: kept_of(layer, counts[name])[0].nonzero().flatten().cpu()
             for name, layer in candidates.items()
         }
         amount = meter(kept)
-        tried.append((abs(amount - target.value), amount, counts))
-        log.info("%d of %d weights kept: %s", keep, sum(sizes.values()), target.said(amount))
-        return amount
+        log.info("%s kept: %s", {name: len(index) for name, index in kept.items()}, target.said(amount))
+        return _Trial(abs(amount - target.value), amount, counts)
 
-    least, most = measure(low), measure(high)
+    low = sum(layer.cells * layer.least for layer in candidates.values())
+    high = sum(layer.weights for layer in candidates.values())
+    least, most = tried(at(low)), tried(at(high))
+    best = min(least, most, key=_miss)
     finest = min(layer.cells for layer in candidates.values())
     close = TOLERANCE / 4 if target.quantity == "ms" else 0.0  # times are no more exact than that
-    while high - low > finest and min(tried, key=_miss)[0] > close * target.value and len(tried) < 60:
+    while high - low > finest and best.miss > close * target.value:
         middle = (low + high) // 2
-        if measure(middle) > target.value:
-            high = middle
-        else:
-            low = middle
-    miss, amount, counts = min(tried, key=_miss)
-    if miss > TOLERANCE * target.value:
+        trial = tried(at(middle))
+        best = min(best, trial, key=_miss)
+        low, high = (low, middle) if trial.amount > target.value else (middle, high)
+    if target.quantity != "ms":
+        best = _refined(target, best, tried, candidates)
+    if best.miss > TOLERANCE * target.value:
         raise UsageError(
-            f"a target of {target} cannot be met within {TOLERANCE:.0%}: {target.said(least)} to {target.said(most)} "
-            f"can be reached in whole units, and nearest is {target.said(amount)}. Choose another target, more kinds "
-            "of units, or a smaller multiple="
+            f"a target of {target} cannot be met within {TOLERANCE:.0%}: {target.said(least.amount)} to "
+            f"{target.said(most.amount)} can be reached in whole units, and nearest is {target.said(best.amount)}. "
+            "Choose another target, more kinds of units, or a smaller multiple="
         )
-    return counts
+    return best.counts
 
 
-def _miss(trial: tuple[float, float, dict[str, Tensor]]) -> float:
-    return trial[0]
+def _refined(
+    target: Target,
+    best: _Trial,
+    tried: Callable[[dict[str, Tensor]], _Trial],
+    candidates: Mapping[str, Candidates],
+) -> _Trial:
+    """Where whole steps of the allocation miss the target, one axis after another gives or takes a unit."""
+    while best.miss > TOLERANCE * target.value:
+        near = min(map(tried, neighbours(candidates, best.counts)), key=_miss, default=best)
+        if near.miss >= best.miss:
+            break
+        best = near
+    return best
+
+
+def _miss(trial: _Trial) -> float:
+    return trial.miss

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -40,7 +39,7 @@ class Normalised:
         {'a': tensor([1]), 'b': tensor([1])}
     """
 
-    by: Literal["mean", "standard", "rank"] = "mean"
+    by: str = "mean"
 
     def __post_init__(self):
         if self.by not in ("mean", "standard", "rank"):
@@ -49,7 +48,8 @@ class Normalised:
     def __call__(self, layers: Mapping[str, Candidates], keep: int) -> Counts:
         """Kept units of each layer."""
         scaled = {
-            name: replace(layer, scores=partial(_scaled, layer, self.by)) for name, layer in layers.items()
+            name: replace(layer, scores=partial(_scaled, layer, self.by), magnitudes=None)
+            for name, layer in layers.items()
         }
         return globally(scaled, keep)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from secateur.core.select import Candidates
 
-__all__ = ["coarsest", "feasible"]
+__all__ = ["coarsest", "feasible", "neighbours"]
 
 Counts = dict[str, Int[Tensor, " competition"]]
 
@@ -65,6 +65,21 @@ def feasible(layers: Mapping[str, Candidates], counts: Counts, keep: int | None)
     for group, at in zip(groups, chosen, strict=True):
         found |= {name: torch.tensor([group.options[at]]) for name in group.names}
     return found
+
+
+def neighbours(layers: Mapping[str, Candidates], counts: Counts) -> Iterator[Counts]:
+    """Counts in which one place, with those that are to be like it, keeps its next smaller or larger number of units.
+
+    Example:
+        >>> layer = Candidates((1, 9), 1, lambda: torch.rand(1, 9), least=1, step=4)
+        >>> [int(found["a"]) for found in neighbours({"a": layer}, {"a": torch.tensor([8])})]
+        [4, 9]
+    """
+    for group in _groups(layers, counts):
+        at = group.nearest
+        for other in (at - 1, at + 1):
+            if 0 <= other < len(group.options):
+                yield dict(counts) | {name: torch.tensor([group.options[other]]) for name in group.names}
 
 
 def coarsest(layers: Mapping[str, Candidates]) -> int:

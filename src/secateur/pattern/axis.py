@@ -143,7 +143,7 @@ def _sources(model: nn.Module, units: Units, known: Mapping[str, Layer], look: L
         elif look.about == "weights" and over in ("all", "writers" if columns is None else "readers"):
             found = True
             yield member, layer, None
-    if look.about == "weights" and not look.needs_inputs and not found:
+    if look.about == "weights" and over == "all" and not look.needs_inputs and not found:
         yield from vectors
 
 

@@ -10,7 +10,7 @@ import math
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -32,7 +32,7 @@ __all__ = [
     "Together",
 ]
 
-Over = Literal["all", "readers", "writers"]
+OVER = ("all", "readers", "writers")
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Coupled:
 
     Args:
         minimum: units that stay on every axis, at least 1: no layer ever gets width zero.
-        multiple: widths of the tensors are multiples of this; an axis that is not may stay whole.
+        multiple: the width that an axis has in every tensor is a multiple of this, or stays whole.
         homogeneous: axes of one kind and size keep equally many units, so that every block has one shape.
         over: whose weights a score of weights looks at: of `all` members of a unit, of those that read it (`readers`,
             its columns in the next layer), or of those that compute it (`writers`).
@@ -50,7 +50,7 @@ class Coupled:
     minimum: int = 1
     multiple: int = 1
     homogeneous: bool = False
-    over: Over = "all"
+    over: str = "all"  # one of OVER
     kinds: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self):
@@ -58,7 +58,7 @@ class Coupled:
             raise UsageError(f"minimum is {self.minimum}; at least 1 unit has to stay on every axis")
         if self.multiple < 1:
             raise UsageError(f"multiple is {self.multiple}; expected a width of at least 1, such as 8")
-        if self.over not in ("all", "readers", "writers"):
+        if self.over not in OVER:
             raise UsageError(f"over is {self.over!r}; expected 'all', 'readers' or 'writers'")
 
     def __or__(self, other: Any) -> Together:
@@ -159,7 +159,7 @@ class Axes(Coupled):
     names: tuple[str, ...] = ()
 
     def __init__(self, *names: str, minimum: int = 1, multiple: int = 1, homogeneous: bool = False,
-                 over: Over = "all"):  # fmt: skip
+                 over: str = "all"):  # fmt: skip
         for field, value in (("minimum", minimum), ("multiple", multiple), ("homogeneous", homogeneous),
                              ("over", over), ("names", names)):  # fmt: skip
             object.__setattr__(self, field, value)
@@ -221,7 +221,8 @@ class Together:
 
 
 def _site(part: Coupled, model: nn.Module, analysis: Analysis, units: Units, known: Any, look: Any) -> AxisSite:
-    step = part.multiple // math.gcd(part.multiple, units.width)
+    widths = (member.indices.shape[1] for member in units.members if member.is_parameter)
+    step = part.multiple // math.gcd(part.multiple, *widths)  # so that every tensor's width is a multiple
     alike = f"{units.kind} of {units.size}" if part.homogeneous else ""
     if part.minimum > units.size:
         raise UsageError(f"{units.name}: minimum={part.minimum} is more than its {units.size} units")
