@@ -1,0 +1,93 @@
+"""What holding zeros costs a training step: the same step with and without `hold_`, in turns, in one process.
+
+    OMP_NUM_THREADS=1 python bench/hold.py                 # gpt2_3m of the demonstration, ResNet-20 and ResNet-56
+    OMP_NUM_THREADS=1 python bench/hold.py --models gpt2_3m --turns 10
+
+Each turn takes one step of each kind, in alternating order; the figure is the median of the ratios of the turns, in
+processor seconds, which a busy machine disturbs less than the clock. A second control, dense against dense, shows how
+far two equal things differ here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from secateur import hold_, magnitude, prune_
+
+
+def language_model() -> tuple[nn.Module, Callable[[nn.Module], torch.Tensor]]:
+    from transformers import AutoModelForCausalLM
+
+    from secateur.demo.language import model_folder
+
+    model = AutoModelForCausalLM.from_pretrained(model_folder(), dtype=torch.float32)
+    ids = torch.randint(0, 4096, (8, 256))
+    return model, lambda net: net(input_ids=ids, labels=ids).loss
+
+
+def resnet(depth: int) -> tuple[nn.Module, Callable[[nn.Module], torch.Tensor]]:
+    from cifar import ResNet
+
+    images, labels = torch.randn(128, 3, 32, 32), torch.randint(0, 10, (128,))
+    return ResNet(depth), lambda net: F.cross_entropy(net(images), labels)
+
+
+MODELS = {"gpt2_3m": language_model, "resnet20": lambda: resnet(20), "resnet56": lambda: resnet(56)}
+
+
+def stepper(model: nn.Module, loss: Callable[[nn.Module], torch.Tensor], held: bool) -> Callable[[], float]:
+    """One training step of a copy of the model; gives its processor seconds."""
+    model = copy.deepcopy(model).train()
+    masks = prune_(model, 0.5, magnitude)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-4)
+    if held:
+        hold_(model, masks, optimizer)
+
+    def step() -> float:
+        start = time.process_time()
+        optimizer.zero_grad()
+        loss(model).backward()
+        optimizer.step()
+        return time.process_time() - start
+
+    return step
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
+    parser.add_argument("--turns", type=int, default=12)
+    args = parser.parse_args()
+    print("| model | CPU-s a step | held / dense | quartiles | dense / dense |")
+    print("|---|---|---|---|---|")
+    for name in args.models:
+        torch.manual_seed(0)
+        model, loss = MODELS[name]()
+        steps = {kind: stepper(model, loss, kind == "held") for kind in ("dense", "held", "control")}
+        for step in steps.values():
+            step()
+        taken: dict[str, list[float]] = {kind: [] for kind in steps}
+        for turn in range(args.turns):
+            kinds = list(steps)[:: 1 if turn % 2 else -1]
+            for kind in kinds:
+                taken[kind].append(steps[kind]())
+        ratios = [a / b for a, b in zip(taken["held"], taken["dense"], strict=True)]
+        control = [a / b for a, b in zip(taken["control"], taken["dense"], strict=True)]
+        low, middle, high = statistics.quantiles(ratios, n=4)
+        print(
+            f"| {name} | {statistics.median(taken['dense']):.3f} | {middle:.4f} | {low:.4f} to {high:.4f} | "
+            f"{statistics.median(control):.4f} |",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
