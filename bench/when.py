@@ -3,8 +3,8 @@
     OMP_NUM_THREADS=1 python bench/when.py --work runs/when            # resumable: every finished run is a line on disk
     OMP_NUM_THREADS=1 python bench/when.py --work runs/when --task text --budget 400
 
-ResNet-20 starts from its trained weights (../shared) and has `--budget` steps of 128 images from the first 10,000 of the
-training set. The text classifier (a bag of embeddings with one hidden layer) starts at random and learns SST-2
+ResNet-20 starts from its trained weights (../shared) and has `--budget` steps of 128 images from the first 10,000 of
+the training set. The text classifier (a bag of embeddings with one hidden layer) starts at random and learns SST-2
 sentences. Every method spends the same number of steps:
 
     one-shot   dense half of the budget, prune, train the other half with the zeros held
