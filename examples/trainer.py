@@ -38,10 +38,10 @@ pruning = trainer_callback(make)
 with tempfile.TemporaryDirectory() as folder:
     arguments = TrainingArguments(
         folder,
-        num_train_epochs=3,
+        num_train_epochs=5,
         per_device_train_batch_size=32,
-        gradient_accumulation_steps=2,
-        learning_rate=3e-3,
+        gradient_accumulation_steps=1,
+        learning_rate=4e-3,
         report_to=[],
         save_strategy="no",
         disable_tqdm=True,

@@ -29,6 +29,7 @@ from secateur.scoring import (
     candidates_of,
     finite,
     gather_for,
+    last_already,
     mask_of,
     score_of,
     seed_of,
@@ -190,8 +191,9 @@ def prune_(
     if recipe.update is not None:
         data = _for_update(recipe, data, masks)
     known = cache(lambda: gather_for(model, recipe, todo.layers, data, loss, statistics))
+    first = None if last_already(recipe, sites.values(), masks) else masks
     candidates = {
-        name: candidates_of(recipe, site, known, masks, seed, zeros_last=nonzero is not None)
+        name: candidates_of(recipe, site, known, first, seed, zeros_last=nonzero is not None)
         for name, site in sites.items()
     }
     if recipe.update is None:

@@ -26,6 +26,7 @@ __all__ = [
     "finite",
     "gather_for",
     "kept_of",
+    "last_already",
     "mask_of",
     "score_of",
     "scored",
@@ -123,6 +124,23 @@ def candidates_of(
     return Candidates(
         site.shape, site.cells, cache(scores) if few else scores, site.least, site.step, site.alike
     )
+
+
+def last_already(recipe: Recipe, sites: Iterable[Site], masks: Mapping[str, Tensor] | None) -> bool:
+    """Whether what the masks prune is what is zero, everywhere: then magnitudes alone put it before all else.
+
+    So it is while zeros are held, and nobody need write scores out to mark what goes first.
+    """
+    if not masks or recipe.score is not magnitude.score:
+        return False
+    for site in sites:
+        if not isinstance(site, LayerSite) or site.cells != 1:
+            return False
+        alive = site.layer.values != 0
+        mask = masks.get(site.name)
+        if not (bool(alive.all()) if mask is None else torch.equal(alive, mask.to(alive.device))):
+            return False
+    return True
 
 
 def _gone(units: Tensor, gone: Tensor | None) -> Tensor:

@@ -112,8 +112,18 @@ def resumed(rank: int, processes: int) -> dict:
     grower = RigL(model, masks, optimizer, 1, 5, 2)
     train(model, optimizer, grower, rank, processes, range(6))
     same = all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
-    held = {name: int((weight != 0).sum()) for name, weight in weights(model).items() if name in masks}
-    return {"same": same, "kept": held, "asked": {name: int(mask.sum()) for name, mask in masks.items()}}
+    kept, now = grower.masks, weights(model)
+    held = all(not now[name].view(torch.int32)[~mask].any() for name, mask in kept.items())
+    asked = {name: int(mask.sum()) for name, mask in masks.items()}
+    moved = any(not torch.equal(kept[name], mask) for name, mask in masks.items())
+    return {
+        "same": same,
+        "held": held,
+        "moved": moved,
+        "asked": asked,
+        "kept": {n: int(m.sum()) for n, m in kept.items()},
+        "masks": dict(kept),
+    }
 
 
 def main() -> None:

@@ -80,6 +80,36 @@ def test_counts_are_exact_and_masks_nested(recipe, schedule, ends, begin, update
     assert pruner.sparsity == pytest.approx(ends[1], abs=0.5 / SIZE)
 
 
+def size(weight):
+    """Magnitude under another name, for which no pass over the scores is ever spared."""
+    return weight.abs()
+
+
+@given(
+    first=st.floats(0, 0.6),
+    more=st.floats(0, 1),
+    zeros=st.integers(0, 40),
+    released=st.booleans(),
+    allocate=st.sampled_from([magnitude.allocate, globally]),
+    seed=st.integers(0, 1000),
+)
+def test_magnitudes_of_held_zeros_need_no_marks(first, more, zeros, released, allocate, seed):
+    """Where pruned is the same as zero the scores are not written out; the masks are those of the long way."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(9, 7), nn.Linear(7, 5))
+    masks = prune_(model, first, Recipe(size, allocate=allocate))
+    with torch.no_grad():
+        model[0].weight.view(-1)[:zeros] = 0.0  # some kept weights happen to be zero
+        if released:
+            model[1].weight[~masks["1.weight"]] = 0.1  # and some pruned ones are not
+    second = first + (1 - first) * more
+    models = [copy.deepcopy(model) for _ in range(2)]
+    short = prune_(models[0], second, Recipe(magnitude.score, allocate=allocate), masks=masks)
+    long = prune_(models[1], second, Recipe(size, allocate=allocate), masks=masks)
+    assert short == long
+    assert not any((short[name] & ~mask).any() for name, mask in masks.items())
+
+
 def test_the_updates_happen_when_due_and_say_so():
     model = network()
     pruner = Gradual(model, magnitude, linear(0.1, 0.5), begin=2, end=6, every=2)

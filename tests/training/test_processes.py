@@ -67,10 +67,15 @@ def test_scores_of_different_data_agree_on_one_mask(kind, tmp_path):
     for name, mask in one["masks"].items():
         assert torch.equal(mask, other["masks"][name])
         assert torch.equal(one["weights"][name] != 0, mask)
+        assert torch.equal(other["weights"][name], one["weights"][name])
 
 
 @pytest.mark.slow
 def test_what_is_shared_out_resumes_and_grows(tmp_path):
-    for found in run("fsdp-state", tmp_path / "state", 2):
+    one, other = run("fsdp-state", tmp_path / "state", 2)
+    for found in (one, other):
         assert found["same"]
+        assert found["held"]
+        assert found["moved"]
         assert found["kept"] == found["asked"]
+    assert all(torch.equal(mask, other["masks"][name]) for name, mask in one["masks"].items())

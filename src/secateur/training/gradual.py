@@ -8,14 +8,14 @@ from typing import Any
 from torch import nn
 
 from secateur.core.hold import hold_, plain_optimizers, unwrapped
-from secateur.core.masks import Masks
+from secateur.core.masks import Masks, undo_
 from secateur.core.trained import GATHERED, TRAINED, Gathering
 from secateur.core.where import Only
 from secateur.errors import UsageError
 from secateur.prune import plan, prune_
 from secateur.recipes import Recipe
 from secateur.schedule import Due, Schedule, targets
-from secateur.training.agreement import agreed
+from secateur.training.agreement import agreed, together
 from secateur.training.resume import check_same, masks_of
 
 __all__ = ["Gradual"]
@@ -183,10 +183,18 @@ class Gradual:
 
     def _prune(self, sparsity: float) -> None:
         known = None if self._gathering is None else self._gathering.values()
+        own = self._how["data"] is not None and together(self._outer)  # other data in every process
         masks = prune_(
-            self._model, sparsity, self.recipe, masks=self.masks or None, statistics=known, **self._how
+            self._model,
+            sparsity,
+            self.recipe,
+            masks=self.masks or None,
+            statistics=known,
+            keep_originals=own,
+            **self._how,
         )
-        if self._how["data"] is not None:
+        if own:
+            undo_(self._model, masks)
             masks = agreed(masks, self._outer)
         self._hold.masks = masks
         if self._gathering is not None:
