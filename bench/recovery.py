@@ -54,6 +54,7 @@ def resnet(train: int, test: int) -> Subject:
     file = SHARED / "models/cifar10_resnet20_jpegft/model.safetensors"
     dense = ResNet(20).eval()
     dense.load_state_dict(load_file(file))
+    dense.to(memory_format=torch.channels_last)
     pictures = images(SHARED / "data/images/cifar10_jpeg_train.parquet", train + 500, 50)
     held_out = images(SHARED / "data/images/cifar10_jpeg_test.parquet", test, 250)
     cut = train // 50
@@ -211,9 +212,9 @@ def main() -> None:
     parser.add_argument(
         "--models", nargs="+", default=["ResNet-20", "gpt2_3m"], choices=["ResNet-20", "gpt2_3m"]
     )
-    parser.add_argument("--images", type=int, default=4000, help="to train on")
+    parser.add_argument("--images", type=int, default=2000, help="to train on")
     parser.add_argument("--test", type=int, default=2000, help="test images")
-    parser.add_argument("--windows", type=int, default=128, help="of 256 tokens to train on")
+    parser.add_argument("--windows", type=int, default=64, help="of 256 tokens to train on")
     parser.add_argument("--tokens", type=int, default=8192, help="to judge by")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--table", action="store_true", help="only print the table of what is there")

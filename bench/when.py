@@ -1,11 +1,11 @@
 """When to prune: at once, gradually or as a lottery ticket, with equal training budget, on a CNN and a text classifier.
 
     OMP_NUM_THREADS=1 python bench/when.py --work runs/when            # resumable: every finished run is a line on disk
-    OMP_NUM_THREADS=1 python bench/when.py --work runs/when --task text --budget 400
+    OMP_NUM_THREADS=1 python bench/when.py --work runs/when --task text --steps 400
 
-ResNet-20 starts from its trained weights (../shared) and has `--budget` steps of 128 images from the first 10,000 of
-the training set. The text classifier (a bag of embeddings with one hidden layer) starts at random and learns SST-2
-sentences. Every method spends the same number of steps:
+ResNet-20 starts from its trained weights (../shared) and has 100 steps of 64 images from the first 10,000 of the
+training set. The text classifier (a bag of embeddings with one hidden layer) starts at random and learns SST-2
+sentences in 600 steps of 128. Every method spends the same number of steps:
 
     one-shot   dense half of the budget, prune, train the other half with the zeros held
     gradual    cubic from 10 % to 70 % of the budget
@@ -24,16 +24,30 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from secateur import Gradual, cubic, evaluate, geometric, global_magnitude, hold_, prune_, rewind_
+from secateur import Gradual, Masks, cubic, evaluate, geometric, global_magnitude, hold_, prune_, rewind_
 
-METHODS = ("dense", "one-shot", "gradual", "ticket", "random")
-Data = tuple[Tensor, Tensor]
+Pair = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Data:
+    """What is learned, from what, and how."""
+
+    make: Callable[[int], nn.Module]
+    train: Pair
+    test: Pair
+    rate: float
+    batch: int
+    steps: int
+    only: list[str] | None
 
 
 class Bag(nn.Module):
@@ -50,7 +64,10 @@ class Bag(nn.Module):
         return self.head(F.relu(self.hidden(mean)))
 
 
-def text(shared: Path) -> tuple[Callable[[int], nn.Module], Data, Data, float, str]:
+NAMES = ("task", "budget", "method", "sparsity", "seed")
+
+
+def text(shared: Path) -> Data:
     def rows(name: str) -> list[tuple[str, int]]:
         with open(shared / "data" / "classification" / f"sst2_sentences_{name}.tsv", encoding="utf-8") as file:
             found = list(csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
@@ -63,7 +80,7 @@ def text(shared: Path) -> tuple[Callable[[int], nn.Module], Data, Data, float, s
             counted[word] = counted.get(word, 0) + 1
     number = {word: k + 1 for k, word in enumerate(w for w, n in counted.items() if n > 1)}
 
-    def tensors(given: list[tuple[str, int]]) -> Data:
+    def tensors(given: list[tuple[str, int]]) -> Pair:
         ids = torch.zeros(len(given), 48, dtype=torch.long)
         for row, (sentence, _) in enumerate(given):
             known = [number[word] for word in sentence.lower().split() if word in number][:48]
@@ -74,10 +91,10 @@ def text(shared: Path) -> tuple[Callable[[int], nn.Module], Data, Data, float, s
         torch.manual_seed(seed)
         return Bag(len(number) + 1)
 
-    return make, tensors(train), tensors(test), 2e-3, "all"
+    return Data(make, tensors(train), tensors(test), 2e-3, 128, 600, ["all", "embedding"])
 
 
-def cifar(shared: Path) -> tuple[Callable[[int], nn.Module], Data, Data, float, str]:
+def cifar(shared: Path) -> Data:
     from cifar import ResNet, images
     from safetensors.torch import load_file
 
@@ -86,25 +103,26 @@ def cifar(shared: Path) -> tuple[Callable[[int], nn.Module], Data, Data, float, 
     def make(seed: int) -> nn.Module:
         model = ResNet(20)
         model.load_state_dict(weights)
-        return model
+        return model.to(memory_format=torch.channels_last)
 
     folder = shared / "data" / "images"
     ((train, labels),) = images(folder / "cifar10_jpeg_train.parquet", 10_000, 10_000)
     ((test, wanted),) = images(folder / "cifar10_jpeg_test.parquet", 2_000, 2_000)
-    return make, (train, labels), (test, wanted), 5e-4, "default"
+    return Data(make, (train, labels), (test, wanted), 5e-4, 64, 100, None)
 
 
-def fit(model: nn.Module, data: Data, steps: int, rate: float, seed: int, attach: Callable) -> None:
-    """AdamW with a cosine to zero; `attach(optimizer)` gives what steps after it, or None."""
-    optimizer = torch.optim.AdamW(model.parameters(), rate, weight_decay=1e-4)
+def fit(model: nn.Module, data: Data, steps: int, seed: int, attach: Callable | None = None) -> None:
+    """AdamW with a cosine to zero; `attach(optimizer)` gives what steps after it."""
+    optimizer = torch.optim.AdamW(model.parameters(), data.rate, weight_decay=1e-4)
     falling = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, steps))
-    pruner = attach(optimizer)
+    pruner = None if attach is None else attach(optimizer)
     generator = torch.Generator().manual_seed(seed)
+    inputs, labels = data.train
     model.train()
     for _ in range(steps):
-        rows = torch.randint(len(data[1]), (128,), generator=generator)
+        rows = torch.randint(len(labels), (data.batch,), generator=generator)
         optimizer.zero_grad()
-        F.cross_entropy(model(data[0][rows]), data[1][rows]).backward()
+        F.cross_entropy(model(inputs[rows]), labels[rows]).backward()
         optimizer.step()
         falling.step()
         if pruner is not None:
@@ -113,55 +131,99 @@ def fit(model: nn.Module, data: Data, steps: int, rate: float, seed: int, attach
         pruner.remove()
 
 
-def trained(
-    method: str,
-    model: nn.Module,
-    data: Data,
-    sparsity: float,
-    budget: int,
-    rate: float,
-    seed: int,
-    only: str | None,
-) -> None:
-    """Spend the budget; the model is pruned to `sparsity` in the end, the dense one is not."""
-    start = copy.deepcopy(model.state_dict())
-    if method == "dense":
-        fit(model, data, budget, rate, seed, lambda _: None)
-    elif method == "one-shot":
-        fit(model, data, budget // 2, rate, seed, lambda _: None)
-        masks = prune_(model, sparsity, global_magnitude, only=only)
-        fit(
-            model,
-            data,
-            budget - budget // 2,
-            rate,
-            seed + 100,
-            lambda optimizer: hold_(model, masks, optimizer),
-        )
-    elif method == "gradual":
-        every = max(1, budget // 50)
-        begin, end = budget // 10, budget // 10 + every * (budget * 6 // 10 // every)
-        made = lambda optimizer: Gradual(  # noqa: E731
-            model, global_magnitude, cubic(0.0, sparsity), begin, end, every, optimizer=optimizer, only=only
-        )
-        fit(model, data, budget, rate, seed, made)
-    else:
-        masks = None
+def holding(model: nn.Module, masks: Masks) -> Callable:
+    return lambda optimizer: hold_(model, masks, optimizer)
+
+
+class Budget:
+    """The ways to spend one budget from one start; what several of them begin with is trained once.
+
+    Args:
+        data: what is learned.
+        start: the model before.
+        steps: of every way.
+        seed: of the order of the examples.
+    """
+
+    def __init__(self, data: Data, start: nn.Module, steps: int, seed: int):
+        self.data, self.start, self.steps, self.seed = data, start, steps, seed
+        self.trained = cache(self._trained)
+        self.ticket_masks = cache(self._ticket_masks)
+
+    def _trained(self, steps: int) -> nn.Module:
+        """The dense model after so many steps."""
+        model = copy.deepcopy(self.start)
+        fit(model, self.data, steps, self.seed)
+        return model
+
+    def dense(self, sparsity: float) -> nn.Module:
+        return self.trained(self.steps)
+
+    def one_shot(self, sparsity: float) -> nn.Module:
+        model = copy.deepcopy(self.trained(self.steps // 2))
+        masks = prune_(model, sparsity, global_magnitude, only=self.data.only)
+        left = self.steps - self.steps // 2
+        fit(model, self.data, left, self.seed + 100, holding(model, masks))
+        return model
+
+    def gradual(self, sparsity: float) -> nn.Module:
+        model = copy.deepcopy(self.start)
+        begin, every = self.steps // 10, max(1, self.steps // 50)
+        end = begin + every * (self.steps * 6 // 10 // every)
+        schedule = cubic(0.0, sparsity)
+
+        def attach(optimizer: torch.optim.Optimizer) -> Gradual:
+            return Gradual(
+                model,
+                global_magnitude,
+                schedule,
+                begin,
+                end,
+                every,
+                optimizer=optimizer,
+                only=self.data.only,
+            )
+
+        fit(model, self.data, self.steps, self.seed, attach)
+        return model
+
+    def _ticket_masks(self, sparsity: float) -> Masks:
+        """Three rounds of a quarter of the budget, each pruned and rewound."""
+        model, masks = copy.deepcopy(self.start), None
         for number, share in enumerate(geometric(rounds=3, end=sparsity)):
-            held = masks
-            attach = (lambda _: None) if held is None else (lambda o, m=held: hold_(model, m, o))
-            fit(model, data, budget // 4, rate, seed + number, attach)
-            masks = prune_(model, share, global_magnitude, masks=masks, only=only)
-            rewind_(model, start, masks)
+            if masks is None:
+                model = copy.deepcopy(self.trained(self.steps // 4))
+            else:
+                fit(model, self.data, self.steps // 4, self.seed + number, holding(model, masks))
+            masks = prune_(model, share, global_magnitude, masks=masks, only=self.data.only)
+            rewind_(model, self.start, masks)
         assert masks is not None
-        if method == "random":
-            masks = masks.shuffled(seed)
-            rewind_(model, start, masks)
-        last = masks
-        fit(model, data, budget - 3 * (budget // 4), rate, seed + 3, lambda o: hold_(model, last, o))
+        return masks
+
+    def ticket(self, sparsity: float) -> nn.Module:
+        return self._last_round(self.ticket_masks(sparsity))
+
+    def random(self, sparsity: float) -> nn.Module:
+        return self._last_round(self.ticket_masks(sparsity).shuffled(self.seed))
+
+    def _last_round(self, masks: Masks) -> nn.Module:
+        model = copy.deepcopy(self.start)
+        masks.apply_(model)
+        left = self.steps - 3 * (self.steps // 4)
+        fit(model, self.data, left, self.seed + 3, holding(model, masks))
+        return model
 
 
-def measured(model: nn.Module, test: Data) -> float:
+METHODS = {
+    "dense": Budget.dense,
+    "one-shot": Budget.one_shot,
+    "gradual": Budget.gradual,
+    "ticket": Budget.ticket,
+    "random": Budget.random,
+}
+
+
+def measured(model: nn.Module, test: Pair) -> float:
     model.eval()
     return evaluate.accuracy(model, list(zip(test[0].split(250), test[1].split(250), strict=True))).value
 
@@ -171,39 +233,38 @@ def main() -> None:
     parser.add_argument("--shared", type=Path, default=Path(__file__).resolve().parents[2] / "shared")
     parser.add_argument("--work", type=Path, default=Path("runs/when"))
     parser.add_argument("--task", nargs="+", choices=["text", "cifar"], default=["text", "cifar"])
-    parser.add_argument("--budget", type=int, default=None, help="steps; default 600 for text, 120 for cifar")
+    parser.add_argument("--steps", type=int, default=None, help="default 600 for text, 100 for cifar")
     parser.add_argument("--sparsities", type=float, nargs="+", default=[0.5, 0.7, 0.9])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     path = args.work / "runs.jsonl"
     done = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    known = {(r["task"], r["budget"], r["method"], r["sparsity"], r["seed"]): r["accuracy"] for r in done}
+    known = {tuple(r[name] for name in NAMES): r["accuracy"] for r in done}
     for task in args.task:
-        budget = args.budget or {"text": 600, "cifar": 120}[task]
-        make, train, test, rate, where = {"text": text, "cifar": cifar}[task](args.shared)
-        only = None if where == "default" else ["all", "embedding"]
+        data = {"text": text, "cifar": cifar}[task](args.shared)
+        steps = args.steps or data.steps
         began = time.process_time()
         for seed in args.seeds:
+            budget = Budget(data, data.make(seed), steps, seed)
             for sparsity in args.sparsities:
-                for method in METHODS:
-                    key = (task, budget, method, 0.0 if method == "dense" else sparsity, seed)
+                for method, spend in METHODS.items():
+                    key = (task, steps, method, 0.0 if method == "dense" else sparsity, seed)
                     if key in known:
                         continue
-                    model = make(seed)
-                    trained(method, model, train, sparsity, budget, rate, seed, only)
-                    known[key] = measured(model, test)
-                    names = ("task", "budget", "method", "sparsity", "seed")
+                    known[key] = measured(spend(budget, sparsity), data.test)
+                    line = dict(zip(NAMES, key, strict=True)) | {"accuracy": known[key]}
+                    print(line, flush=True)
                     with open(path, "a") as file:
-                        file.write(
-                            json.dumps({**dict(zip(names, key, strict=True)), "accuracy": known[key]}) + "\n"
-                        )
-        show(known, task, budget, args)
+                        file.write(json.dumps(line) + "\n")
+        show(known, task, steps, data.batch, args)
         print(f"\n{time.process_time() - began:.0f} CPU-s in this process\n")
 
 
-def show(known: dict, task: str, budget: int, args: argparse.Namespace) -> None:
-    print(f"{task}: {budget} steps of 128, test accuracy, mean +- standard deviation over seeds {args.seeds}\n")
+def show(known: dict, task: str, budget: int, batch: int, args: argparse.Namespace) -> None:
+    print(
+        f"{task}: {budget} steps of {batch}, test accuracy, mean +- standard deviation over seeds {args.seeds}\n"
+    )
     print("| method | " + " | ".join(f"{s:.0%}" for s in args.sparsities) + " |")
     print("|---|" + "---|" * len(args.sparsities))
     for method in METHODS:
