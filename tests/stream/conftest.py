@@ -39,6 +39,12 @@ def build(kind: str):
             hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=WORDS
         )
         return t.BertForMaskedLM(config)
+    if kind == "albert":
+        config = t.AlbertConfig(
+            hidden_size=32, embedding_size=16, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+            vocab_size=WORDS,
+        )  # fmt: skip
+        return t.AlbertForMaskedLM(config)
     if kind == "t5":
         return t.T5ForConditionalGeneration(
             t.T5Config(d_model=32, d_ff=48, num_layers=2, num_heads=4, d_kv=8, vocab_size=WORDS)

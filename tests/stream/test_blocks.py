@@ -79,6 +79,9 @@ def test_what_is_no_stack_of_blocks_is_refused(checkpoints, tmp_path):
     words = "T5ForConditionalGeneration is no decoder of repeated blocks.* Prune it in memory, or choose a recipe with"
     refused(checkpoints("t5"), tmp_path, UsageError, words, 0.5, recipes.wanda, data=data)
     prune_checkpoint(checkpoints("t5"), tmp_path / "t5", 0.5)  # without data any architecture will do
+    words = "AlbertForMaskedLM does not simply hand hidden states from block to block"  # one block, three times
+    named = {"data": padded_batches(), "only": "*ffn*"}
+    refused(checkpoints("albert"), tmp_path, UsageError, words, 0.5, recipes.wanda, **named)
     words = "the calibration data do not fit LlamaForCausalLM"
     data = [{"pixel_values": torch.zeros(1, 3)}]
     refused(checkpoints("llama"), tmp_path, UsageError, words, 0.5, recipes.wanda, data=data)

@@ -176,12 +176,13 @@ def bytes_held(calls: Sequence[Call]) -> int:
 
 
 class _CaughtError(Exception):
-    """Ends the embedding part at the last block."""
+    """Ends the embedding part at the output head; until there a block could be called once more."""
 
 
 def _caught(decoder: Decoder, batch: Any) -> tuple[Tensor, list[tuple[tuple[Any, ...], dict[str, Any]]]]:
     """One batch; blocks of some models return their hidden states, of others a tuple that begins with them."""
     for in_tuple in (False, True):
+        problem: Exception | None = None
         seen: list[tuple[int, Tensor]] = []
         given: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         with _replaced(decoder, seen, given, in_tuple), evaluating(decoder.model):
@@ -189,10 +190,8 @@ def _caught(decoder: Decoder, batch: Any) -> tuple[Tensor, list[tuple[tuple[Any,
                 forward(decoder.model, batch)
             except _CaughtError:
                 pass
-            except (IndexError, TypeError, ValueError, RuntimeError) as error:
-                problem: Exception | None = error
-            else:
-                problem = None
+            except (AttributeError, IndexError, TypeError, ValueError, RuntimeError) as error:
+                problem = error  # behind the last block, where some weights are missing, it means nothing
         orderly = [number for number, _ in seen] == list(range(len(decoder.blocks)))
         if orderly and all(states is seen[0][1] for _, states in seen):
             return seen[0][1], given
@@ -206,23 +205,28 @@ def _caught(decoder: Decoder, batch: Any) -> tuple[Tensor, list[tuple[tuple[Any,
 
 @contextmanager
 def _replaced(decoder: Decoder, seen: list, given: list, in_tuple: bool) -> Iterator[None]:
-    """Every block hands its input on; the last one ends the forward pass."""
+    """Every block hands its input on; the output head, where there is one, ends the forward pass."""
 
     def stand_in(number: int) -> Any:
         def passed(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
             seen.append((number, hidden_states))
             given.append((args, kwargs))
-            if number == len(decoder.blocks) - 1:
-                raise _CaughtError
             return (hidden_states,) if in_tuple else hidden_states
 
         return passed
 
+    def end(*_: Any) -> None:
+        raise _CaughtError
+
+    head = decoder.model.get_output_embeddings()
+    handle = None if head is None else head.register_forward_pre_hook(end)
     for number, block in enumerate(decoder.blocks):
         block.forward = stand_in(number)
     try:
         yield
     finally:
+        if handle is not None:
+            handle.remove()
         for block in decoder.blocks:
             del block.forward
 
