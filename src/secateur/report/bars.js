@@ -25,6 +25,16 @@
           hovertemplate: "%{hovertext}<extra></extra>",
         };
       });
+      if (data.lost) {
+        traces.push({
+          type: "scatter", mode: "markers", cliponaxis: false, y: at.filter((index) => data.lost[index] !== null),
+          x: data.lost.filter((value) => value !== null),
+          marker: { symbol: "diamond", size: 9, color: color("ink"), line: { width: 1.5, color: color("paper") } },
+          hovertext: at.filter((index) => data.lost[index] !== null)
+            .map((index) => `${literal(data.names[index])}<br>${literal(data.lost_name)}: ${percent(data.lost[index])}`),
+          hovertemplate: "%{hovertext}<extra></extra>",
+        });
+      }
       plot(room, traces, {
         height: 64 + 24 * many, barmode: "overlay", hovermode: "closest",
         margin: { l: 8, r: 56, t: 28, b: 8 },

@@ -50,8 +50,47 @@ const charts = (() => {
   const clipped = (text, most) =>
     text.length <= most ? text : `…${text.slice(text.length - most + 1)}`;
 
+  // Ticks of a logarithmic axis, written out: 1, 2 and 5 times powers of ten, powers alone over many decades,
+  // and equal steps where the axis spans less than one.
+  const logTicks = (low, high) => {
+    const values = [];
+    if (high < 8 * low) {
+      const rough = (high - low || high) / 4;
+      const power = 10 ** Math.floor(Math.log10(rough));
+      const step = power * [1, 2, 5, 10].find((times) => times * power >= rough);
+      for (let at = Math.floor(low / step); at <= Math.ceil(high / step); at++) if (at > 0) values.push(at * step);
+    } else {
+      const first = Math.floor(Math.log10(low)), last = Math.ceil(Math.log10(high));
+      for (let power = first; power <= last; power++)
+        for (const step of last - first > 3 ? [1] : [1, 2, 5]) values.push(step * 10 ** power);
+    }
+    const written = (value) => value.toLocaleString("en-US", { maximumSignificantDigits: 4 });
+    return { tickvals: values, ticktext: values.map(written) };
+  };
+
+  // The control that chooses a layer; the page's address keeps the choice under `key`.
+  const chooser = (figure, names, key, changed) => {
+    const select = figure.querySelector("select[data-layers]");
+    const at = () => Number(select.value);
+    const choose = (layer) => {
+      select.value = String((layer + names.length) % names.length);
+      keep(key, names[at()]);
+      changed();
+    };
+    const restore = () => {
+      const layer = names.indexOf(state().get(key));
+      if (layer >= 0) select.value = String(layer);
+    };
+    select.addEventListener("change", () => choose(at()));
+    for (const button of figure.querySelectorAll("[data-step]"))
+      button.addEventListener("click", () => choose(at() + Number(button.dataset.step)));
+    window.addEventListener("hashchange", () => { restore(); changed(); });
+    restore();
+    return { at, choose };
+  };
+
   return {
-    kinds: {}, axis, clipped, color, dash, digits, element, faded, keep, literal, percent, plot, series, state, symbol,
+    kinds: {}, axis, chooser, clipped, color, dash, digits, element, faded, keep, literal, logTicks, percent, plot, series, state, symbol,
     title, whole,
   };
 })();

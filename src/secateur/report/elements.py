@@ -9,7 +9,7 @@ from ..errors import UsageError
 from .markup import Html, data_block, join, named, shown, tag
 from .numbers import count
 
-__all__ = ["Section", "details", "figure", "legend", "plural", "shorten", "swatch", "table"]
+__all__ = ["Section", "chooser", "details", "figure", "legend", "plural", "shorten", "swatch", "table"]
 
 _MARKERS = (
     "M14 2.2a3.8 3.8 0 1 0 .01 0z",
@@ -54,6 +54,19 @@ def figure(
     )
 
 
+def chooser(anchor: str, names: Sequence[str], *, label: str = "Layer") -> Html:
+    """A list of layers to choose one from, with buttons to its neighbours."""
+    chosen = (tag("option", shown(name), value=at) for at, name in enumerate(names))
+    return tag(
+        "div",
+        tag("label", label, for_=f"{anchor}-layer"),
+        tag("button", "‹", type="button", data_step=-1, aria_label=f"Previous {label.lower()}"),
+        tag("select", *chosen, id=f"{anchor}-layer", data_layers=True),
+        tag("button", "›", type="button", data_step=1, aria_label=f"Next {label.lower()}"),
+        class_="choice",
+    )
+
+
 def table(
     columns: Sequence[object], rows: Sequence[Html], *, label: str, numeric: Sequence[int] | range = ()
 ) -> Html:
@@ -71,10 +84,10 @@ def details(summary: str, *content: Html) -> Html:
     return tag("details", tag("summary", summary), *content)
 
 
-def legend(names: Sequence[str], kind: str = "line", *, label: str) -> Html:
+def legend(names: Sequence[str], kind: str = "line", *, label: str, more: Html | None = None) -> Html:
     """The colours, dashes and patterns of a chart with their names; series 0, the grey one, is left out."""
     items = (tag("li", swatch(at, kind), " ", named(one)) for at, one in enumerate(names, 1))
-    return tag("ul", *items, class_="legend", aria_label=shown(label))
+    return tag("ul", *items, more, class_="legend", aria_label=shown(label))
 
 
 def swatch(at: int, kind: str = "line") -> Html:

@@ -1,32 +1,7 @@
 // Histograms of one layer's weights, its stages laid over each other, and thumbnails of all layers.
 {
-  const { axis, color, dash, digits, element, faded, keep, literal, percent, plot, series, state, symbol, title, whole } = charts;
+  const { axis, chooser, color, dash, digits, edge, element, faded, keep, literal, percent, plot, series, state, symbol, title, unpack, whole } = charts;
 
-  // Counts are base64 of variable-length integers; a zero is followed by how many zeros follow it.
-  const unpack = (text) => {
-    const bytes = atob(text);
-    const counts = [];
-    let at = 0;
-    const take = () => {
-      let value = 0, scale = 1, byte;
-      do {
-        byte = bytes.charCodeAt(at++);
-        value += (byte & 0x7f) * scale;
-        scale *= 128;
-      } while (byte >= 0x80);
-      return value;
-    };
-    while (at < bytes.length) {
-      const count = take();
-      counts.push(count);
-      if (count === 0) for (let run = take(); run > 0; run--) counts.push(0);
-    }
-    return counts;
-  };
-  const edge = (held, index) => {
-    const octave = Math.floor(index / held.bins), step = (index % held.bins) / held.bins;
-    return octave === 0 ? step * 2 ** held.exponent : (1 + step) * 2 ** (held.exponent + octave - 1);
-  };
   // Width of the stored bins at a magnitude.
   const widthAt = (held, magnitude) =>
     2 ** Math.max(held.exponent, magnitude > 0 ? Math.floor(Math.log2(magnitude)) : -1074) / held.bins;
@@ -72,7 +47,6 @@
 
   charts.kinds.histogram = (figure, data, anchor) => {
     const room = figure.querySelector(".chart");
-    const select = figure.querySelector("select");
     const boxes = [...figure.querySelectorAll("[data-stage]")];
     const options = Object.fromEntries(
       [...figure.querySelectorAll("[data-option]")].map((box) => [box.dataset.option, box]));
@@ -133,7 +107,7 @@
     };
 
     const draw = () => {
-      const layer = Number(select.value);
+      const layer = chosen.at();
       const narrow = room.clientWidth < 560;
       const log = options.log.checked;
       const held = data.stages.map((_, stage) => ({ stage, held: load(stage, layer) })).filter(({ held }) => held);
@@ -212,30 +186,21 @@
         const label = element("span", null);
         label.append(element("bdi", data.short[layer]));
         button.append(picture, label);
-        button.addEventListener("click", () => choose(layer));
+        button.addEventListener("click", () => chosen.choose(layer));
         return button;
       }));
     };
 
-    const choose = (layer) => {
-      select.value = String((layer + data.names.length) % data.names.length);
-      keep(anchor, data.names[Number(select.value)]);
-      draw();
-    };
     const restore = () => {
       const held = state();
-      const layer = data.names.indexOf(held.get(anchor));
-      if (layer >= 0) select.value = String(layer);
       for (const key in options) if (held.has(`${anchor}.${key}`)) options[key].checked = held.get(`${anchor}.${key}`) === "1";
     };
-    select.addEventListener("change", () => choose(Number(select.value)));
-    for (const button of figure.querySelectorAll("[data-step]"))
-      button.addEventListener("click", () => choose(Number(select.value) + Number(button.dataset.step)));
     for (const box of boxes) box.addEventListener("change", draw);
     for (const key in options)
       options[key].addEventListener("change", () => { keep(`${anchor}.${key}`, options[key].checked ? "1" : null); draw(); });
     window.addEventListener("hashchange", () => { restore(); draw(); });
     restore();
+    const chosen = chooser(figure, data.names, anchor, () => draw());
     overview();
     return draw;
   };

@@ -138,6 +138,29 @@ class Histogram:
         inside = counts[index] if start < tau else 0
         return CountBelow(low, low + round((tau - start) / (end - start) * inside), low + inside)
 
+    def count_up_to(self, tau: float) -> CountBelow:
+        """How many values have a magnitude of at most `tau`, exact zeros included: what a threshold removes.
+
+        Compared in single precision, as `secateur.allocate.Threshold` compares, so of values in single precision or
+        narrower this is exact wherever the next number after `tau` is an edge of the bins.
+
+        Raises:
+            UsageError: `tau` is negative, NaN or infinite.
+
+        Example:
+            >>> import torch
+            >>> from secateur.report import histogram
+            >>> histogram(torch.tensor([0.0, -0.25, 0.5, 0.75])).count_up_to(0.49999997)
+            CountBelow(low=2, estimate=2, high=2)
+        """
+        if not (math.isfinite(tau) and tau >= 0):
+            raise UsageError(f"tau is {tau}, expected a magnitude: a finite number of at least 0.")
+        if tau == 0:
+            return CountBelow(self.zeros, self.zeros, self.zeros)
+        if tau >= 2.0**127:
+            return CountBelow(self.n, self.n, self.n) if tau >= self.limit else self.count_below(tau)
+        return self.count_below(float(np.nextafter(np.float32(tau), np.float32(np.inf))))
+
     def merge(self, other: Histogram) -> Histogram:
         """The histogram of both sets of values together: bins and counts as of one tensor that holds both.
 

@@ -1,24 +1,6 @@
 // Lines over two axes, with an optional logarithmic one and the value of the dense model.
 {
-  const { axis, color, dash, digits, keep, literal, plot, series, state, symbol, title } = charts;
-
-  // Ticks of a logarithmic axis, written out: 1, 2 and 5 times powers of ten, powers alone over many decades,
-  // and equal steps where the axis spans less than one.
-  const logTicks = (low, high) => {
-    const values = [];
-    if (high < 8 * low) {
-      const rough = (high - low || high) / 4;
-      const power = 10 ** Math.floor(Math.log10(rough));
-      const step = power * [1, 2, 5, 10].find((times) => times * power >= rough);
-      for (let at = Math.floor(low / step); at <= Math.ceil(high / step); at++) if (at > 0) values.push(at * step);
-    } else {
-      const first = Math.floor(Math.log10(low)), last = Math.ceil(Math.log10(high));
-      for (let power = first; power <= last; power++)
-        for (const step of last - first > 3 ? [1] : [1, 2, 5]) values.push(step * 10 ** power);
-    }
-    const written = (value) => value.toLocaleString("en-US", { maximumSignificantDigits: 4 });
-    return { tickvals: values, ticktext: values.map(written) };
-  };
+  const { axis, color, dash, digits, faded, keep, literal, logTicks, plot, series, state, symbol, title } = charts;
 
   charts.kinds.lines = (figure, data, anchor) => {
     const room = figure.querySelector(".chart");
@@ -41,6 +23,14 @@
         hovertext: line.points.map((point) => literal(line.name) + ": " + digits(point[1]) + (point[4] ? ` (${literal(point[4])})` : "")),
         hovertemplate: "%{hovertext}<extra></extra>",
       }));
+      if (data.front.length) {
+        // wide and pale, behind the lines
+        traces.unshift({
+          type: "scatter", mode: "lines+markers", x: data.front.map((point) => point[0]), y: data.front.map((point) => point[1]),
+          line: { color: faded(color("ink"), 0.22), width: 9 }, hoverinfo: "skip",
+          marker: { color: faded(color("ink"), 0.22), size: 22, symbol: "circle" },
+        });
+      }
       const shapes = [], annotations = [];
       const points = data.lines.flatMap((line) => line.points);
       const places = [...new Set(points.map((point) => point[0]))].sort((a, b) => a - b);

@@ -12,17 +12,32 @@ from typing import Any
 from .. import __version__
 from ..errors import UsageError
 from .elements import Section
+from .heat import HeatMap, heat_section
 from .markup import Html, tag
 from .measurements import compare, measurement_section
 from .numbers import count, percent
+from .pictures import Picture, picture_section
+from .sensitivity import Sensitivity, sensitivity_section
 from .sparsity import LayerRow, sparsity_section
 from .tables import Table, notes_section, table_section
+from .threshold import threshold_section
 from .tradeoff import Tradeoff, tradeoff_section
 from .weights import Stage, histogram_section
 
 __all__ = ["Highlight", "document", "page"]
 
-_SCRIPTS = ("common.js", "bars.js", "lines.js", "histogram.js", "start.js")
+_SCRIPTS = (
+    "common.js",
+    "counts.js",
+    "bars.js",
+    "lines.js",
+    "histogram.js",
+    "threshold.js",
+    "heat.js",
+    "curves.js",
+    "picture.js",
+    "start.js",
+)
 
 
 @dataclass(frozen=True)
@@ -46,6 +61,14 @@ def page(
     notes: Sequence[str] = (),
     sections: Sequence[Section] = (),
     highlights: Sequence[Highlight] | None = None,
+    tau: float | None = None,
+    tau_stage: str | None = None,
+    pictures: Mapping[str, Picture] | None = None,
+    sensitivity: Sensitivity | None = None,
+    heat_maps: Sequence[HeatMap] = (),
+    activations: Sequence[Stage] = (),
+    lambda_: float | None = None,
+    unfinished: str = "",
 ) -> str:
     """The report of a run, as the text of one self-contained HTML file.
 
@@ -60,6 +83,14 @@ def page(
         tables: tables of the caller's own.
         notes: sentences for the end of the page.
         sections: parts of the caller's own, after all others but the notes.
+        tau: where the slider over thresholds stands at first; by default where half of the first stage would go.
+        tau_stage: name of the stage that the slider counts in at first; by default the first one.
+        pictures: layer -> its mask, as `secateur.report.picture` makes it.
+        sensitivity: what the sparsity of each layer alone costs.
+        heat_maps: for instance the importance of each head of each layer.
+        activations: histograms of the neurons' mean absolute activations, layer by layer, at one stage or more.
+        lambda_: where the slider over activations stands at first.
+        unfinished: for the report of a run that has not ended: how far it got, said at the head of the page.
         highlights: numbers at the head; by default the total sparsity and the first three changes.
 
     Returns:
@@ -79,6 +110,15 @@ def page(
         parts.append(sparsity_section(layers))
     if stages:
         parts.append(histogram_section(stages))
+        parts.append(threshold_section(stages, start=tau, stage=tau_stage, shared="weights"))
+    if pictures:
+        parts.append(picture_section(pictures))
+    if sensitivity is not None:
+        parts.append(sensitivity_section(sensitivity))
+    for at, heat_map in enumerate(heat_maps):
+        parts.append(heat_section(heat_map, anchor="heat" + (f"-{at + 1}" if at else "")))
+    if activations:
+        parts.append(threshold_section(activations, kind="neurons", start=lambda_))
     for at, content in enumerate(tables):
         parts.append(table_section(content, anchor=f"table-{at + 1}"))
     parts.extend(sections)
@@ -86,11 +126,16 @@ def page(
         parts.append(notes_section(notes))
     if highlights is None:
         highlights = _highlights(measurements or {}, layers)
-    return document(title, summary=summary, sections=parts, highlights=highlights)
+    return document(title, summary=summary, sections=parts, highlights=highlights, unfinished=unfinished)
 
 
 def document(
-    title: str, *, summary: str, sections: Sequence[Section], highlights: Sequence[Highlight] = ()
+    title: str,
+    *,
+    summary: str,
+    sections: Sequence[Section],
+    highlights: Sequence[Highlight] = (),
+    unfinished: str = "",
 ) -> str:
     """A page of any sections; `page` calls it with the usual ones.
 
@@ -122,7 +167,7 @@ def document(
     body = tag(
         "body",
         tag("a", "Skip to the content", href="#content", class_="skip"),
-        _header(title, summary, highlights),
+        _header(title, summary, highlights, unfinished),
         tag(
             "div",
             tag("nav", tag("ul", *contents), aria_label="Contents") if len(sections) > 1 else None,
@@ -135,7 +180,7 @@ def document(
     return f"<!doctype html>\n{tag('html', head, body, lang='en')}\n"
 
 
-def _header(title: str, summary: str, highlights: Sequence[Highlight]) -> Html:
+def _header(title: str, summary: str, highlights: Sequence[Highlight], unfinished: str) -> Html:
     tiles = (
         tag(
             "div",
@@ -150,6 +195,9 @@ def _header(title: str, summary: str, highlights: Sequence[Highlight]) -> Html:
         tag("p", "secateur", class_="brand"),
         tag("h1", title),
         tag("p", summary, class_="summary"),
+        tag("p", tag("b", "Not finished. "), unfinished, class_="unfinished", role="status")
+        if unfinished
+        else None,
         tag("dl", *tiles, class_="tiles") if highlights else None,
     )
 

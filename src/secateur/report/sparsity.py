@@ -23,6 +23,8 @@ class LayerRow:
         role: `attention`, `ffn` or whatever groups layers; may be empty.
         weights: how many it has.
         zeros: how many of them are 0.
+        lost: what pruning took from it as a fraction in [0, 1], of whatever `sparsity_section` calls `lost`; None where
+            nobody measured.
         note: anything to be said of this layer alone.
     """
 
@@ -32,6 +34,7 @@ class LayerRow:
     weights: int
     zeros: int
     note: str = ""
+    lost: float | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.zeros <= self.weights:
@@ -44,9 +47,20 @@ class LayerRow:
 
 
 def sparsity_section(
-    layers: Sequence[LayerRow], *, heading: str = "Sparsity of each layer", anchor: str = "sparsity"
+    layers: Sequence[LayerRow],
+    *,
+    heading: str = "Sparsity of each layer",
+    anchor: str = "sparsity",
+    lost: str = "squared weights lost",
 ) -> Section:
-    """Bars of each layer's sparsity, and the table of layers with shapes and exact counts."""
+    """Bars of each layer's sparsity, a mark at what it lost, and the table of layers with shapes and exact counts.
+
+    Args:
+        layers: in the order in which they are shown.
+        heading: of the section.
+        anchor: its name in links.
+        lost: what `LayerRow.lost` is a fraction of.
+    """
     weights, zeros = sum(layer.weights for layer in layers), sum(layer.zeros for layer in layers)
     roles = list(dict.fromkeys(layer.role for layer in layers))
     data = {
@@ -56,6 +70,8 @@ def sparsity_section(
         "role_names": [shown(role or "other") for role in roles],
         "weights": [layer.weights for layer in layers],
         "zeros": [layer.zeros for layer in layers],
+        "lost": [layer.lost for layer in layers] if any(layer.lost is not None for layer in layers) else None,
+        "lost_name": shown(lost),
         "total": zeros / weights if weights else 0.0,
     }
     lead = tag(
@@ -64,12 +80,21 @@ def sparsity_section(
         f"{percent(zeros / weights if weights else 0.0)}. The dashed line marks this total.",
         class_="lead",
     )
+    measured = any(layer.lost is not None for layer in layers)
     chart = figure(anchor, "bars", data, label=f"Bars: sparsity of each of {len(layers)} layers", tall=True)
-    key = legend([role or "other" for role in roles], "bar", label="Roles") if len(roles) > 1 else None
-    return Section(anchor, heading, join(lead, key, chart, details("Layers as a table", _layer_table(layers))))
+    key = None
+    if len(roles) > 1 or measured:
+        mark = (
+            tag("li", tag("span", "◆", class_="diamond", aria_hidden="true"), f" {lost}") if measured else None
+        )
+        key = legend([role or "other" for role in roles], "bar", label="Roles", more=mark)
+    return Section(
+        anchor, heading, join(lead, key, chart, details("Layers as a table", _layer_table(layers, lost)))
+    )
 
 
-def _layer_table(layers: Sequence[LayerRow]) -> Html:
+def _layer_table(layers: Sequence[LayerRow], lost: str) -> Html:
+    measured = any(layer.lost is not None for layer in layers)
     noted = any(layer.note for layer in layers)
     rows = []
     for layer in layers:
@@ -84,8 +109,17 @@ def _layer_table(layers: Sequence[LayerRow]) -> Html:
                 tag("td", count(layer.zeros), class_="number", data_value=layer.zeros),
                 tag("td", count(layer.weights - layer.zeros), class_="number"),
                 tag("td", percent(layer.sparsity), bar, class_="number", data_value=repr(layer.sparsity)),
+                tag(
+                    "td",
+                    "–" if layer.lost is None else percent(layer.lost),
+                    class_="number",
+                    data_value=layer.lost,
+                )
+                if measured
+                else None,
                 tag("td", shown(layer.note)) if noted else None,
             )
         )
-    columns = ["Layer", "Role", "Shape", "Weights", "Zeros", "Non-zeros", "Sparsity"] + ["Note"] * noted
-    return table(columns, rows, label="Layers", numeric=range(2, 7))
+    columns = ["Layer", "Role", "Shape", "Weights", "Zeros", "Non-zeros", "Sparsity"]
+    columns += [lost.capitalize()] * measured + ["Note"] * noted
+    return table(columns, rows, label="Layers", numeric=range(2, 7 + measured))

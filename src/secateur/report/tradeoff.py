@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 from .elements import Section, details, figure, legend, table
 from .markup import Html, join, named, shown, tag
 from .numbers import number, percent
 
-__all__ = ["Point", "Tradeoff", "tradeoff_section"]
+__all__ = ["Better", "Point", "Tradeoff", "tradeoff_section"]
+
+Better = Literal["lower", "higher"]
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,8 @@ class Tradeoff:
         x_percent: x is a fraction; show percent.
         log_y: start with a logarithmic vertical axis.
         caption: a sentence on what the chart says.
+        better: which way is better along x and along y; given, the points that no other point beats in both, the
+            Pareto front over all lines, are marked and joined.
     """
 
     title: str
@@ -48,6 +53,20 @@ class Tradeoff:
     x_percent: bool = True
     log_y: bool = False
     caption: str = ""
+    better: tuple[Better, Better] | None = None
+
+    def front(self) -> list[Point]:
+        """The points that no other point equals or beats in both directions, along x; empty without `better`."""
+        if self.better is None:
+            return []
+        signs = [1 if way == "higher" else -1 for way in self.better]
+        points = [point for points in self.lines.values() for point in points]
+        worth = sorted(points, key=lambda point: (-signs[0] * point.x, -signs[1] * point.y))
+        found: list[Point] = []
+        for point in worth:
+            if not found or signs[1] * point.y > signs[1] * found[-1].y:
+                found.append(point)
+        return sorted(found, key=lambda point: point.x)
 
 
 def tradeoff_section(content: Tradeoff, *, anchor: str = "tradeoff") -> Section:
@@ -57,6 +76,7 @@ def tradeoff_section(content: Tradeoff, *, anchor: str = "tradeoff") -> Section:
         "y_label": shown(content.y_label),
         "x_percent": content.x_percent,
         "log": content.log_y,
+        "front": [[point.x, point.y] for point in content.front()],
         "reference": content.reference,
         "reference_name": shown(content.reference_name),
         "lines": [
@@ -72,7 +92,7 @@ def tradeoff_section(content: Tradeoff, *, anchor: str = "tradeoff") -> Section:
     }
     controls = tag(
         "div",
-        legend(list(content.lines), label="Lines"),
+        legend(list(content.lines), label="Lines", more=_front_key() if content.better else None),
         tag(
             "label",
             tag("input", type="checkbox", data_option="log", checked=content.log_y),
@@ -91,7 +111,14 @@ def tradeoff_section(content: Tradeoff, *, anchor: str = "tradeoff") -> Section:
     return Section(anchor, content.title, body)
 
 
+def _front_key() -> Html:
+    return tag(
+        "li", tag("span", class_="swatch front", aria_hidden="true"), " Pareto front: nothing is better in both"
+    )
+
+
 def _points(content: Tradeoff) -> Html:
+    front = {id(point) for point in content.front()}
     spread = any(point.low is not None for points in content.lines.values() for point in points)
     rows = []
     for name, points in content.lines.items():
@@ -109,7 +136,9 @@ def _points(content: Tradeoff) -> Html:
                     tag("td", x, class_="number", data_value=repr(point.x)),
                     tag("td", number(point.y), class_="number", data_value=repr(point.y)),
                     tag("td", around) if spread else None,
+                    tag("td", "on the front" if id(point) in front else "") if content.better else None,
                 )
             )
     columns = ["Line", content.x_label, content.y_label] + ["Spread"] * spread
+    columns += ["Pareto"] * (content.better is not None)
     return table(columns, rows, label=content.title, numeric=[1, 2])

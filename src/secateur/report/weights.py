@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from .elements import Section, details, figure, shorten, swatch, table
+from .elements import Section, chooser, details, figure, shorten, swatch, table
 from .histogram import Histogram
 from .markup import Html, join, named, shown, tag
 from .numbers import count, number, percent
@@ -43,7 +43,6 @@ def histogram_section(
             for stage in stages
         ],
     }
-    chosen = [tag("option", shown(name), value=at) for at, name in enumerate(names)]
     ticks = [
         tag(
             "label",
@@ -56,14 +55,7 @@ def histogram_section(
     ]
     controls = tag(
         "div",
-        tag(
-            "div",
-            tag("label", "Layer", for_=f"{anchor}-layer"),
-            tag("button", "‹", type="button", data_step=-1, aria_label="Previous layer"),
-            tag("select", *chosen, id=f"{anchor}-layer"),
-            tag("button", "›", type="button", data_step=1, aria_label="Next layer"),
-            class_="choice",
-        ),
+        chooser(anchor, names),
         tag("fieldset", tag("legend", "Stages", class_="unseen"), *ticks),
         tag("label", tag("input", type="checkbox", data_option="log"), " Logarithmic counts"),
         tag("label", tag("input", type="checkbox", data_option="whole"), " Whole range"),
