@@ -12,7 +12,7 @@ import torch
 from secateur.errors import UsageError
 from secateur.report import Sensitivity, Stage, figures, histogram, log_to
 
-from .pages import heads, measured, pictures, rows, sensitivity, stages, weights
+from .pages import halved, heads, measured, pictures, rows, sensitivity, stages, weights
 
 pytest.importorskip("matplotlib")
 
@@ -32,7 +32,7 @@ def test_histograms_hold_every_weight_and_the_zeros_apart():
     for axis, weight in zip(plots, layers.values(), strict=True):
         before, after = (patch.get_data() for patch in axis.patches)
         assert before.values.sum() == weight.numel()
-        assert after.values.sum() == weight.numel() // 2
+        assert after.values.sum() == int(torch.count_nonzero(halved(weight)))
         for at in range(len(before.values)):
             low, high = before.edges[at], before.edges[at + 1]
             inside = (
@@ -63,7 +63,7 @@ def test_every_chart_has_its_figure():
     stops, total = curve.axes[0].lines[0].get_data()
     both = torch.cat([weight.flatten() for weight in layers.values()])
     for at in range(0, len(stops), 97):
-        assert total[at] == pytest.approx(float((both.abs() <= stops[at]).double().mean()))
+        assert total[at] == pytest.approx(float((both.abs() <= stops[at]).double().mean()), abs=1e-3)
     for figure in (
         figures.sparsity(rows(layers)),
         curve,

@@ -67,5 +67,5 @@
     return { low, high, estimate: low + Math.round(((next - start) / (edge(held, at + 1) - start)) * (high - low)) };
   };
 
-  Object.assign(charts, { after, before, counted, edge, exponent, unpack, upTo });
+  Object.assign(charts, { before, counted, edge, index, unpack, upTo });
 }

@@ -106,12 +106,12 @@ def threshold_curve(
     figure, (axis,) = _figure(1, height=3.2)
     stops = np.array(thresholds(list(held.values()))[1:])
     size = sum(one.n for one in held.values()) or 1
-    total = [sum(one.count_up_to(stop).low for one in held.values()) / size for stop in stops.tolist()]
+    total = [sum(one.count_up_to(stop).estimate for one in held.values()) / size for stop in stops.tolist()]
     axis.plot(stops, total, color=_color(1), label="all layers")
     if layer is not None:
         if layer not in held:
             raise UsageError(f"no layer {layer!r}; {nearest(layer, held)}")
-        own = [held[layer].count_up_to(stop).low / (held[layer].n or 1) for stop in stops.tolist()]
+        own = [held[layer].count_up_to(stop).estimate / (held[layer].n or 1) for stop in stops.tolist()]
         axis.plot(stops, own, color=_color(2), linestyle=_dash(2), label=_text(layer))
     symbol = "τ" if kind == "weights" else "λ"
     if tau is not None:

@@ -1,20 +1,17 @@
 // What a threshold removes, live: the slider moves over the edges of the stored bins, where counts are exact.
 {
-  const { after, axis, before, chooser, color, counted, dash, digits, edge, element, exponent, faded, keep, literal, logTicks,
+  const { axis, before, chooser, color, counted, dash, digits, edge, element, faded, index, keep, literal, logTicks,
     percent, plot, series, state, title, upTo, whole } = charts;
 
-  // 0, and just below each edge: |w| <= tau is then the same as |w| < edge.
+  // 0, and just below each edge of the finest bins: |w| <= tau is then the same as |w| < edge.
   const stopsOf = (held) => {
     const filled = held.filter((one) => one.most > 0);
     if (!filled.length) return [0];
-    const bins = Math.max(...filled.map((one) => one.bins));
-    const first = Math.max(Math.min(...filled.map((one) => one.exponent)) - 2, -126);
-    const last = Math.min(Math.max(...filled.map((one) => exponent(one.most) + 1)), 127);
-    const stops = [0];
-    for (let power = first; power < last; power++)
-      for (let step = 0; step < bins; step++) stops.push(before((1 + step / bins) * 2 ** power));
-    stops.push(before(2 ** last));
-    return stops;
+    const finest = {
+      bins: Math.max(...filled.map((one) => one.bins)), exponent: Math.max(Math.min(...filled.map((one) => one.exponent)), -126),
+    };
+    const last = index(finest, Math.min(Math.max(...filled.map((one) => one.most)), 2 ** 126)) + 1;
+    return [0, ...Array.from({ length: last }, (_, at) => before(Math.fround(edge(finest, at + 1))))];
   };
 
   charts.kinds.threshold = (figure, data, anchor) => {
@@ -42,14 +39,15 @@
       }
       return low > 0 && value - stops[low - 1] < stops[low] - value ? low - 1 : low;
     };
-    const removed = (value) => present.reduce((sum, one) => sum + upTo(one, value).low, 0);
-    let totals;  // removed at each stop
+    const removed = (value, bound) => present.reduce((sum, one) => sum + upTo(one, value)[bound], 0);
+    let totals, least;  // removed at each stop: about, and for certain
     const load = (stage) => {
       held = layersOf(stage);
       present = held.filter(Boolean);
       stops = stopsOf(present);
       size = present.reduce((sum, one) => sum + one.n, 0);
-      totals = stops.map(removed);
+      totals = stops.map((value) => removed(value, "estimate"));
+      least = stops.map((value) => removed(value, "low"));
       part.slider.max = stops.length - 1;
       rows.forEach((row, layer) => {
         row.size.textContent = held[layer] ? whole(held[layer].n) : "–";
@@ -98,12 +96,12 @@
       const narrow = room.clientWidth < 560;
       const layer = held[chosen.at()];
       const fine = stops.slice(1);
-      const share = (one, value) => (one.n ? upTo(one, value).low / one.n : 0);
+      const share = (one, value) => (one.n ? upTo(one, value).estimate / one.n : 0);
       const reach = fine.filter((_, at) => totals[at + 1] > 0.002 * size);
       const range = reach.length ? [Math.log10(reach[0]) - 0.1, Math.log10(fine[fine.length - 1]) + 0.05] : [-3, 0];
       const bars = { x: [], y: [], text: [] };
       for (let at = 1; layer && at + 8 < stops.length; at += 8) {
-        const many = upTo(layer, stops[at + 8]).low - upTo(layer, stops[at]).low;
+        const many = upTo(layer, stops[at + 8]).estimate - upTo(layer, stops[at]).estimate;
         bars.x.push(Math.sqrt(stops[at] * stops[at + 8]));
         bars.y.push(many / Math.log(stops[at + 8] / stops[at]));  // per width on the logarithmic axis
         bars.text.push(`${whole(many)} between ${digits(stops[at])} and ${digits(stops[at + 8])}`);
@@ -167,7 +165,7 @@
       let low = 0, high = stops.length - 1;
       while (low < high) {
         const middle = (low + high) >> 1;
-        if (totals[middle] >= (value / 100) * size) high = middle; else low = middle + 1;
+        if (least[middle] >= (value / 100) * size) high = middle; else low = middle + 1;
       }
       set(stops[low]);
     });

@@ -10,6 +10,7 @@ import numpy as np
 
 from ..errors import UsageError, nearest
 from .elements import Section, chooser, details, figure, plural, shorten, table
+from .grid import Grid
 from .histogram import CountBelow, Histogram
 from .markup import Html, join, named, shown, tag
 from .numbers import count, number, percent
@@ -90,20 +91,20 @@ def threshold_for(histograms: Mapping[str, Histogram], sparsity: float) -> float
 
 
 def thresholds(held: Sequence[Histogram]) -> list[float]:
-    """Where the slider stops: 0, and just below each edge of the bins, where all counts are exact."""
+    """Where the slider stops: 0, and just below each edge of the finest bins.
+
+    There the counts of the layer with the finest bins are exact, and those of every layer whose own bins have that
+    edge: all layers above their 2^exponent. Below it a coarser layer may have a bin across the edge; its error is then
+    what lies in that one bin.
+    """
     filled = [one for one in held if one.limit > 0]
     if not filled:
         return [0.0]
-    bins = max(one.bins for one in filled)
-    first = min(one.exponent for one in filled)
-    last = max(int(np.frexp(max(-one.min, one.max))[1]) for one in filled)
-    edges = [
-        float(np.ldexp(1 + step / bins, exponent))
-        for exponent in range(max(first - 2, -126), min(last, 127))
-        for step in range(bins)
-    ]
-    edges.append(float(np.ldexp(1.0, min(last, 127))))
-    return [0.0, *(float(np.nextafter(np.float32(edge), np.float32(0))) for edge in edges)]
+    finest = Grid(max(one.bins for one in filled), max(min(one.exponent for one in filled), -126))
+    reach = min(max(max(-one.min, one.max) for one in filled), 2.0**126)
+    last = int(finest.index(np.array([reach]))[0]) + 1
+    edges = np.array([finest.edge(at) for at in range(1, last + 1)], dtype=np.float32)
+    return [0.0, *np.nextafter(edges, np.float32(0)).astype(np.float64).tolist()]
 
 
 def threshold_section(
