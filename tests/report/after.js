@@ -21,7 +21,7 @@
     requests: performance.getEntriesByType("resource").map((entry) => entry.name),
     charts: all("figure .main-svg").length,
     dark: matchMedia("(prefers-color-scheme: dark)").matches,
-    contrasts: [...contrasts("main p, main th, main td, .delta, h1, nav a, dd", "color"), ...contrasts("figure svg text", "fill")],
+    contrasts: [...contrasts("main p, main th, main td, .delta, h1, nav a, dd", "color"), ...contrasts("figure:not([data-chart=heat]) svg text", "fill")],
   });
   /*TEST*/
   setTimeout(() => {

@@ -6,6 +6,7 @@ import base64
 import itertools
 import json
 import re
+from importlib import resources
 
 import pytest
 import torch
@@ -120,6 +121,31 @@ def test_a_heat_map_keeps_its_numbers_and_marks():
         HeatMap("t", ["a"], ["b", "c"], [[1.0]], "q")
     with pytest.raises(UsageError, match=r"the mark at \(0, 1\) lies outside"):
         HeatMap("t", ["a"], ["b"], [[1.0]], "q", marked=frozenset({(0, 1)}))
+
+
+def test_numbers_in_a_heat_map_stand_out_from_every_shade():
+    """The page takes whichever of two inks contrasts more with the cell; WCAG 2 asks for 4.5."""
+    css = resources.files("secateur.report").joinpath("page.css").read_text()
+
+    def luminance(rgb: list[float]) -> float:
+        parts = [p / 255 / 12.92 if p <= 0.03928 * 255 else ((p / 255 + 0.055) / 1.055) ** 2.4 for p in rgb]
+        return sum(part * weight for part, weight in zip(parts, (0.2126, 0.7152, 0.0722), strict=True))
+
+    def colors(name: str) -> list[list[float]]:
+        return [
+            [int(hex[i : i + 2], 16) for i in (0, 2, 4)] for hex in re.findall(rf"--{name}: #(\w{{6}})", css)
+        ]
+
+    light_and_dark = zip(
+        *(colors(name) for name in ("heat-0", "heat-1", "heat-ink-0", "heat-ink-1")), strict=True
+    )
+    themes = list(light_and_dark)
+    assert len(themes) == 2
+    for pale, dark, *inks in themes:
+        for step in range(101):
+            cell = luminance([a + (b - a) * step / 100 for a, b in zip(pale, dark, strict=True)])
+            ratios = [(max(cell, luminance(i)) + 0.05) / (min(cell, luminance(i)) + 0.05) for i in inks]
+            assert max(ratios) >= 4.5, (step, ratios)
 
 
 def test_sensitivity_lists_the_most_sensitive_first_and_says_what_is_missing():

@@ -11,7 +11,8 @@ const charts = (() => {
   const literal = (text) =>
     String(text).replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
   const faded = (hex, part) => hex + Math.round(part * 255).toString(16).padStart(2, "0");
-  const whole = (value) => value.toLocaleString("en-US");
+  const form = new Intl.NumberFormat("en-US");  // made once: making one costs more than a hundred uses
+  const whole = (value) => form.format(value);
   const digits = (value) =>
     value === 0 ? "0" : String(Number(value.toPrecision(4))).replace("-", "\u2212");
   const percent = (part) =>

@@ -1,6 +1,6 @@
 // The mask of one layer as a picture: dark is kept, pale is pruned.
 {
-  const { axis, chooser, color, literal, percent, plot, title, whole } = charts;
+  const { axis, chooser, color, digits, percent, plot, title, whole } = charts;
 
   const unpacked = (held) => {
     const bytes = atob(held.cells);
@@ -34,7 +34,7 @@
       });
       const size = held.rows * held.columns;
       said.textContent = `${whole(held.kept)} of ${whole(size)} weights are kept, sparsity ${percent(1 - held.kept / size)}. ` +
-        (exact ? "Every cell is one weight." : `Every cell is about ${whole(Math.round(size / (held.height * held.width)))} weights.`);
+        (exact ? "Every cell is one weight." : `A cell is ${digits(Number((size / (held.height * held.width)).toPrecision(2)))} weights on average.`);
     };
     const layers = chooser(figure, data.names, anchor, () => draw());
     return draw;

@@ -64,8 +64,11 @@
         const share = one && one.n ? found.estimate / one.n : 0;
         const around = Math.max(found.high - found.estimate, found.estimate - found.low);
         low += found.low; high += found.high; estimate += found.estimate;
+        const key = `${one ? 1 : 0} ${found.estimate} ${around}`;
+        if (row.key === key) return;
+        row.key = key;
         row.share.data = one ? percent(share) : "–";
-        row.bar.style.setProperty("--part", share.toFixed(4));
+        row.bar.firstChild.style.transform = `scaleX(${share.toFixed(4)})`;
         row.many.firstChild.data = whole(found.estimate);
         row.many.dataset.value = found.estimate;
         row.error.data = around ? `± ${whole(around)}` : "exact";
@@ -148,16 +151,21 @@
       document.getElementById(`${anchor}-curve`).replaceChildren(box);
     };
 
-    const set = (value) => {
-      tau = value;
-      keep(data.key, String(tau));
-      show();
-    };
+    // While the slider moves the address waits: browsers slow a page down that writes it hundreds of times.
+    let waiting = 0;
+    const note = () => { clearTimeout(waiting); keep(data.key, String(tau)); };
+    const set = (value) => { tau = value; note(); show(); };
     const typed = (text) => {
       const value = Number(text.trim().replace(",", "."));
       return text.trim() !== "" && Number.isFinite(value) && value >= 0 ? value : null;
     };
-    part.slider.addEventListener("input", () => set(stops[Number(part.slider.value)]));
+    part.slider.addEventListener("input", () => {
+      tau = stops[Number(part.slider.value)];
+      clearTimeout(waiting);
+      waiting = setTimeout(note, 150);
+      show();
+    });
+    part.slider.addEventListener("change", note);
     part.value.addEventListener("change", () => { const value = typed(part.value.value); if (value !== null) set(value); else show(); });
     part.share.addEventListener("change", () => {
       const value = typed(part.share.value);

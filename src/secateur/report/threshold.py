@@ -256,7 +256,8 @@ def _layer_table(cut: Cut, names: Sequence[str], kind: Kind, anchor: str) -> Htm
         found, size = cut.layers.get(name), cut.sizes.get(name, 0)
         low, estimate, high = found or (0, 0, 0)
         share = estimate / size if size else 0.0
-        bar = tag("span", class_="bar", style=f"--part:{share:.4f}", aria_hidden="true")
+        full = tag("span", style=f"transform:scaleX({share:.4f})")
+        bar = tag("span", full, class_="bar live", aria_hidden="true")
         rows.append(
             tag(
                 "tr",
@@ -273,4 +274,4 @@ def _layer_table(cut: Cut, names: Sequence[str], kind: Kind, anchor: str) -> Htm
         )
     columns = ["Layer", "Removed", kind.capitalize(), "Error", "Of"]
     built = table(columns, rows, label=f"Removed {kind} of each layer", numeric=range(1, 5))
-    return tag("div", built, id=f"{anchor}-layers")
+    return tag("div", built, id=f"{anchor}-layers", class_="live-table")
