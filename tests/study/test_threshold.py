@@ -42,7 +42,7 @@ def test_the_stages_of_a_life(stages):
     for name, held in by_share.histograms.items():
         assert held.zeros == round(0.2 * held.n), name
     for held in by_tau.histograms.values():
-        assert held.count_up_to(0.02).high == held.zeros  # nothing small is left but zeros
+        assert held.count_up_to(0.02).low == held.zeros  # no bin below tau holds anything but zeros
     assert by_tau.zeros > 0
     for stage in pruned:
         assert stage.tau is not None

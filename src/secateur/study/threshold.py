@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from secateur import evaluate, report
-from secateur.core.select import smallest
 from secateur.core.where import select
 from secateur.demo.digits import digits
 from secateur.errors import InputError, NumericError, UsageError
@@ -22,6 +22,7 @@ from secateur.folder import write_json
 from secateur.measure import Tell
 from secateur.prune import prune_
 from secateur.recipes import threshold
+from secateur.training import Thresholding
 
 __all__ = ["Images", "Plan", "Stage", "images", "network", "study", "write_study"]
 
@@ -163,18 +164,14 @@ def study(given: Images, plan: Plan, tell: Tell) -> list[Stage]:
         initial = network(given.train[0].shape[-1])
     trained, thresholded, shared = (copy.deepcopy(initial) for _ in range(3))
     stages = [_stage("initial", initial, given)]
-    jobs: list[tuple[str, nn.Module, Callable[[Tensor], Tensor] | None]] = [
-        ("trained", trained, None),
-        (f"trained, τ = {plan.loop_tau:g} in the loop", thresholded, lambda w: w.abs() <= plan.loop_tau),
-        (
-            f"trained, {plan.loop_percentile:g} % in the loop",
-            shared,
-            lambda w: _lowest(w, plan.loop_percentile),
-        ),
+    jobs: list[tuple[str, nn.Module, dict[str, float]]] = [
+        ("trained", trained, {}),
+        (f"trained, τ = {plan.loop_tau:g} in the loop", thresholded, {"tau": plan.loop_tau}),
+        (f"trained, {plan.loop_percentile:g} % in the loop", shared, {"percentile": plan.loop_percentile}),
     ]
-    for done, (name, model, small) in enumerate(jobs):
+    for done, (name, model, rule) in enumerate(jobs):
         tell("training", done, len(jobs))
-        _train(model, given, plan, small)
+        _train(model, given, plan, rule)
         stages.append(_stage(name, model, given))
     tell("training", len(jobs), len(jobs))
     for tau in sorted({*plan.sweep, plan.tau}):
@@ -198,30 +195,22 @@ def _check(plan: Plan) -> None:
         )
 
 
-def _lowest(weight: Tensor, percentile: float) -> Tensor:
-    """The smallest magnitudes of a layer, counted exactly."""
-    count = torch.tensor([round(weight.numel() * percentile / 100)])
-    return smallest(weight.abs().reshape(1, -1), count).reshape(weight.shape)
-
-
-def _train(model: nn.Module, given: Images, plan: Plan, small: Callable[[Tensor], Tensor] | None) -> None:
-    """Adam; every step ends by setting to zero the weights that `small` names. They may grow again."""
-    weights = [layer.weight for layer in select(model).chosen]
+def _train(model: nn.Module, given: Images, plan: Plan, rule: Mapping[str, Any]) -> None:
+    """Adam; with a rule, every step ends by setting small weights to zero, which may grow again."""
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
     generator = torch.Generator().manual_seed(plan.seed)
     x, y = given.train
-    for _ in range(plan.epochs):
-        for rows in torch.randperm(len(y), generator=generator).split(64):
-            loss = nn.functional.cross_entropy(model(x[rows]), y[rows])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            if small is not None:
-                with torch.no_grad():
-                    for weight in weights:
-                        weight.masked_fill_(small(weight), 0)
-        if not bool(loss.detach().isfinite()):
-            raise NumericError("the training of the study diverged: its loss is NaN or Inf")
+    with Thresholding(model, regrow=True, **rule) if rule else nullcontext() as pruner:
+        for _ in range(plan.epochs):
+            for rows in torch.randperm(len(y), generator=generator).split(64):
+                loss = nn.functional.cross_entropy(model(x[rows]), y[rows])
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                if pruner is not None:
+                    pruner.step()
+            if not bool(loss.detach().isfinite()):
+                raise NumericError("the training of the study diverged: its loss is NaN or Inf")
 
 
 def _stage(name: str, model: nn.Module, given: Images, tau: float | None = None) -> Stage:
