@@ -68,7 +68,7 @@ class Journal:
         try:
             lines = [json.loads(line) for line in whole.decode("utf-8").splitlines()]
             points = {(str(e["layer"]), float(e["sparsity"])): float(e["value"]) for e in lines[1:]}
-            identity = lines[0]["identity"] if lines else None
+            identity = dict(lines[0]["identity"]) if lines else {}
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(
                 f"{self.path}: no journal of a sensitivity analysis ({error}); remove it"

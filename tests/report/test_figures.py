@@ -41,7 +41,8 @@ def test_histograms_hold_every_weight_and_the_zeros_apart():
                 else (weight > low) & (weight <= high)
             )
             assert before.values[at] == int((inside & (weight != 0)).sum())
-    assert "50.0 % zero" in plots[0].get_legend().get_texts()[1].get_text()
+    assert plots[0].get_title(loc="right") == "50.0 % zero (after)"
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["before", "after"]
     one = figures.histograms(stages(layers), ["blocks.0.attn.weight"])
     assert len([axis for axis in one.axes if axis.patches]) == 1
     with pytest.raises(UsageError, match="no stage has a layer 'blocks'"):

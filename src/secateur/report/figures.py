@@ -47,18 +47,19 @@ def histograms(stages: Sequence[Stage], layers: Sequence[str] | None = None, *, 
     for name in chosen:
         if name not in names:
             raise UsageError(f"no stage has a layer {name!r}; {nearest(name, names)}")
-    figure, axes = _figure(len(chosen), height=2.6)
+    figure, axes = _figure(len(chosen), height=2.7)
     for axis, name in zip(axes, chosen, strict=True):
         held = [
             (at, stage, stage.histograms[name]) for at, stage in enumerate(stages) if name in stage.histograms
         ]
-        width, half = _equal([one for _, _, one in held], bins)
+        most = max(one.n for _, _, one in held)
+        width, half = _equal([one for _, _, one in held], min(bins, max(24, round(4 * most ** (1 / 3)))))
         edges = width * np.arange(-half, half + 1)
-        spikes = axis.twinx()
+        spikes, told = axis.twinx(), []
         spikes.set_ylim(0, 1.04)
         spikes.set_yticks([0, 0.5, 1], ["0 %", "50 %", "100 %"])
         for at, stage, one in held:
-            label = f"{_text(stage.name)} ({percent(one.zeros / one.n if one.n else 0.0)} zero)"
+            label = _text(stage.name)
             style: dict[str, Any] = (
                 {"fill": True, "alpha": 0.35} if at == 0 else {"linestyle": _dash(at), "lw": 1.6}
             )
@@ -67,10 +68,13 @@ def histograms(stages: Sequence[Stage], layers: Sequence[str] | None = None, *, 
                 x = (at - len(held) / 2) * 0.01 * half * width
                 spikes.plot([x, x], [0, one.zeros / one.n], color=_color(at), lw=2)
                 spikes.plot([x], [one.zeros / one.n], color=_color(at), marker=_marker(at), ms=6, mec="white")
+                told.append(f"{percent(one.zeros / one.n)} zero ({_text(stage.name)})")
         axis.set_title(_text(name), fontsize=9, loc="left")
+        axis.set_title("\n".join(told), fontsize=6.5, loc="right")
         axis.set_ylabel("weights")
     axes[-1].set_xlabel("weight")
-    axes[0].legend(fontsize=8, frameon=False)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper left", ncols=2, fontsize=8, frameon=False)
     return figure
 
 

@@ -34,6 +34,9 @@
       const shapes = [], annotations = [];
       const points = data.lines.flatMap((line) => line.points);
       const places = [...new Set(points.map((point) => point[0]))].sort((a, b) => a - b);
+      // ticks at the points themselves, unless their labels would run into each other
+      const gaps = places.slice(1).map((place, at) => place - places[at]);
+      const apart = Math.min(...gaps) >= (narrow ? 0.16 : 0.075) * (places[places.length - 1] - places[0]);
       const values = points.flatMap((point) => point.slice(1, 4)).concat(data.reference).filter((value) => value > 0);
       if (data.reference !== null) {
         shapes.push({
@@ -55,7 +58,7 @@
         height: narrow ? 300 : 400, hovermode: "x unified", shapes, annotations,
         margin: { l: 40, r: 16, t: 16, b: 40 },
         xaxis: axis({ title: title(data.x_label), tickformat: data.x_percent ? ".3~%" : "", showgrid: false, ticks: "outside",
-          ...(places.length < (narrow ? 6 : 12) ? { tickvals: places } : {}) }),
+          ...(apart ? { tickvals: places } : { nticks: narrow ? 5 : 10 }) }),
         yaxis: axis({ title: title(data.y_label), type: box.checked ? "log" : "linear", zeroline: false,
           ...(box.checked ? logTicks(Math.min(...values), Math.max(...values)) : { rangemode: "tozero", nticks: 6 }) }),
       });
