@@ -24,14 +24,21 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from secateur import align, magnitude, prune_, wanda
+from secateur import Recipe, align, magnitude, mend_units_, prune_, score, wanda
 from secateur import model as models
 from secateur.align import Embeddings
+from secateur.allocate import per_layer
 from secateur.documents import read_text
 from secateur.embedding import encode
+from secateur.pattern import Heads, Neurons
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 SPARSITIES = (0.3, 0.5, 0.7)
+UNITS: dict[str, Any] = {
+    "heads": (Heads(),),
+    "neurons": (Neurons(),),
+    "heads and neurons": (Heads(), Neurons()),
+}
 COUNTS = (250, 500, 1000)
 Texts = dict[str, list[str]]
 
@@ -113,7 +120,22 @@ def pruned(name: str, loaded: models.Loaded, given: Texts, size: Size) -> nn.Mod
     if method in recipes:
         data = calibration(loaded, given, size) if method == "Wanda" else None
         prune_(model, float(amount[:-1]) / 100, recipes[method], data=data)
+    elif method in ("removed", "mended"):
+        share, _, units = amount.partition("% of ")
+        remove(model, UNITS[units], float(share) / 100, method, calibration(loaded, given, size))
     return model
+
+
+def remove(model: nn.Module, patterns: Any, share: float, how: str, data: list[dict[str, Tensor]]) -> None:
+    """Whole units, each kind for itself; zeroed, which is what cutting them out computes, and mended by the rest."""
+    example = {key: value[:2, :16] for key, value in data[0].items()}
+    for pattern in patterns:
+        recipe = Recipe(score.flap, pattern, per_layer)
+        masks = prune_(copy.deepcopy(model), share, recipe, data=data, example=example)
+        if how == "mended":
+            mend_units_(model, masks, data, how="least-squares")
+        else:
+            masks.apply_(model)
 
 
 def vectors(name: str, loaded: models.Loaded, given: Texts, work: Path, size: Size) -> dict[str, Embeddings]:
@@ -193,7 +215,11 @@ def main() -> None:
     args.work.mkdir(parents=True, exist_ok=True)
     size = SIZES[args.size]
     loaded, given = models.load(str(get_model_path()), offline=True), texts(size)
-    names = args.models or [f"{m} {s:.0%}" for s in SPARSITIES for m in ("magnitude", "Wanda")]
+    names = args.models or [
+        *(f"{method} {share:.0%}" for share in SPARSITIES for method in ("magnitude", "Wanda")),
+        *(f"removed 30% of {units}" for units in UNITS),
+        "mended 30% of heads and neurons",
+    ]
     target = vectors("original", loaded, given, args.work, size)
     print(f"original: Spearman on STS-B dev {spearman(target['sentences'], target['sentences'], size):.3f}\n")
     done, results = args.work / "results.json", {}

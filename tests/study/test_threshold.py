@@ -115,6 +115,19 @@ def test_files_that_hold_no_pictures(tmp_path, more, said):
         images(tmp_path / "data.npz")
 
 
+def test_both_spellings_of_the_arrays_are_read(tmp_path):
+    held = broken(x_train=np.full((9, 8, 8), 51, np.uint8))
+    words = {
+        "x_train": "train_images",
+        "y_train": "train_labels",
+        "x_test": "test_images",
+        "y_test": "test_labels",
+    }
+    np.savez(tmp_path / "data.npz", **{words[key]: value for key, value in held.items()})
+    x, y = images(tmp_path / "data.npz").train
+    assert (x.shape, y.shape, float(x.unique())) == ((9, 1, 8, 8), (9,), pytest.approx(0.2))
+
+
 def test_other_files_and_plans(tmp_path):
     (tmp_path / "data.npz").write_text("no")
     with pytest.raises(InputError, match=r"is no \.npz file"):

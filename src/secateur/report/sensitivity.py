@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ..errors import UsageError
-from .elements import Section, chooser, details, figure, shorten, table
+from .elements import Section, chooser, details, figure, plural, shorten, table
 from .markup import Html, join, named, shown, tag
 from .numbers import number, percent
 
@@ -73,7 +73,7 @@ def sensitivity_section(content: Sensitivity, *, anchor: str = "sensitivity") ->
     )
     body = join(
         tag("p", lead, class_="lead"),
-        tag("p", f"{missing} points are not measured yet.", class_="aside") if missing else None,
+        tag("p", f"Not measured yet: {plural(missing, 'point')}.", class_="aside") if missing else None,
         figure(
             anchor,
             "curves",

@@ -26,6 +26,11 @@ from secateur.training import Thresholding
 
 __all__ = ["Images", "Plan", "Stage", "images", "network", "study", "write_study"]
 
+# the arrays of a file, as Keras spells them and as the original files do
+_SPELLINGS = (
+    {name: name for name in ("x_train", "y_train", "x_test", "y_test")},
+    {"x_train": "train_images", "y_train": "train_labels", "x_test": "test_images", "y_test": "test_labels"},
+)
 NAMES = ("convolution 1", "convolution 2", "feed-forward", "classification head")
 
 
@@ -90,7 +95,8 @@ def images(path: Path | None, *, samples: int | None = None, seed: int = 0) -> I
     """MNIST from `mnist.npz`, or scikit-learn's digits where no file is given.
 
     Args:
-        path: an .npz file with `x_train`, `y_train`, `x_test`, `y_test`: bytes "count side side", and classes 0 to 9.
+        path: an .npz file with `x_train`, `y_train`, `x_test`, `y_test` (or `train_images`, `train_labels` ...): bytes
+            "count side side", and classes 0 to 9.
         samples: use so many pictures to train on, and at most so many to test on, chosen at random; all by default.
         seed: of the choice.
 
@@ -105,7 +111,8 @@ def images(path: Path | None, *, samples: int | None = None, seed: int = 0) -> I
         raise UsageError(f"{path}: no such file; give mnist.npz, or leave --data out for scikit-learn's digits")
     try:
         with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in ("x_train", "y_train", "x_test", "y_test")}
+            names = next((names for names in _SPELLINGS if names["x_train"] in file.files), _SPELLINGS[0])
+            arrays = {name: file[spelled] for name, spelled in names.items()}
     except (OSError, ValueError, KeyError, EOFError) as error:
         raise InputError(
             f"{path}: is no .npz file of pictures ({' '.join(str(error).split())[:200]})"
