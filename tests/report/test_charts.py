@@ -153,7 +153,7 @@ def test_sensitivity_lists_the_most_sensitive_first_and_says_what_is_missing():
     first, second = weights()
     assert content.ranked() == [second, first]
     body = sensitivity_section(content).body
-    assert "1 points are not measured yet" in body
+    assert "Not measured yet: 1 point." in body
     data = stored(body, "sensitivity")
     assert data["names"] == [second, first]
     assert data["values"] == [[0.02, 0.125, 2.0], [0.01, 0.02, None]]
