@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
-from secateur.core import native
+from secateur.core import halves, native
 
 __all__ = [
     "Candidates",
@@ -50,7 +50,7 @@ class Magnitudes:
 
     def scores(self) -> Float[Tensor, "competition unit"]:
         """The scores."""
-        return self.weights.abs()
+        return self.weights.abs().float()
 
     def reshape(self, *shape: int) -> Magnitudes:
         """In another shape."""
@@ -86,8 +86,10 @@ class Candidates:
 
     def keys(self) -> Keys:
         """What `cut_by_part` and `smallest` choose from: the scores, computed only where they have to be."""
-        if self.magnitudes is not None and native.serves(weights := self.magnitudes()):
-            return Magnitudes(weights)
+        if self.magnitudes is not None:
+            weights = self.magnitudes()
+            if native.serves(weights) or halves.serves(weights):
+                return Magnitudes(weights)
         return self.scores()
 
     @property
@@ -135,8 +137,11 @@ def cut_by_part(parts: Sequence[Callable[[], Keys]], k: int) -> tuple[float, lis
 
     A sample brackets the answer, one pass counts what lies below the bracket and collects what lies inside
     it; the collected few are ranked. A bracket that misses, or that holds too many ties, is narrowed and
-    tried again, so the answer is exact for any data.
+    tried again, so the answer is exact for any data. Magnitudes of 16 bits are counted instead, in one pass.
     """
+    found = _cut_of_halves(parts, k)
+    if found is not None:
+        return found
     low, high = -float("inf"), float("inf")
     sample, total = _sample(parts, low, high)
     if not 1 <= k <= total:
@@ -164,6 +169,23 @@ def cut_by_part(parts: Sequence[Callable[[], Keys]], k: int) -> tuple[float, lis
             low, high, below, inside = a, b, sum(less), sum(within)
             pivot = True
         sample, _ = _sample(parts, low, high)
+
+
+def _cut_of_halves(parts: Sequence[Callable[[], Keys]], k: int) -> tuple[float, list[int], list[int]] | None:
+    """The same where all parts are magnitudes of one 16-bit type; None where they are not."""
+    counts, kinds = [], set()
+    for part in parts:
+        keys = part()
+        if not (isinstance(keys, Magnitudes) and halves.serves(keys.weights)):
+            return None
+        counts.append(halves.count_by_magnitude(keys.weights).astype(np.uint32))
+        kinds.add(keys.weights.dtype)
+        if len(kinds) > 1:
+            return None
+    if not 1 <= k <= (total := sum(int(part.sum()) for part in counts)):
+        raise IndexError(f"k = {k} is not in 1..{total}")
+    code, below, equal = halves.cut_of_counts(counts, k)
+    return halves.magnitude_of(code, kinds.pop()), below, equal
 
 
 def _sample(
@@ -313,7 +335,11 @@ def smallest(keys: Keys, counts: Int[Tensor, " row"]) -> Bool[Tensor, "row unit"
     """
     if native.serves(_tensor(keys)):
         return native.smallest(_tensor(keys), counts, absolute=isinstance(keys, Magnitudes))
+    if isinstance(keys, Magnitudes) and halves.serves(keys.weights) and keys.weights.shape[0] == 1:
+        return halves.smallest_in_row(keys.weights[0], int(counts[0]))[None]
     scores = keys.scores() if isinstance(keys, Magnitudes) else keys
+    if isinstance(keys, Magnitudes) and native.serves(scores):
+        return native.smallest(scores, counts)
     rows, units = scores.shape
     if rows == 1:
         return _smallest_in_row(scores[0], int(counts[0]))[None]

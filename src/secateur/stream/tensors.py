@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from secateur.core.counts import distinct_parameters
+from secateur.core.halves import count_nonzero
 from secateur.core.masks import INTEGER
 from secateur.core.select import Candidates
 from secateur.core.where import Layer
@@ -82,14 +82,18 @@ class Work:
     def _candidates(self, layer: Layer, statistics: Statistics, steps: Iterator[int]) -> Candidates:
         shell, layers = self.shell(layer, statistics), len(self.todo.layers)
 
-        def scores() -> Tensor:
-            with holding(layer, read_checked(self.places, layer)):
-                found = shell.scores()
-            passes, done = divmod(next(steps), layers)
-            self.tell(f"scores, pass {passes + 1}", done + 1, layers)
+        def read(what: Callable[[], Tensor]) -> Callable[[], Tensor]:
+            def found() -> Tensor:
+                with holding(layer, read_checked(self.places, layer)):
+                    values = what()
+                passes, done = divmod(next(steps), layers)
+                self.tell(f"scores, pass {passes + 1}", done + 1, layers)
+                return values
+
             return found
 
-        return Candidates(shell.shape, shell.cells, scores)
+        magnitudes = shell.magnitudes and read(shell.magnitudes)
+        return Candidates(shell.shape, shell.cells, read(shell.scores), magnitudes=magnitudes)
 
 
 def read_checked(places: Places, layer: Layer) -> Tensor:
@@ -173,8 +177,8 @@ def write_pruned(work: Work, layer: Layer, weight: Tensor, mask: Tensor, output:
         output.write(name, values)
     output.write_mask(layer.name, mask)
     return {
-        "pruned": mask.numel() - int(torch.count_nonzero(mask)),
-        "zeros": weight.numel() - int(torch.count_nonzero(weight)),
+        "pruned": mask.numel() - count_nonzero(mask),
+        "zeros": weight.numel() - count_nonzero(weight),
     }
 
 
@@ -184,12 +188,12 @@ def count_nonzeros(model: nn.Module, places: Places, chosen: tuple[Layer, ...]) 
     Cost: one read of the checkpoint.
     """
     names = {name for layer in chosen for name in (layer.name, *layer.tied)}
-    own = sum(int(torch.count_nonzero(places.read(layer.name))) for layer in chosen)
+    own = sum(count_nonzero(places.read(layer.name)) for layer in chosen)
     others = 0
     for name in distinct_parameters(model):
         if name not in names:
             places.check([name])
-            others += int(torch.count_nonzero(places.read(name)))
+            others += count_nonzero(places.read(name))
     return own, others
 
 
