@@ -5,7 +5,8 @@
 
 ResNet-20 starts from its trained weights (../shared) and has 100 steps of 64 images from the first 10,000 of the
 training set. The text classifier (a bag of embeddings with one hidden layer) starts at random and learns SST-2
-sentences in 600 steps of 128. Every method spends the same number of steps:
+sentences in 600 steps of 128; its layers are pruned alike, because magnitudes of embeddings and of linear layers do not
+compare, where those of the ResNet compete. Every method spends the same number of steps:
 
     one-shot   dense half of the budget, prune, train the other half with the zeros held
     gradual    cubic from 10 % to 70 % of the budget
@@ -32,7 +33,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from secateur import Gradual, Masks, cubic, evaluate, geometric, global_magnitude, hold_, prune_, rewind_
+from secateur import Gradual, Masks, Recipe, cubic, evaluate, geometric, hold_, prune_, rewind_
+from secateur.recipes import global_magnitude, magnitude
 
 Pair = tuple[Tensor, Tensor]
 
@@ -48,6 +50,7 @@ class Data:
     batch: int
     steps: int
     only: list[str] | None
+    recipe: Recipe
 
 
 class Bag(nn.Module):
@@ -91,7 +94,7 @@ def text(shared: Path) -> Data:
         torch.manual_seed(seed)
         return Bag(len(number) + 1)
 
-    return Data(make, tensors(train), tensors(test), 2e-3, 128, 600, ["all", "embedding"])
+    return Data(make, tensors(train), tensors(test), 2e-3, 128, 600, ["all", "embedding"], magnitude)
 
 
 def cifar(shared: Path) -> Data:
@@ -108,7 +111,7 @@ def cifar(shared: Path) -> Data:
     folder = shared / "data" / "images"
     ((train, labels),) = images(folder / "cifar10_jpeg_train.parquet", 10_000, 10_000)
     ((test, wanted),) = images(folder / "cifar10_jpeg_test.parquet", 2_000, 2_000)
-    return Data(make, (train, labels), (test, wanted), 5e-4, 64, 100, None)
+    return Data(make, (train, labels), (test, wanted), 5e-4, 64, 100, None, global_magnitude)
 
 
 def fit(model: nn.Module, data: Data, steps: int, seed: int, attach: Callable | None = None) -> None:
@@ -161,7 +164,7 @@ class Budget:
 
     def one_shot(self, sparsity: float) -> nn.Module:
         model = copy.deepcopy(self.trained(self.steps // 2))
-        masks = prune_(model, sparsity, global_magnitude, only=self.data.only)
+        masks = prune_(model, sparsity, self.data.recipe, only=self.data.only)
         left = self.steps - self.steps // 2
         fit(model, self.data, left, self.seed + 100, holding(model, masks))
         return model
@@ -175,7 +178,7 @@ class Budget:
         def attach(optimizer: torch.optim.Optimizer) -> Gradual:
             return Gradual(
                 model,
-                global_magnitude,
+                self.data.recipe,
                 schedule,
                 begin,
                 end,
@@ -195,7 +198,7 @@ class Budget:
                 model = copy.deepcopy(self.trained(self.steps // 4))
             else:
                 fit(model, self.data, self.steps // 4, self.seed + number, holding(model, masks))
-            masks = prune_(model, share, global_magnitude, masks=masks, only=self.data.only)
+            masks = prune_(model, share, self.data.recipe, masks=masks, only=self.data.only)
             rewind_(model, self.start, masks)
         assert masks is not None
         return masks

@@ -18,6 +18,7 @@ _HOME = {
     "Best": "secateur.best",
     "Blocks": "secateur.pattern",
     "Columns": "secateur.pattern",
+    "Experiment": "secateur.pipeline",
     "Gradual": "secateur.training",
     "IntoBias": "secateur.recover",
     "Layers": "secateur.pattern",
@@ -83,11 +84,13 @@ _HOME = {
     "quantize_": "secateur.deploy",
     "random": "secateur.recipes",
     "random_blocks": "secateur.recipes",
+    "read_experiment": "secateur.pipeline",
     "recalibrate_": "secateur.recover",
     "reconstruct_": "secateur.recover",
     "rescale_norms_": "secateur.recover",
     "rewind_": "secateur.recover",
     "ria": "secateur.recipes",
+    "run_experiment": "secateur.pipeline",
     "save_quantized": "secateur.deploy",
     "shrink": "secateur.deploy",
     "shrunk": "secateur.deploy",
@@ -115,6 +118,7 @@ __all__ = [
     "Best",
     "Blocks",
     "Columns",
+    "Experiment",
     "Gradual",
     "IntoBias",
     "Layers",
@@ -178,11 +182,13 @@ __all__ = [
     "quantize_",
     "random",
     "random_blocks",
+    "read_experiment",
     "recalibrate_",
     "reconstruct_",
     "rescale_norms_",
     "rewind_",
     "ria",
+    "run_experiment",
     "save_quantized",
     "shrink",
     "shrunk",
@@ -224,6 +230,7 @@ if TYPE_CHECKING:
     from secateur.depth import choose_blocks
     from secateur.evaluate import Measurement
     from secateur.pattern import NM, Blocks, Columns, Layers, Rows, Weights
+    from secateur.pipeline import Experiment, read_experiment, run_experiment
     from secateur.prune import Plan, plan, prune_
     from secateur.recipes import (
         Recipe,

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from secateur.core.masks import Masks
+from secateur.errors import UsageError
 from secateur.measure import Tell
 from secateur.prune import Plan, prune_
 from secateur.recipes import Recipe
@@ -37,7 +38,12 @@ class Applied:
 
 
 def apply_(
-    asked: PruneRequest, todo: Plan, model: nn.Module, data: Iterable[Any] | None, tell: Tell
+    asked: PruneRequest,
+    todo: Plan,
+    model: nn.Module,
+    data: Iterable[Any] | None,
+    tell: Tell,
+    masks: Masks | None = None,
 ) -> Applied:
     """Prune a model in place by the method of a request.
 
@@ -47,6 +53,7 @@ def apply_(
         model: changed in place; on any error as before.
         data: calibration batches, None where the method needs none.
         tell: progress.
+        masks: of an earlier pruning, which stays pruned.
 
     Raises:
         UsageError, NumericError: see `prune_` and `best_`.
@@ -54,9 +61,11 @@ def apply_(
     given: dict[str, Any] = {"nonzero": asked.nonzero, "data": data, "seed": asked.seed}
     given |= {"only": list(asked.only) or None, "skip": list(asked.skip) or None}
     if asked.method == "best":
+        if masks:
+            raise UsageError("method best starts from a model that nothing was pruned of; name another method")
         return _best(asked, todo, model, given, tell)
-    masks = prune_(model, asked.sparsity, todo.recipe, **given)
-    return Applied(masks, todo.recipe, str(todo.recipe))
+    found = prune_(model, asked.sparsity, todo.recipe, masks=masks, **given)
+    return Applied(found, todo.recipe, str(todo.recipe))
 
 
 def _best(asked: PruneRequest, todo: Plan, model: nn.Module, given: dict[str, Any], tell: Tell) -> Applied:

@@ -7,6 +7,7 @@ written here; nothing that a file says becomes code.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
@@ -24,6 +25,7 @@ __all__ = [
     "build_recipe",
     "check_target",
     "checked",
+    "fault",
     "parse_count",
     "request",
     "with_method",
@@ -157,13 +159,21 @@ def checked(kind: type[Schema], given: dict[str, Any]) -> Schema:
     try:
         return kind(**given)
     except ValidationError as error:
-        raise UsageError("; ".join(_said(problem, kind) for problem in error.errors())) from None
+        raise UsageError("; ".join(fault(problem, kind.model_fields) for problem in error.errors())) from None
 
 
-def _said(problem: Any, kind: type[BaseModel]) -> str:
+def fault(problem: Any, known: Iterable[str]) -> str:
+    """One of pydantic's findings in our words: the setting, what was expected, what was found.
+
+    Args:
+        problem: an entry of `ValidationError.errors()`.
+        known: names of settings, for the nearest one.
+    """
     name = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
-        return f"{name} is no setting; {nearest(name, kind.model_fields)}"
+        return f"{name} is no setting; {nearest(name, known)}"
+    if problem["type"] == "missing":
+        return f"{name} is missing"
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "value_error":
         return f"{name}: {message}" if not message.startswith(name) else message

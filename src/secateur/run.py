@@ -31,7 +31,7 @@ from secateur.request import PruneRequest, build_recipe, check_target, spec_name
 from secateur.results import Result, layer_lines, write_results
 from secateur.sources import Calibration, digest, sources, writes_text
 
-__all__ = ["Run", "carry_out", "check_apart", "prepare", "prune_to"]
+__all__ = ["Run", "carry_out", "check_apart", "prepare", "prune_to", "stored_dtype"]
 
 
 def _silent(label: str, done: int, total: int) -> None:
@@ -133,7 +133,7 @@ def carry_out(run: Run, folder: Path, tell: Tell = _silent) -> Result:
     result = _prune(run, tell)
     tell("writing", 0, 1)
     loaded = run.loaded
-    models.save(loaded.model, loaded.tokenizer, folder, source=loaded.folder, dtype=_stored(loaded))
+    models.save(loaded.model, loaded.tokenizer, folder, source=loaded.folder, dtype=stored_dtype(loaded))
     result.measurements["pruned"] += measuring.weight_files(folder)
     if loaded.folder is not None:
         result.measurements["dense"] += measuring.weight_files(loaded.folder)
@@ -219,7 +219,7 @@ def _stage(name: str, model: torch.nn.Module, todo: Plan) -> report.Stage:
     )
 
 
-def _stored(loaded: models.Loaded) -> torch.dtype | None:
+def stored_dtype(loaded: models.Loaded) -> torch.dtype | None:
     """Weights go back in the type their files had; where those mix types, in the type that lost nothing."""
     if loaded.kind != "transformers" or loaded.stored_dtype is None:
         return None

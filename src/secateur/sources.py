@@ -23,10 +23,12 @@ __all__ = [
     "Calibration",
     "Sources",
     "calibration",
+    "context_of",
     "digest",
     "example_of",
     "input_of",
     "sources",
+    "split",
     "writes_text",
 ]
 
@@ -187,7 +189,7 @@ def _with_perplexity(
     if asked.evaluate:
         held_out, name = data.read_text(asked.evaluate), spec_name(asked.evaluate)
     elif given is not None and not mine:
-        given, held_out = _split(given)
+        given, held_out = split(given)
         name = f"held-out fifth of {spec_name(asked.data or '')}"
     else:
         held_out, name = data.read_text(data.PYTHON_DOCS), data.PYTHON_DOCS
@@ -202,7 +204,7 @@ def _with_perplexity(
         labelled=labelled,
         labelled_name=spec_name(asked.labelled) if asked.labelled else "",
         example=example_of(loaded.model, ids),
-        context=_context(asked, loaded),
+        context=context_of(asked, loaded),
         tell=tell,
     )
     return Sources(calibration, by, tuple(notes))
@@ -212,13 +214,14 @@ def _own_batches(asked: Asked) -> list[Any]:
     return data.read_batches(str(asked.data), seed=asked.seed, limit=asked.samples)
 
 
-def _context(asked: Asked, loaded: Loaded) -> int:
+def context_of(asked: Asked, loaded: Loaded) -> int:
+    """Tokens in a window of text: as asked, or what the model takes, at most 2048."""
     if asked.context is not None:
         return context_for(loaded.model, asked.context)
     return min(positions(loaded.model) or 512, CONTEXT)
 
 
-def _split(texts: list[str]) -> tuple[list[str], list[str]]:
+def split(texts: list[str]) -> tuple[list[str], list[str]]:
     """Documents to calibrate on and documents to judge by; one long document is cut at a blank."""
     if len(texts) >= 5:
         cut = len(texts) - len(texts) // 5
@@ -236,7 +239,7 @@ def _calibration(
     asked: Asked, loaded: Loaded, given: list[Any] | None, labelled: list[Any] | None, tell: Tell
 ) -> Calibration:
     """Batches of the user's own, windows of the given text, or text that the model will write itself."""
-    model, tokenizer, context = loaded.model, loaded.tokenizer, _context(asked, loaded)
+    model, tokenizer, context = loaded.model, loaded.tokenizer, context_of(asked, loaded)
     if asked.data and own.is_own(asked.data) and given is not None:
         inputs = [input_of(batch) for batch in given]
         return Calibration(f"{len(inputs)} batches of {spec_name(asked.data)}", lambda: inputs)

@@ -1,0 +1,146 @@
+"""An experiment is run: stage after stage, each measured and recorded before the next begins."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from secateur import __version__
+from secateur.evaluate import Measurement
+from secateur.folder import new_folder, write_json, write_text
+from secateur.measure import Tell
+from secateur.pipeline.output import write_output
+from secateur.pipeline.records import Journal
+from secateur.pipeline.spec import Experiment
+from secateur.pipeline.stages import Work, carry_out
+from secateur.pipeline.subject import Loading, Subject, check_code, prepare
+from secateur.results import as_yaml, circumstances
+from secateur.run import check_apart
+
+__all__ = ["Outcome", "experiment_to", "run_experiment"]
+
+Say = Callable[[str], Any]
+
+
+def _silent(*_: Any) -> None:
+    """Tell nobody."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What an experiment came to.
+
+    Attributes:
+        measurements: stage, as `1 prune`, -> what was measured after it; `0 load` is the dense model.
+        records: one a stage, with settings, details and notes, as in results.json.
+    """
+
+    measurements: dict[str, list[Measurement]]
+    records: tuple[dict[str, Any], ...]
+
+
+def experiment_to(
+    experiment: Experiment,
+    out: str | Path,
+    *,
+    if_exists: str = "resume",
+    allow_code: bool = False,
+    loading: Loading | None = None,
+    tell: Tell = _silent,
+    say: Say = _silent,
+) -> Outcome:
+    """Run an experiment and write its folder; a run that was interrupted goes on.
+
+    Args:
+        experiment: what `read_experiment` or `experiment` returned.
+        out: its folder, written beside its place and renamed when all is done.
+        if_exists: "resume", "fail" or "overwrite", see `folder.new_folder`.
+        allow_code, loading, tell, say: see `run_experiment`.
+    """
+    check_code(experiment, allow_code)
+    check_apart(experiment.common.model, out)
+    with new_folder(out, if_exists) as folder:
+        return run_experiment(experiment, folder, allow_code=allow_code, loading=loading, tell=tell, say=say)
+
+
+def run_experiment(
+    experiment: Experiment,
+    folder: str | Path,
+    *,
+    allow_code: bool = False,
+    loading: Loading | None = None,
+    tell: Tell = _silent,
+    say: Say = _silent,
+) -> Outcome:
+    """Run an experiment in a folder that is there; where an earlier run was interrupted in it, that one goes on.
+
+    Args:
+        experiment: what `read_experiment` or `experiment` returned.
+        folder: `run/results.csv` and `run/results.json` in it are whole after every stage, `run/state` is what a
+            resume needs. In the end it holds the model as well.
+        allow_code: run the user's own files that the experiment names.
+        loading: what is allowed while models are loaded.
+        tell: progress.
+        say: prints a line, after every stage.
+
+    Raises:
+        UsageError: the experiment does not fit the model or the data, names code that is not allowed, or what was
+            begun in the folder was another one; says what changed.
+        NumericError: NaN or Inf, at which step; the state of the stage before is kept.
+
+    Cost: its stages, and a measurement after each.
+    """
+    check_code(experiment, allow_code)
+    folder = Path(folder)
+    subject = prepare(experiment, loading or Loading(), tell)
+    journal = Journal(folder)
+    about = {"experiment": experiment.plain(), "digests": subject.identity()}
+    about |= {"versions": {"secateur": __version__, "torch": torch.__version__}}
+    if journal.begin(about):
+        subject.masks = journal.restore_(subject.tensors())
+        say(f"going on after stage {journal.records[-1]['stage']}")
+    write_text(folder / "run" / "recipe.yaml", as_yaml(experiment.plain()))
+    work = Work(journal.state, tell)
+    for number in range(len(journal.records), len(experiment.stages) + 1):
+        _stage(number, subject, journal, work, say)
+    write_output(subject, journal, folder)
+    seconds = {f"{r['stage']} {r['name']}": r["seconds"] for r in journal.records}
+    write_json(
+        folder / "run" / "run.json",
+        circumstances(experiment.common, subject.loaded, subject.identity(), seconds),
+    )
+    found = {
+        f"{r['stage']} {r['name']}": [Measurement.from_dict(m) for m in r["measurements"]]
+        for r in journal.records
+    }
+    return Outcome(found, tuple(journal.records))
+
+
+def _stage(number: int, subject: Subject, journal: Journal, work: Work, say: Say) -> None:
+    """One stage, from the state before to its record; number 0 is the model as it was loaded."""
+    began = time.perf_counter()
+    stages = subject.experiment.stages
+    name = stages[number - 1].name if number else "load"
+    record: dict[str, Any] = {"stage": number, "name": name}
+    if number:
+        stage = stages[number - 1]
+        done = carry_out(name, subject, stage.settings, work)
+        record |= {"settings": dict(stage.given), "details": dict(done.details), "notes": list(done.notes)}
+    else:
+        record |= {"settings": {}, "details": {}, "notes": [*subject.notes, *subject.experiment.notes]}
+    found = subject.measured()
+    record["measurements"] = [m.to_dict() for m in found]
+    record["seconds"] = round(time.perf_counter() - began, 3)
+    journal.add(record, subject.tensors(), subject.masks)
+    say(f"{number} {name}: {'; '.join(map(str, _headline(found)))}")
+
+
+def _headline(found: list[Measurement]) -> list[Measurement]:
+    """What one line about a stage says."""
+    wanted = ("perplexity", "accuracy", "sparsity", "disk_bytes")
+    return [Measurement(m.name, m.value, m.unit) for m in found if m.name in wanted]

@@ -1,0 +1,130 @@
+"""What each stage does to the subject; one function a kind, all of one form."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from secateur import measure as measuring
+from secateur.apply import apply_, intention
+from secateur.core.masks import Masks
+from secateur.errors import UsageError
+from secateur.measure import Tell
+from secateur.pipeline.spec import Distillation, Pruning, Training
+from secateur.pipeline.subject import Subject, settled
+from secateur.recover import distill_, finetune_
+from secateur.recover.training import Tuned
+
+__all__ = ["Done", "Work", "carry_out"]
+
+EVERY = 50  # steps between two checkpoints of a stage that trains
+
+
+@dataclass(frozen=True)
+class Work:
+    """Where a stage works.
+
+    Attributes:
+        state: folder for what resuming needs.
+        tell: progress.
+    """
+
+    state: Path
+    tell: Tell
+
+    @property
+    def training(self) -> Path:
+        """The checkpoint of the stage that trains now."""
+        return self.state / "training.safetensors"
+
+
+@dataclass(frozen=True)
+class Done:
+    """What a stage did: facts for the record, and sentences for its reader."""
+
+    details: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+def carry_out(name: str, subject: Subject, settings: Any, work: Work) -> Done:
+    """One stage."""
+    if name not in _STAGES:
+        raise UsageError(f"stage {name} cannot be carried out yet")
+    return _STAGES[name](subject, settings, work)
+
+
+def prune(subject: Subject, settings: Pruning, work: Work) -> Done:
+    """Prune the model as it is now; what earlier stages pruned stays pruned."""
+    asked, todo = settled(settings.asked, subject.loaded)
+    chosen = {layer.name for layer in todo.layers}
+    before = Masks({name: mask for name, mask in subject.masks.items() if name in chosen})
+    batches = None
+    if subject.calibration is not None:
+        batches = measuring.counted(subject.calibration.batches(), "calibration", work.tell)
+    applied = apply_(asked, todo, subject.model, batches, work.tell, masks=before or None)
+    subject.masks = Masks({**subject.masks, **applied.masks})
+    return Done(
+        {"recipe": applied.recipe.describe(), **applied.details}, (*intention(asked, asked), *applied.notes)
+    )
+
+
+def train(subject: Subject, settings: Training, work: Work) -> Done:
+    """Learn from the data, pruned weights held at zero."""
+    tuned = finetune_(
+        subject.model, _batches(subject), subject.masks or None, **_options(subject, settings, work)
+    )
+    return _tuned(tuned)
+
+
+def distil(subject: Subject, settings: Distillation, work: Work) -> Done:
+    """Learn to answer as the teacher does, pruned weights held at zero."""
+    teacher = subject.dense if settings.teacher is None else subject.teachers[settings.teacher].model
+    gaps = {key: getattr(settings, key) for key in ("soft", "temperature", "hard", "hidden", "attention")}
+    tuned = distill_(
+        subject.model,
+        teacher,
+        _batches(subject),
+        subject.masks or None,
+        **gaps,
+        **_options(subject, settings, work),
+    )
+    return _tuned(tuned)
+
+
+def export(subject: Subject, settings: Any, work: Work) -> Done:
+    """What is written is written at the end, whatever the stages were; here is nothing to do."""
+    return Done()
+
+
+def _batches(subject: Subject) -> list[Any]:
+    if subject.material is None:
+        raise UsageError("a stage that trains has no data; give train")
+    return subject.material.batches
+
+
+def _options(subject: Subject, settings: Training, work: Work) -> dict[str, Any]:
+    """Keywords of `finetune_` and `distill_`."""
+    assert subject.material is not None
+    options = {key: getattr(settings, key) for key in Training.model_fields}
+    options |= {"seed": subject.experiment.common.seed, "checkpoint": work.training, "every": EVERY}
+    return options | {"validation": subject.material.held_out, "tell": work.tell}
+
+
+def _tuned(tuned: Tuned) -> Done:
+    history = [
+        {"epoch": epoch.number, "steps": epoch.steps, **{m.name: m.value for m in epoch.measurements}}
+        for epoch in tuned.history
+    ]
+    details = {"epoch kept": tuned.best, "steps": tuned.steps, "lr": tuned.lr, "stopped": tuned.stopped}
+    return Done({**details, "history": history}, tuned.notes)
+
+
+_STAGES: dict[str, Callable[[Subject, Any, Work], Done]] = {
+    "train": train,
+    "distil": distil,
+    "prune": prune,
+    "fine-tune": train,
+    "export": export,
+}

@@ -1,0 +1,177 @@
+"""What stages work on: the model as it is now, the model as it was, and the data of both."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from secateur import measure as measuring
+from secateur import model as models
+from secateur import own
+from secateur.core.gradients import KNOWN
+from secateur.core.masks import Masks
+from secateur.errors import UsageError
+from secateur.evaluate import Measurement
+from secateur.measure import Tell, Yardstick
+from secateur.pipeline.material import Material, material
+from secateur.pipeline.spec import Distillation, Experiment, Pruning, Quantization
+from secateur.prune import Plan, plan
+from secateur.request import PruneRequest, build_recipe, with_method
+from secateur.sources import Calibration, digest, sources, writes_text
+
+__all__ = ["Loading", "Subject", "check_code", "named_code", "prepare", "settled"]
+
+
+@dataclass(frozen=True)
+class Loading:
+    """What the user allows while models are loaded."""
+
+    offline: bool = False
+    trust_remote_code: bool = False
+    allow_pickle: bool = False
+
+
+@dataclass
+class Subject:
+    """A model on its way through the stages.
+
+    Attributes:
+        experiment: what is asked.
+        loaded: the model, changed in place, and where it came from.
+        dense: a copy of it as it was loaded.
+        by: what it is judged by.
+        calibration: data for statistics, None where no stage needs any.
+        material: what stages that train learn from, None where none trains.
+        teachers: models that the experiment names as teachers, by their specs.
+        notes: on the data.
+        masks: what is pruned so far.
+        quantization: settings under which weights are rounded now, None before.
+    """
+
+    experiment: Experiment
+    loaded: models.Loaded
+    dense: nn.Module
+    by: Yardstick
+    calibration: Calibration | None
+    material: Material | None
+    teachers: Mapping[str, models.Loaded]
+    notes: tuple[str, ...] = ()
+    masks: Masks = field(default_factory=lambda: Masks({}))
+    quantization: Quantization | None = None
+
+    @property
+    def model(self) -> nn.Module:
+        """The model as it is now."""
+        return self.loaded.model
+
+    def measured(self) -> list[Measurement]:
+        """Quality, size and likeness to the dense model, now."""
+        model, by = self.model, self.by
+        says = measuring.answers(model, by)
+        found = measuring.measure(model, by, says)
+        if self.masks:
+            of = {"of": f"{len(self.masks)} pruned layers"}
+            found.append(Measurement("sparsity", self.masks.sparsity, "1", of))
+        if by.text is not None:
+            return found + measuring.same_predictions(model, self.dense, by)
+        return found + measuring.same_answers(says, measuring.answers(self.dense, by))
+
+    def identity(self) -> dict[str, str]:
+        """Digests of everything that decides the result beside the experiment itself."""
+        seen = {"model": self.loaded.fingerprint}
+        seen |= {f"teacher {name}": loaded.fingerprint for name, loaded in self.teachers.items()}
+        if self.material is not None:
+            seen["training data"] = self.material.identity
+        if self.calibration is not None and not self._own_text():
+            seen["calibration data"] = digest(self.calibration.batches())
+        for name, data in (("text judged by", self.by.text), ("batches judged by", self.by.labelled)):
+            if data is not None:
+                seen[name] = digest(data)
+        return seen
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every parameter and buffer, shared ones once."""
+        return {name: t.detach() for name, t in (*self.model.named_parameters(), *self.model.named_buffers())}
+
+    def _own_text(self) -> bool:
+        """Whether the model itself writes its calibration data, which its fingerprint and the seed decide."""
+        common = self.experiment.common
+        return common.data is None and common.labelled is None
+
+
+def prepare(experiment: Experiment, loading: Loading, tell: Tell) -> Subject:
+    """Load the model and the data, and check every stage against them; nothing is changed or written.
+
+    Raises:
+        UsageError, InputError: whatever is wrong with the model, the data or a stage's layers.
+    """
+    common = experiment.common
+    tell("loading the model", 0, 1)
+    loaded = _load(common.model, experiment, loading)
+    names = [s.settings.teacher for s in experiment.stages if isinstance(s.settings, Distillation)]
+    teachers = {name: _load(name, experiment, loading) for name in dict.fromkeys(names) if name is not None}
+    tell("loading the model", 1, 1)
+    plans = [
+        settled(stage.settings.asked, loaded)[1]
+        for stage in experiment.stages
+        if isinstance(stage.settings, Pruning)
+    ]
+    needs_data = any(
+        todo.recipe.update is not None or any(name in KNOWN for name in todo.statistics) for todo in plans
+    )
+    given = sources(common, loaded, needs_data=needs_data, tell=tell)
+    learned = material(common, loaded, tell) if experiment.trains else None
+    dense = copy.deepcopy(loaded.model)
+    by = replace(given.by, tell=tell)
+    return Subject(experiment, loaded, dense, by, given.calibration, learned, teachers, given.notes)
+
+
+def settled(asked: PruneRequest, loaded: models.Loaded) -> tuple[PruneRequest, Plan]:
+    """A request with its method, and what it would prune of the model as it is."""
+    asked = with_method(asked, language=loaded.tokenizer is not None and writes_text(loaded.model))
+    todo = plan(
+        loaded.model,
+        asked.sparsity,
+        build_recipe(asked),
+        nonzero=asked.nonzero,
+        only=list(asked.only) or None,
+        skip=list(asked.skip) or None,
+    )
+    return asked, todo
+
+
+def named_code(experiment: Experiment) -> list[str]:
+    """The user's own files that the experiment would run: file.py:function."""
+    common = experiment.common
+    named: list[Any] = [common.model, common.train, common.data, common.labelled]
+    named += [s.settings.teacher for s in experiment.stages if isinstance(s.settings, Distillation)]
+    return list(dict.fromkeys(spec for spec in named if spec is not None and own.is_own(spec)))
+
+
+def check_code(experiment: Experiment, allow: bool) -> None:
+    """Refuse to run code because a file says so.
+
+    Raises:
+        UsageError: the experiment names code, and nobody has allowed it.
+    """
+    named = named_code(experiment)
+    if named and not allow:
+        raise UsageError(
+            f"the experiment names code of your own, {', '.join(named)}, and no code is run because a file says so; "
+            "allow it with --allow-code (allow_code=True)"
+        )
+
+
+def _load(spec: str, experiment: Experiment, loading: Loading) -> models.Loaded:
+    common = experiment.common
+    return models.load(
+        spec,
+        dtype=common.dtype,
+        device=common.device,
+        seed=common.seed,
+        **vars(loading),
+    )

@@ -1,0 +1,205 @@
+"""Stages follow each other, each measured; a run that dies goes on to the same result."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from secateur.core.masks import Masks
+from secateur.errors import InputError, UsageError
+from secateur.folder import interrupted
+from secateur.pipeline import experiment, experiment_to
+from secateur.pipeline.spec import STAGES as KINDS
+from secateur.pipeline.stages import _STAGES
+
+from .support import OWN, STAGES, spec
+
+
+def run(given, out, **more):
+    return experiment_to(experiment(given), out, allow_code=True, **more)
+
+
+def test_every_stage_of_the_schema_is_carried_out():
+    assert set(_STAGES) | {"quantize"} == set(KINDS)
+
+
+def value(outcome, stage, name):
+    return next(m.value for m in outcome.measurements[stage] if m.name == name)
+
+
+def test_stages_follow_each_other_and_are_measured(tmp_path):
+    outcome = run(spec(), tmp_path / "out")
+    assert list(outcome.measurements) == ["0 load", "1 train", "2 prune", "3 fine-tune"]
+    accuracy = [value(outcome, stage, "accuracy") for stage in outcome.measurements]
+    assert accuracy[1] > accuracy[0]
+    assert accuracy[3] > accuracy[2]
+    masks = Masks.load(tmp_path / "out" / "run" / "masks.safetensors")
+    assert masks.sparsity == pytest.approx(0.85, abs=2e-3)
+    weights = load_file(tmp_path / "out" / "model.safetensors")
+    for name, mask in masks.items():
+        assert not weights[name][~mask].any()
+    assert not (tmp_path / "out" / "run" / "state").exists()
+    with (tmp_path / "out" / "run" / "results.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert {row["variant"] for row in rows} == set(outcome.measurements)
+    said = json.loads((tmp_path / "out" / "run" / "results.json").read_text())["stages"]
+    assert [stage["name"] for stage in said] == ["load", "train", "prune", "fine-tune"]
+    assert said[3]["details"]["epoch kept"] in (0, 1, 2)
+    assert str(tmp_path) not in (tmp_path / "out" / "README.md").read_text()
+
+
+class Stop(BaseException):
+    """What a Ctrl-C is."""
+
+
+def stopping(after: int):
+    """A `tell` that raises after so many calls."""
+    calls = iter(range(after))
+
+    def tell(label, done, total):
+        if next(calls, None) is None:
+            raise Stop
+
+    return tell
+
+
+def results(out: Path):
+    said = json.loads((out / "run" / "results.json").read_text())["stages"]
+    return [{key: stage[key] for key in stage if key != "seconds"} for stage in said]
+
+
+def weights(out: Path):
+    return load_file(out / "model.safetensors")
+
+
+@pytest.mark.parametrize("after", [3, 20, 80, 110])
+def test_a_run_that_stops_goes_on_to_the_same_result(tmp_path, after):
+    run(spec(), tmp_path / "whole")
+    with pytest.raises(Stop):
+        run(spec(), tmp_path / "parts", tell=stopping(after))
+    left = interrupted(tmp_path / "parts")
+    assert left is None or not (tmp_path / "parts").exists()
+    run(spec(), tmp_path / "parts")
+    assert results(tmp_path / "parts") == results(tmp_path / "whole")
+    one, other = weights(tmp_path / "parts"), weights(tmp_path / "whole")
+    assert all(torch.equal(one[name], other[name]) for name in other)
+
+
+def test_what_is_done_is_on_disk_before_the_next_stage_begins(tmp_path):
+    seen = []
+
+    def say(line):
+        left = interrupted(tmp_path / "out")
+        seen.append((line, [stage["name"] for stage in results(left)]))
+
+    run(spec(), tmp_path / "out", say=say)
+    assert [names for _, names in seen] == [
+        ["load"],
+        ["load", "train"],
+        ["load", "train", "prune"],
+        ["load", "train", "prune", "fine-tune"],
+    ]
+    assert seen[2][0].startswith("2 prune: accuracy")
+
+
+CHANGED = [
+    (spec(seed=1), "seed was not there, now 1"),
+    (spec([*STAGES[:1], {"prune": {"sparsity": 0.5}}, STAGES[2]]), "stages 2.prune.sparsity was 0.85, now 0.5"),
+    (spec(STAGES[:2]), "stages was"),
+    (spec(train=f"{OWN}:test"), "the training data changed"),
+    (spec(labelled=f"{OWN}:train"), "the batches judged by changed"),
+]
+
+
+@pytest.mark.parametrize(("other", "said"), CHANGED)
+def test_another_experiment_does_not_go_on(tmp_path, other, said):
+    with pytest.raises(Stop):
+        run(spec(), tmp_path / "out", tell=stopping(80))
+    with pytest.raises(UsageError) as caught:
+        run(other, tmp_path / "out")
+    assert "this experiment was begun otherwise: " in str(caught.value)
+    assert said in str(caught.value)
+    assert "--if-exists overwrite" in str(caught.value)
+    run(spec(), tmp_path / "out")
+
+
+def test_a_garbled_state_is_refused(tmp_path):
+    with pytest.raises(Stop):
+        run(spec(), tmp_path / "out", tell=stopping(80))
+    state = interrupted(tmp_path / "out") / "run" / "state"
+    model = next(state.glob("model-*.safetensors"))
+    model.write_bytes(model.read_bytes()[:100])
+    with pytest.raises(InputError, match=r"cannot be read .*start anew with --if-exists overwrite"):
+        run(spec(), tmp_path / "out")
+    (state / "progress.json").write_text("{")
+    with pytest.raises(InputError, match="no readable state of an experiment"):
+        run(spec(), tmp_path / "out")
+    run(spec(), tmp_path / "out", if_exists="overwrite")
+
+
+def test_code_that_a_file_names_needs_a_word(tmp_path):
+    with pytest.raises(UsageError, match=r"names code of your own, .*own.py:build, .*--allow-code"):
+        experiment_to(experiment(spec()), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_stages_that_train_need_data(tmp_path):
+    given = {key: text for key, text in spec().items() if key != "train"}
+    with pytest.raises(UsageError, match="stages that train need data; give train: a text"):
+        run(given, tmp_path / "out")
+    with pytest.raises(UsageError, match="this model does not learn from text alone"):
+        run(spec(train="python-docs"), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_two_prunings_nest(tmp_path):
+    stages = [
+        {"prune": {"sparsity": 0.5, "only": "0"}},
+        {"prune": {"sparsity": 0.75}},
+        {"fine-tune": {"epochs": 1}},
+    ]
+    outcome = run(spec(stages), tmp_path / "out")
+    assert [round(value(outcome, f"{n} prune", "sparsity"), 2) for n in (1, 2)] == [0.5, 0.75]
+    assert value(outcome, "3 fine-tune", "sparsity") == value(outcome, "2 prune", "sparsity")
+
+
+def test_a_dense_teacher_and_another(tmp_path):
+    stages = [{"prune": {"sparsity": 0.5}}, {"distil": {"epochs": 1, "lr": 1e-3}}]
+    outcome = run(spec(stages), tmp_path / "one")
+    stages = [{"distil": {"epochs": 1, "teacher": f"{OWN}:build"}}, {"prune": {"sparsity": 0.5}}]
+    assert list(run(spec(stages), tmp_path / "two").measurements)[1] == "1 distil"
+    assert value(outcome, "2 distil", "top1_agreement") >= value(outcome, "1 prune", "top1_agreement")
+
+
+def test_a_killed_process_loses_nothing_done(tmp_path):
+    """SIGKILL, not an exception: whatever is on disk then must do."""
+    stages = [*STAGES[:2], {"fine-tune": {"epochs": 40, "lr": 5e-3}}]
+    given = spec(stages)
+    (tmp_path / "e.yaml").write_text(json.dumps(given))
+    command = [sys.executable, "-m", "secateur", "run", "e.yaml", "--out", "out", "--allow-code"]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("2 prune"):
+            time.sleep(0.3)
+            os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    process.stdout.close()
+    left = interrupted(tmp_path / "out")
+    assert [stage["name"] for stage in results(left)] == ["load", "train", "prune"]
+    rows = (left / "run" / "results.csv").read_text().splitlines()
+    assert rows[-1].startswith("2 prune")
+    again = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert "going on after stage 2" in again.stdout
+    run(given, tmp_path / "whole")
+    assert results(tmp_path / "out") == results(tmp_path / "whole")
+    assert all(torch.equal(weights(tmp_path / "out")[k], v) for k, v in weights(tmp_path / "whole").items())
