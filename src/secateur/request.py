@@ -172,8 +172,6 @@ def fault(problem: Any, known: Iterable[str]) -> str:
     name = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
         return f"{name} is no setting; {nearest(name, known)}"
-    if problem["type"] == "missing":
-        return f"{name} is missing"
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "value_error":
         return f"{name}: {message}" if not message.startswith(name) else message

@@ -6,9 +6,9 @@ from pathlib import Path
 
 OWN = Path(__file__).with_name("own.py")
 STAGES = [
-    {"train": {"epochs": 4, "lr": 1e-2}},
+    {"train": {"epochs": 4, "lr": 3e-2}},
     {"prune": {"sparsity": 0.85}},
-    {"fine-tune": {"epochs": 2, "lr": 5e-3}},
+    {"fine-tune": {"epochs": 4, "lr": 2e-2}},
 ]
 
 

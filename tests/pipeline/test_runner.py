@@ -54,7 +54,7 @@ def test_stages_follow_each_other_and_are_measured(tmp_path):
     assert {row["variant"] for row in rows} == set(outcome.measurements)
     said = json.loads((tmp_path / "out" / "run" / "results.json").read_text())["stages"]
     assert [stage["name"] for stage in said] == ["load", "train", "prune", "fine-tune"]
-    assert said[3]["details"]["epoch kept"] in (0, 1, 2)
+    assert said[3]["details"]["epoch kept"] in range(5)
     assert str(tmp_path) not in (tmp_path / "out" / "README.md").read_text()
 
 
@@ -82,7 +82,7 @@ def weights(out: Path):
     return load_file(out / "model.safetensors")
 
 
-@pytest.mark.parametrize("after", [3, 20, 80, 110])
+@pytest.mark.parametrize("after", [3, 20, 80, 140])
 def test_a_run_that_stops_goes_on_to_the_same_result(tmp_path, after):
     run(spec(), tmp_path / "whole")
     with pytest.raises(Stop):

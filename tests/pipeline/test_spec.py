@@ -83,7 +83,7 @@ WRONG = [
         "f.yaml, line 5: metod is no setting; nearest: method",
     ),
     ("model: m\nsede: 1\nstages: [export]", "f.yaml, line 2: sede is no setting; nearest: seed"),
-    ("stages: [export]", "f.yaml, line 1: model is missing"),
+    ("stages: [export]", "f.yaml, line 1: model: Field required"),
     (
         "model: m\nseed: -1\nstages: [export]",
         "line 2: seed: Input should be greater than or equal to 0, got -1",
