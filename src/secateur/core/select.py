@@ -182,7 +182,8 @@ def _cut_of_halves(parts: Sequence[Callable[[], Keys]], k: int) -> tuple[float, 
         kinds.add(keys.weights.dtype)
         if len(kinds) > 1:
             return None
-    if not 1 <= k <= (total := sum(int(part.sum()) for part in counts)):
+    total = sum(int(part.sum()) for part in counts)
+    if not 1 <= k <= total:
         raise IndexError(f"k = {k} is not in 1..{total}")
     code, below, equal = halves.cut_of_counts(counts, k)
     return halves.magnitude_of(code, kinds.pop()), below, equal
