@@ -65,6 +65,7 @@ _HOME = {
     "hold_": "secateur.core.hold",
     "last_blocks": "secateur.recipes",
     "linear": "secateur.schedule",
+    "load": "secateur.saving",
     "load_quantized_": "secateur.deploy",
     "lora_": "secateur.recover",
     "loss_without": "secateur.recipes",
@@ -91,6 +92,7 @@ _HOME = {
     "rewind_": "secateur.recover",
     "ria": "secateur.recipes",
     "run_experiment": "secateur.pipeline",
+    "save": "secateur.saving",
     "save_quantized": "secateur.deploy",
     "shrink": "secateur.deploy",
     "shrunk": "secateur.deploy",
@@ -163,6 +165,7 @@ __all__ = [
     "hold_",
     "last_blocks",
     "linear",
+    "load",
     "load_quantized_",
     "lora_",
     "loss_without",
@@ -189,6 +192,7 @@ __all__ = [
     "rewind_",
     "ria",
     "run_experiment",
+    "save",
     "save_quantized",
     "shrink",
     "shrunk",
@@ -276,6 +280,7 @@ if TYPE_CHECKING:
         rescale_norms_,
         rewind_,
     )
+    from secateur.saving import load, save
     from secateur.schedule import constant, cubic, exponential, geometric, linear, points
     from secateur.score import RIA
     from secateur.stream import prune_checkpoint

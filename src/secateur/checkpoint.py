@@ -29,6 +29,7 @@ __all__ = [
     "Checkpoint",
     "fetch",
     "headers",
+    "look_through",
     "one_line",
     "read_checkpoint",
     "read_object",
@@ -72,6 +73,7 @@ class Checkpoint:
         elements: how many numbers.
         dtype: the floating-point type of most of the numbers; None for pickles.
         files: name -> SHA-256 of every file that loading uses.
+        described_in: the file that holds the config.
     """
 
     folder: Path
@@ -81,6 +83,7 @@ class Checkpoint:
     elements: int
     dtype: torch.dtype | None
     files: dict[str, str]
+    described_in: str = "config.json"
 
     @property
     def pickled(self) -> bool:
@@ -119,10 +122,25 @@ def read_checkpoint(folder: Path, *, allow_pickle: bool = False) -> Checkpoint:
             f"architecture give file.py:function@{folder / 'model.safetensors'}."
         )
     config = read_object(folder / "config.json")
+    index, weights = _weight_files(folder, allow_pickle)
+    return look_through(folder, config, weights, index)
+
+
+def look_through(
+    folder: Path,
+    config: dict[str, Any],
+    weights: list[Path],
+    index: list[Path],
+    described_in: str = "config.json",
+) -> Checkpoint:
+    """Check every file of a checkpoint whose weight files are known, and hash them.
+
+    Raises:
+        InputError: a file is truncated, garbled, or altered since a run wrote the folder.
+    """
     for name in (*TOKENIZER_FILES, *_OTHER_FILES):
         if name.endswith(".json") and (folder / name).is_file():
             read_object(folder / name)
-    index, weights = _weight_files(folder, allow_pickle)
     tensors = elements = 0
     types: Counter[str] = Counter()
     for path in weights:
@@ -131,10 +149,18 @@ def read_checkpoint(folder: Path, *, allow_pickle: bool = False) -> Checkpoint:
                 tensors, elements = tensors + 1, elements + size
                 types[dtype] += size
     floating = [_DTYPES[name] for name, _ in types.most_common() if name in _DTYPES]
-    used = [folder / name for name in (*_OTHER_FILES, *TOKENIZER_FILES) if (folder / name).is_file()]
+    others = dict.fromkeys((described_in, *_OTHER_FILES, *TOKENIZER_FILES))
+    used = [folder / name for name in others if (folder / name).is_file()]
     files = _digests(folder, [*used, *index, *weights])
     return Checkpoint(
-        folder, config, tuple(weights), tensors, elements, floating[0] if floating else None, files
+        folder,
+        config,
+        tuple(weights),
+        tensors,
+        elements,
+        floating[0] if floating else None,
+        files,
+        described_in,
     )
 
 

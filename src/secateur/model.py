@@ -9,8 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,15 @@ from torch import Tensor, nn
 
 from secateur import own, pretrained
 from secateur.checkpoint import fetch, read_checkpoint, read_state
+from secateur.compact import cast_, is_compact, open_compact, read_compact
+from secateur.deploy import Shrunk
+from secateur.deploy.slots import ATTRIBUTE
 from secateur.errors import InputError, ResourceError, UsageError, nearest
 from secateur.manifest import sha256
+from secateur.shrunken import save_shrunk
+from secateur.state import groups, plain_state, save_state
 
-__all__ = ["Loaded", "fingerprint", "load", "save"]
+__all__ = ["Loaded", "fingerprint", "load", "load_built", "save", "weights_digest"]
 
 _DTYPES = {
     "float32": torch.float32,
@@ -106,17 +111,39 @@ def load(
         folder = folder_of(
             text, offline=offline, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code
         )
+        if is_compact(folder):
+            return _on(where, _load_compact(text, folder, kind or torch.float32, seed))
         checkpoint = read_checkpoint(folder, allow_pickle=allow_pickle)
         options = {"trust_remote_code": trust_remote_code, "drop_unexpected": drop_unexpected}
         with own.seeded(seed):
             model, tokenizer = pretrained.build(checkpoint, dtype=kind or torch.float32, **options)
         mark, files = checkpoint.fingerprint, checkpoint.files
         loaded = Loaded(model, tokenizer, text, "transformers", mark, folder, files, checkpoint.dtype)
+    return _on(where, loaded)
+
+
+def _on(where: torch.device, loaded: Loaded) -> Loaded:
     try:
         loaded.model.to(where)
     except (RuntimeError, NotImplementedError) as error:
-        raise ResourceError(f"{text}: does not fit on {where} ({str(error).splitlines()[0]}).") from error
+        reason = str(error).splitlines()[0]
+        raise ResourceError(f"{loaded.spec}: does not fit on {where} ({reason}).") from error
     return loaded
+
+
+def _load_compact(spec: str, folder: Path, dtype: torch.dtype | str, seed: int) -> Loaded:
+    """A shrunk model of transformers."""
+    found = open_compact(folder)
+    with own.seeded(seed):
+        model: Any = read_compact(found)
+    checkpoint = found.checkpoint
+    with pretrained.quiet():
+        tokenizer = pretrained.tokenizer_of(checkpoint, model.config, False)
+    cast_(model, dtype)
+    files = dict(checkpoint.files)
+    return Loaded(
+        model, tokenizer, spec, "transformers", checkpoint.fingerprint, folder, files, checkpoint.dtype
+    )
 
 
 def save(
@@ -126,12 +153,14 @@ def save(
     *,
     dtype: torch.dtype | str | None = None,
     source: str | Path | None = None,
-) -> None:
+    to: str = "auto",
+    made_from: Mapping[str, Any] | None = None,
+) -> str:
     """Write a model so that it loads again with the same numbers, from a process that knows nothing of us.
 
     A transformers model is written with its own `save_pretrained`, in safetensors. Of any other module the
     state goes to model.safetensors, tied tensors once, with their other names in the file's metadata; load it
-    with `file.py:function@model.safetensors`.
+    with `file.py:function@model.safetensors`. What `shrink` made is written as `save_shrunk` says.
 
     Args:
         model: not changed.
@@ -141,6 +170,10 @@ def save(
             model's.
         source: a folder, such as `Loaded.folder`, whose tokenizer, generation and preprocessor files are
             copied as they are.
+        to, made_from: of a shrunk model, see `save_shrunk`.
+
+    Returns:
+        "hf" or, of a shrunk model, "compact" or "padded"; "state" where only the numbers were written.
 
     Raises:
         UsageError: the state holds something that is no plain tensor.
@@ -150,13 +183,41 @@ def save(
     kind = _dtype(dtype)
     if kind == "auto":
         kind = None
+    origin = None if source is None else Path(source)
+    options: dict[str, Any] = {"dtype": kind, "source": origin}
+    if isinstance(vars(model).get(ATTRIBUTE), Shrunk):
+        return save_shrunk(model, tokenizer, place, to=to, made_from=made_from, **options)
+    if to in ("compact", "padded") or (to == "hf" and not pretrained.is_pretrained(model)):
+        raise UsageError(f"{type(model).__name__}: nothing was taken out of it by shrink; leave to={to!r} out.")
     if pretrained.is_pretrained(model):
-        origin = None if source is None else Path(source)
-        pretrained.save_pretrained(model, tokenizer, place, dtype=kind, source=origin)  # type: ignore[arg-type]
-        return
-    _save_state(model, place / "model.safetensors", kind)  # type: ignore[arg-type]
+        pretrained.save_pretrained(model, tokenizer, place, **options)
+        return "hf"
+    save_state(model, place / "model.safetensors", kind)  # type: ignore[arg-type]
     if tokenizer is not None:
         tokenizer.save_pretrained(place)
+    return "state"
+
+
+def load_built(
+    build: Callable[[], Any], folder: Path, *, dtype: torch.dtype | str, device: torch.device | str
+) -> nn.Module:
+    """A module of one's own, shrunk or not, filled from a folder, in eval mode; see `secateur.load`."""
+    where, kind = _device(device), _dtype(dtype)
+    if is_compact(folder):
+        model = read_compact(open_compact(folder), build)
+    else:
+        built = build()
+        model = built[0] if isinstance(built, tuple) else built
+        state, tied = read_state(folder / "model.safetensors")
+        _fill(model, state, tied, folder / "model.safetensors")
+    cast_(model, kind)
+    loaded = Loaded(model.eval(), None, str(folder), "python", "")
+    return _on(where, loaded).model
+
+
+def weights_digest(folder: Path) -> str:
+    """SHA-256 of a checkpoint's weights, as `Loaded.fingerprint` has it."""
+    return (open_compact(folder).checkpoint if is_compact(folder) else read_checkpoint(folder)).fingerprint
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -169,7 +230,7 @@ def fingerprint(model: nn.Module) -> str:
         One pass over the state; a copy of one tensor at a time where it is not on the CPU.
     """
     digest = hashlib.sha256()
-    for name, tensor in sorted(_plain_state(model).items()):
+    for name, tensor in sorted(plain_state(model).items()):
         digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
         content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
         digest.update(content.numpy().data)
@@ -202,6 +263,12 @@ def _load_own(spec: str, dtype: torch.dtype | str | None, allow_pickle: bool, se
         )
     files = {path.name: sha256(path)}
     stored = None
+    if weights is not None and is_compact(Path(weights).expanduser()):
+        opened = open_compact(Path(weights).expanduser())
+        model = read_compact(opened, lambda: own.call(spec, seed=seed))
+        cast_(model, dtype)
+        known, mark = {**files, **opened.checkpoint.files}, opened.checkpoint.fingerprint
+        return Loaded(model, None, spec, "python", mark, None, known, opened.checkpoint.dtype, example)
     if weights is not None:
         file = Path(weights).expanduser()
         file = file / "model.safetensors" if file.is_dir() else file
@@ -220,11 +287,11 @@ def _load_own(spec: str, dtype: torch.dtype | str | None, allow_pickle: bool, se
 
 def _fill(model: nn.Module, given: dict[str, Tensor], tied: dict[str, str], path: Path) -> None:
     """Copy a state into the model; every name, shape and type must fit, tied names may be left out."""
-    wanted = _plain_state(model)
+    wanted = plain_state(model)
     state = dict(given)
-    groups = _groups(wanted)
+    same = groups(wanted)
     for name in wanted.keys() - given.keys():
-        twins = [tied.get(name, name), *next(group for group in groups if name in group)]
+        twins = [tied.get(name, name), *next(group for group in same if name in group)]
         if found_twin := next((twin for twin in twins if twin in given), None):
             state[name] = given[found_twin]
     said = []
@@ -238,7 +305,7 @@ def _fill(model: nn.Module, given: dict[str, Tensor], tied: dict[str, str], path
             said.append(f"{name} has shape {tuple(found.shape)} instead of {tuple(expected.shape)}")
         elif torch.promote_types(found.dtype, expected.dtype) != expected.dtype:
             said.append(f"{name} has type {found.dtype}, which does not fit in {expected.dtype} without loss")
-    for group in groups:
+    for group in same:
         values = [state[name] for name in group if name in state]
         if len({tensor.shape for tensor in values}) == 1 and not all(
             torch.equal(values[0], v) for v in values[1:]
@@ -250,50 +317,6 @@ def _fill(model: nn.Module, given: dict[str, Tensor], tied: dict[str, str], path
         model.load_state_dict(state, strict=True)
     except RuntimeError as error:
         raise InputError(f"{path} does not fit the model: {str(error).splitlines()[-1].strip()}.") from error
-
-
-def _save_state(model: nn.Module, path: Path, dtype: torch.dtype | None) -> None:
-    """Write the state with every tied tensor once; the same state gives the same bytes."""
-    from safetensors.torch import save_file
-
-    state = _plain_state(model)
-    groups = _groups(state)
-    views = Counter(state[kept].untyped_storage().data_ptr() for kept, *_ in groups)
-    tensors, tied = {}, {}
-    for kept, *aliases in groups:
-        tied.update(dict.fromkeys(aliases, kept))
-        tensor = state[kept].detach()
-        if views[tensor.untyped_storage().data_ptr()] > 1:
-            tensor = tensor.clone()  # parts of one memory that are not the same tensor are stored apart
-        if dtype is not None and tensor.is_floating_point():
-            tensor = tensor.to(dtype)
-        tensors[kept] = tensor.cpu().contiguous()
-    # One entry only: safetensors writes several in an order that changes from process to process.
-    save_file(tensors, path, metadata={"tied": json.dumps(tied, sort_keys=True)} if tied else {"format": "pt"})
-
-
-def _plain_state(model: nn.Module) -> dict[str, Tensor]:
-    """The state, if it is made of dense tensors with values."""
-    state = model.state_dict()
-    for name, tensor in state.items():
-        if not isinstance(tensor, Tensor):
-            raise UsageError(
-                f"{name} in the model's state is {type(tensor).__name__}; only tensors can be stored."
-            )
-        if isinstance(tensor, nn.UninitializedParameter | nn.UninitializedBuffer):
-            raise UsageError(f"{name} has no shape yet; run one forward pass before the model is returned.")
-        if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
-            raise UsageError(f"{name} is no dense tensor with values ({tensor.layout}, {tensor.device}).")
-    return state
-
-
-def _groups(state: dict[str, Tensor]) -> list[list[str]]:
-    """Names that stand for one and the same tensor, together; in the order of the state."""
-    groups: dict[object, list[str]] = defaultdict(list)
-    for name, tensor in state.items():
-        place = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
-        groups[place if tensor.numel() else name].append(name)
-    return list(groups.values())
 
 
 def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | str | None:

@@ -75,7 +75,13 @@ def build(
 
 
 def save_pretrained(
-    model: Any, tokenizer: Any, folder: Path, *, dtype: torch.dtype | None = None, source: Path | None = None
+    model: Any,
+    tokenizer: Any,
+    folder: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    source: Path | None = None,
+    config: Any = None,
 ) -> None:
     """Write a transformers model so that stock `from_pretrained` loads the same numbers.
 
@@ -85,14 +91,18 @@ def save_pretrained(
         folder: written into.
         dtype: type in which floating-point tensors are stored; None keeps the model's.
         source: folder from which tokenizer, generation and preprocessor files are copied as they are.
+        config: written in place of the model's own.
     """
     with quiet():
         state = None if dtype is None else _cast(model.state_dict(), dtype)
-        before = model.config.dtype, model.config.architectures
+        own = model.config
+        before = own.dtype, own.architectures
         try:
+            model.config = own if config is None else config
             model.save_pretrained(folder, state_dict=state)
         finally:
-            model.config.dtype, model.config.architectures = before
+            model.config = own
+            own.dtype, own.architectures = before
         if dtype is not None:
             write_json(
                 folder / "config.json",
@@ -159,7 +169,7 @@ def _class_and_config(checkpoint: Checkpoint, trust_remote_code: bool) -> tuple[
     """The class that config.json's "architectures" names, found in the library's own table, and the config."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    raw, path = checkpoint.config, checkpoint.folder / "config.json"
+    raw, path = checkpoint.config, checkpoint.folder / checkpoint.described_in
     names = raw.get("architectures")
     if not isinstance(names, list) or not names or not isinstance(names[0], str):
         names = [""]
@@ -177,7 +187,7 @@ def _class_and_config(checkpoint: Checkpoint, trust_remote_code: bool) -> tuple[
     if names[0] not in known:
         said = f'architectures names "{names[0]}"' if names[0] else "no architectures, so the head is not known"
         raise InputError(f"{path}: {said}; for {kind} {nearest(names[0], known)}.")
-    with _told(checkpoint, f"makes no {kind} config", "config.json"):
+    with _told(checkpoint, f"makes no {kind} config", checkpoint.described_in):
         _refuse_sizes(raw, checkpoint, path)
         config = CONFIG_MAPPING[kind].from_dict(_cleaned(raw))
     return getattr(import_transformers(), names[0]), config
@@ -253,7 +263,7 @@ def _bounded(checkpoint: Checkpoint) -> Iterator[None]:
         seen[0], seen[1] = seen[0] + 1, seen[1] + tensor.numel()
         if seen[0] > tensors or seen[1] > elements:
             raise InputError(
-                f"{checkpoint.folder / 'config.json'}: describes a model far larger than the weight files "
+                f"{checkpoint.folder / checkpoint.described_in}: describes a model far larger than the weight files "
                 f"({checkpoint.tensors} tensors, {checkpoint.elements:,} numbers); restore or download both."
             )
 

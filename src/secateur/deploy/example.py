@@ -9,10 +9,15 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
+from secateur.core.axes.step import operator
 from secateur.core.example import Example
 
 __all__ = ["fresh", "other_shapes", "vocabularies"]
 
+SAME = {  # operators whose result holds the numbers of their first input
+    "to", "_to_copy", "view", "reshape", "expand", "alias", "contiguous", "unsqueeze", "squeeze", "flatten", "clone",
+    "type_as", "detach", "lift_fresh_copy",
+}  # fmt: skip
 ENOUGH = 8  # distinct integers from which a tensor of indices can be drawn again
 
 
@@ -25,7 +30,10 @@ def vocabularies(program: fx.GraphModule) -> dict[int, int]:
             continue
         weight, indices = node.args[0], node.args[1]
         for _ in range(8):  # casts and views on the way
-            if indices.op != "call_function" or not indices.all_input_nodes:
+            if (
+                operator(indices).removeprefix("aten.").partition(".")[0] not in SAME
+                or not indices.all_input_nodes
+            ):
                 break
             indices = indices.all_input_nodes[0]
         if indices in holes and isinstance(weight.meta.get("val"), Tensor):

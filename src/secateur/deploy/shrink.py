@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,16 +14,16 @@ from secateur.core.axes.blocks import analyse_blocks
 from secateur.core.example import Example, analysis_of, example_of, main_output, prepared
 from secateur.core.masks import Masks
 from secateur.core.units import Analysis, Units, pruned_program
-from secateur.deploy.attention import narrow_attention_
 from secateur.deploy.attributes import Survey, survey
 from secateur.deploy.compare import Output, Progress, fingerprints, progress
+from secateur.deploy.cuts import cut, follow_torch_
 from secateur.deploy.fitting import NotExactError, fit
-from secateur.deploy.naming import of_torch
 from secateur.deploy.parts import Parts
 from secateur.deploy.reference import Reference
 from secateur.deploy.shrunk import Axis, Shrunk, after, shrunk
 from secateur.deploy.slices import Index, copied, refuse_unfit, sliced_copy
-from secateur.deploy.slots import ATTRIBUTE, Slot, integers, read, write_
+from secateur.deploy.slots import ATTRIBUTE, Slot, numbers_of, read, write_
+from secateur.deploy.twin import configuration
 from secateur.deploy.width import Width
 from secateur.deploy.widths import Widths
 from secateur.errors import UsageError, nearest
@@ -105,11 +105,7 @@ def _low_precision(
             f"{type(model).__name__}: no program of a half-precision model can be checked; shrink its float32 copy."
         )
     note = shrunk(found)
-    small = sliced_copy(model, note.index, note.zeros)
-    write_(small, {slot: new for slot, (_, new) in note.numbers.items()})
-    follow_torch_(small, model)
-    vars(small)[ATTRIBUTE] = note
-    return small
+    return cut(model, replace(note, config=configuration(model)))
 
 
 class _CannotFollowError(Exception):
@@ -265,7 +261,7 @@ class _Job:
             axes.append(Axis(self.names[leaf], units.kind, leaf.size, len(kept), width, units.exact, why))
         changed = {
             slot: (old, new)
-            for slot, old in _numbers(self.model).items()
+            for slot, old in numbers_of(self.model).items()
             if (new := _read(small, slot)) is not None and new != old
         }
         checked = tuple(words for words, _, _ in reference.cases)
@@ -280,6 +276,8 @@ class _Job:
             checked,
             count,
             type(self.model).__name__,
+            configuration(self.model),
+            _few(self.example),
         )
         before = vars(self.model).get(ATTRIBUTE)
         vars(small)[ATTRIBUTE] = after(before, note) if isinstance(before, Shrunk) else note
@@ -290,21 +288,10 @@ def _under(slots: list[Slot], path: str) -> bool:
     return any(path == slot.module or path.startswith(f"{slot.module}.") for slot in slots)
 
 
-def follow_torch_(small: nn.Module, model: nn.Module) -> None:
-    """Let torch's own layers remember the sizes of their sliced tensors."""
-    for path, module in small.named_modules():
-        if isinstance(module, nn.MultiheadAttention):
-            narrow_attention_(module, _head_width(model.get_submodule(path)))
-        for name, size in of_torch(module).items():
-            setattr(module, name, size)
-
-
-def _head_width(module: Any) -> int:
-    return int(module.head_dim)
-
-
-def _numbers(model: nn.Module) -> dict[Slot, int]:
-    return {slot: n for path, module in model.named_modules() for slot, n in integers(module, path)}
+def _few(example: Example) -> Example:
+    """At most two rows of the example, to run the model again where it was saved."""
+    rows = example.rows
+    return example.map(lambda _, x: x[:2].cpu() if x.dim() and x.shape[0] == rows else x.cpu())
 
 
 def _read(model: nn.Module, slot: Slot) -> Any:

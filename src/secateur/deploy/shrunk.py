@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from secateur.core.example import Example
 from secateur.deploy.slots import ATTRIBUTE, Slot
 from secateur.errors import UsageError
 
@@ -50,6 +51,8 @@ class Shrunk:
         checked: The inputs tried, in words.
         parameters: Number of parameters before and after; tied ones once.
         like: Name of the model's class.
+        config: What a transformers model's configuration said before, as plain JSON; None for other models.
+        example: Inputs of at most two rows on which it can be run; None where it was loaded from a file.
     """
 
     axes: tuple[Axis, ...]
@@ -60,6 +63,8 @@ class Shrunk:
     checked: tuple[str, ...]
     parameters: tuple[int, int]
     like: str
+    config: Mapping[str, Any] | None = None
+    example: Example | None = None
 
     @property
     def exact(self) -> bool:
@@ -104,6 +109,7 @@ def after(first: Shrunk, second: Shrunk) -> Shrunk:
         numbers=numbers,
         difference=max(first.difference, second.difference),
         parameters=(first.parameters[0], second.parameters[1]),
+        config=first.config,
     )
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["ATTRIBUTE", "Slot", "integers", "read", "write_"]
+__all__ = ["ATTRIBUTE", "Slot", "change", "integers", "numbers_of", "read", "ways", "write_"]
 
 Step = str | int
 
@@ -54,6 +54,11 @@ def integers(module: nn.Module, path: str) -> Iterator[tuple[Slot, int]]:
         if name not in TORCH:
             for way, number in _inside(value, DEPTH, set()):
                 yield Slot(path, (name, *way)), number
+
+
+def numbers_of(model: nn.Module) -> dict[Slot, int]:
+    """Every such integer of a model and its submodules."""
+    return {slot: n for path, module in model.named_modules() for slot, n in integers(module, path)}
 
 
 def _inside(value: Any, depth: int, seen: set[int]) -> Iterator[tuple[tuple[Step, ...], int]]:
@@ -106,6 +111,19 @@ def _put(value: Any, way: tuple[Step, ...], number: Any) -> Any:
 
 def _tuple(like: Any, items: list[Any]) -> Any:
     return type(like)(*items) if hasattr(like, "_fields") else tuple(items)
+
+
+def ways(config: Any) -> Iterator[tuple[tuple[Step, ...], int | None]]:
+    """Every integer above 1 that a configuration holds, and every field that is None, with the way to it."""
+    yield from _inside(config, DEPTH, set())
+    for name, value in vars(config).items():
+        if value is None and not name.startswith("_"):
+            yield (name,), None
+
+
+def change(container: Any, way: tuple[Step, ...], number: Any) -> None:
+    """Set the number at the end of a way."""
+    _put(container, way, number)
 
 
 def read(model: nn.Module, slot: Slot) -> Any:

@@ -1,0 +1,305 @@
+"""A shrunk model whose widths no config can say, in files: safetensors, and what was cut as JSON.
+
+`compact.json` names the class, the config before anything was cut, the positions that are kept of every tensor and
+the integers that follow. A loader builds the original class on the meta device, where it costs no memory, cuts it
+the same way and fills it. A class of transformers is looked up in the library's own tables; a module of the user's
+own is built by the function that the user names. Nothing in the files is code or a name of code.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from secateur import pretrained
+from secateur.checkpoint import Checkpoint, look_through, read_object, read_state
+from secateur.deploy import shrunk
+from secateur.deploy.cuts import cut, from_json, to_json
+from secateur.deploy.twin import built_empty, differences
+from secateur.errors import InputError, UsageError
+from secateur.manifest import sha256, write_json
+from secateur.state import save_state
+
+__all__ = [
+    "COMPACT",
+    "FORMAT",
+    "Compact",
+    "cast_",
+    "is_compact",
+    "open_compact",
+    "read_compact",
+    "write_compact",
+]
+
+COMPACT = "compact.json"
+FORMAT = "secateur.compact.v1"
+WEIGHTS = "model.safetensors"
+
+Build = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Compact:
+    """A compact folder, looked through.
+
+    Attributes:
+        checkpoint: its files; `config` is that of the model before it was shrunk, empty for a module of one's own.
+        cuts: what was cut, not checked yet.
+        stored_apart: names of buffers that are in no state, and stored all the same.
+        source: what is known of the model that was shrunk.
+    """
+
+    checkpoint: Checkpoint
+    cuts: Any
+    stored_apart: tuple[str, ...]
+    source: Mapping[str, Any]
+
+    @property
+    def pretrained(self) -> bool:
+        """Whether the class is one of transformers."""
+        return bool(self.checkpoint.config)
+
+
+def is_compact(folder: Path) -> bool:
+    """Whether this is a folder that `write_compact` wrote."""
+    return (folder / COMPACT).is_file()
+
+
+def write_compact(
+    model: nn.Module, folder: Path, *, dtype: torch.dtype | None = None, source: Mapping[str, Any] | None = None
+) -> None:
+    """Write a shrunk model into a folder that is there, so that `read_compact` gives it back number for number.
+
+    Args:
+        model: what `shrink` made, trained further or not; not changed.
+        folder: written into.
+        dtype: type in which floating-point tensors are stored; None keeps theirs.
+        source: what is known of the model it was made from, such as {"name": ..., "sha256": ...}.
+
+    Raises:
+        UsageError: it is not what `shrink` made; its state holds something that is no plain tensor; or a class of
+            transformers that cannot be built again and cut to this very model, by the first difference.
+    """
+    cuts = to_json(shrunk(model))
+    if cuts["config"] is not None and _known(model):
+        _refuse_strange(model, cuts)
+    else:
+        cuts["config"] = None
+    saved = model.state_dict(keep_vars=True)
+    apart = {n: b for n, b in model.named_buffers(remove_duplicate=False) if n not in saved}
+    save_state(model, folder / WEIGHTS, dtype, apart)
+    text = {
+        "format": FORMAT,
+        "source": dict(source or {}),
+        "weights": {WEIGHTS: sha256(folder / WEIGHTS)},
+        "stored_apart": sorted(apart),
+        "cuts": cuts,
+    }
+    write_json(folder / COMPACT, text)
+    generation: Any = getattr(model, "generation_config", None)
+    if cuts["config"] is not None and generation is not None:
+        with pretrained.quiet():
+            generation.save_pretrained(folder)
+
+
+def _known(model: nn.Module) -> bool:
+    """Whether the class is one that the library's tables list for its type of model."""
+    name, config = type(model).__name__, getattr(model, "config", None)
+    listed = name in pretrained._classes(str(getattr(config, "model_type", "")))
+    return listed and type(model) is getattr(pretrained.import_transformers(), name)
+
+
+def _refuse_strange(model: nn.Module, cuts: dict[str, Any]) -> None:
+    """A model that was changed in ways that neither config nor cuts say would not load as itself."""
+    checkpoint = Checkpoint(Path(), cuts["config"], (Path(WEIGHTS),), 2**20, 2**60, None, {}, COMPACT)
+    try:
+        built = _of_config(checkpoint)
+        said = next(differences(model, cut(built, from_json(cuts, built))), "")
+    except InputError as error:
+        said = str(error)
+    if said:
+        raise UsageError(
+            f"{type(model).__name__}: built anew from its config and cut alike it is another model: {said}. Save what "
+            "shrink made of a model as its class and config build it"
+        )
+
+
+def open_compact(folder: Path) -> Compact:
+    """Look through a compact folder without building anything from it.
+
+    Raises:
+        InputError: a file is missing, truncated, garbled or altered, or not of this form.
+    """
+    path = folder / COMPACT
+    text = read_object(path)
+    if text.get("format") != FORMAT:
+        raise InputError(f"{path}: format {text.get('format')!r} is not known; expected {FORMAT!r}.")
+    weights, apart, source = text.get("weights"), text.get("stored_apart"), text.get("source")
+    cuts = text.get("cuts")
+    words = isinstance(apart, list) and all(isinstance(name, str) for name in apart)
+    if not isinstance(weights, dict) or not weights or not words or not isinstance(source, dict):
+        raise InputError(f"{path}: expected weights, stored_apart and source.")
+    config = cuts.get("config") if isinstance(cuts, dict) else None
+    if not isinstance(cuts, dict) or not (config is None or (isinstance(config, dict) and config)):
+        raise InputError(f"{path}: expected cuts, with a config or null.")
+    for name in weights:
+        if Path(name).name != name or not name.endswith(".safetensors") or not (folder / name).is_file():
+            raise InputError(f"{path}: names {name!r}, which is no safetensors file in the same folder.")
+    places = [folder / name for name in weights]
+    checkpoint = look_through(folder, config or {}, places, [], COMPACT)
+    for name, digest in weights.items():
+        if checkpoint.files[name] != digest:
+            raise InputError(f"{folder / name}: altered since {COMPACT} was written; restore both.")
+    return Compact(checkpoint, cuts, tuple(apart), source)  # type: ignore[arg-type]
+
+
+def read_compact(found: Compact, build: Build | None = None) -> nn.Module:
+    """Build the model of a compact folder, in eval mode.
+
+    Args:
+        found: from `open_compact`.
+        build: for a module of one's own: a function without arguments that gives it, or it and example inputs, as
+            it was before it was shrunk, with any weights.
+
+    Raises:
+        UsageError: a module of one's own without `build`.
+        InputError: what is built, what was cut and what is stored do not belong together, by name.
+
+    Cost: memory for the shrunk model; for the whole one only where it cannot be built on the meta device.
+    """
+    folder, place = found.checkpoint.folder, found.checkpoint.folder / COMPACT
+    if build is None and not found.pretrained:
+        raise UsageError(
+            f"{folder}: holds a {found.cuts.get('class')} of your own code; say what builds it: secateur.load(folder, "
+            f"build), or file.py:function@{folder} on the command line."
+        )
+    try:
+        built = _of_config(found.checkpoint) if build is None else _of_code(build, str(folder))
+        note = from_json(found.cuts, built)
+        small = cut(built, note)
+        _fill(small, found)
+    except InputError as error:
+        if str(folder) in str(error):
+            raise
+        raise InputError(f"{place}: {error}") from error
+    generation = folder / "generation_config.json"
+    if found.pretrained and generation.is_file():
+        with (
+            pretrained.quiet(),
+            pretrained._told(found.checkpoint, "makes no config of generation", generation.name),
+        ):
+            kind: Any = pretrained.import_transformers().GenerationConfig
+            small.generation_config = kind.from_dict(read_object(generation))
+    return small.eval()
+
+
+def _of_config(checkpoint: Checkpoint) -> nn.Module:
+    """A model of transformers as its config builds it, without values of parameters."""
+    pretrained.import_transformers()
+    with pretrained.quiet():
+        model_class, config = pretrained._class_and_config(checkpoint, False)
+        whole = replace(checkpoint, elements=2**60)  # before anything is cut it may be of any size
+        with (
+            pretrained._told(checkpoint, f"cannot be built as {model_class.__name__}"),
+            pretrained._bounded(whole),
+        ):
+            model = built_empty(model_class, config)
+            return model if not any(_beside(model)) else built_empty(model_class, config, buffers=True)
+
+
+def _of_code(build: Build, who: str) -> nn.Module:
+    """What a user's function builds, without values where that can be."""
+    try:
+        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), torch.device("meta"):
+            warnings.simplefilter("ignore")
+            model = _module(build(), who)
+        if not any(_beside(model)):
+            return model
+    except (
+        Exception
+    ):  # code that looks at values cannot run on the meta device: it says so again below, if it fails
+        pass
+    with torch.random.fork_rng(devices=[]):
+        return _module(build(), who)
+
+
+def _module(built: Any, who: str) -> nn.Module:
+    model = built[0] if isinstance(built, tuple) and built else built
+    if not isinstance(model, nn.Module):
+        raise UsageError(f"{who}: build gave {type(built).__name__}; expected an nn.Module.")
+    return model
+
+
+def _beside(model: nn.Module) -> Iterator[Tensor]:
+    """Tensors that modules keep as plain attributes: nothing is stored of them."""
+    for module in model.modules():
+        for value in vars(module).values():
+            for each in value if isinstance(value, (list, tuple)) else [value]:
+                if isinstance(each, Tensor):
+                    yield each
+
+
+def cast_(model: nn.Module, dtype: torch.dtype | str | None) -> None:
+    """Parameters and saved buffers in another type; tables in no state keep theirs, as in `from_pretrained`."""
+    if not isinstance(dtype, torch.dtype):
+        return
+    saved = model.state_dict(keep_vars=True)
+    apart = {n: b for n, b in model.named_buffers(remove_duplicate=False) if n not in saved}
+    model.to(dtype)
+    for name, value in apart.items():
+        path, _, last = name.rpartition(".")
+        model.get_submodule(path)._buffers[last] = value
+
+
+def _fill(model: nn.Module, found: Compact) -> None:
+    """Give every parameter and buffer what is stored of it; nothing may be missing, left over or of another shape."""
+    state: dict[str, Tensor] = {}
+    tied: dict[str, str] = {}
+    for path in found.checkpoint.weights:
+        more, aliases = read_state(path)
+        if again := state.keys() & more.keys():
+            raise InputError(f"{path}: holds {min(again)}, which another file holds as well.")
+        state, tied = state | more, tied | aliases
+    wanted = {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
+    stored = {name: tied.get(name, name) for name in wanted}
+    _refuse_gaps(wanted, stored, state, {*state, *tied})
+    made: dict[Any, Any] = {}
+    for name, tensor in wanted.items():
+        owner_path, _, last = name.rpartition(".")
+        owner = model.get_submodule(owner_path)
+        key = stored[name], isinstance(tensor, nn.Parameter)
+        if key not in made:
+            value = state[stored[name]]
+            made[key] = nn.Parameter(value, requires_grad=tensor.requires_grad) if key[1] else value
+        (owner._parameters if key[1] else owner._buffers)[last] = made[key]
+    for module in model.modules():
+        if isinstance(module, nn.RNNBase):
+            module._init_flat_weights()  # it remembers its tensors
+
+
+def _refuse_gaps(
+    wanted: Mapping[str, Tensor], stored: Mapping[str, str], state: Mapping[str, Tensor], known: set[str]
+) -> None:
+    said = []
+    if missing := [name for name, kept in stored.items() if kept not in state]:
+        said.append(f"missing in the files: {pretrained.some(missing)}")
+    if unknown := known - wanted.keys():
+        said.append(f"without a place in the model: {pretrained.some(unknown)}")
+    for name, kept in stored.items():
+        if kept in state:
+            found, tensor = state[kept], wanted[name]
+            if found.shape != tensor.shape:
+                said.append(f"{name} has shape {tuple(found.shape)} instead of {tuple(tensor.shape)}")
+            elif found.dtype != tensor.dtype and not (found.is_floating_point() and tensor.is_floating_point()):
+                said.append(f"{name} has type {found.dtype} instead of {tensor.dtype}")
+    if said:
+        raise InputError(f"the weight files do not fit: {'; '.join(said[:5])}.")

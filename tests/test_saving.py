@@ -1,0 +1,513 @@
+"""Shrunk models saved, and loaded where nothing is known of how they were made; hostile files are refused by name."""
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from tests.deploy.models import build, example
+from torch import nn
+
+from secateur import drop_blocks, load, own, save, shrink, shrunk
+from secateur.core.units import Analysis
+from secateur.errors import InputError, SecateurError, UsageError
+
+OWN = '''
+import torch
+from torch import nn
+
+
+class Net(nn.Module):
+    """Convolutions, batch norms, a recurrent layer, tied weights, and tables that are in no state."""
+
+    def __init__(self):
+        super().__init__()
+        self.width = 12
+        self.first = nn.Conv2d(3, 12, 3, padding=1)
+        self.norm = nn.BatchNorm2d(12)
+        self.second = nn.Conv2d(12, 10, 3, padding=1, groups=2)
+        self.register_buffer("scale", torch.linspace(0.5, 2.0, 10), persistent=False)
+        self.mean = torch.tensor([0.1, 0.2, 0.3])
+        self.up = nn.LSTM(10, 8, batch_first=True)
+        self.one, self.two = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.two.weight = self.one.weight
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x):
+        y = self.norm(self.first(x - self.mean.view(1, 3, 1, 1))).relu().view(len(x), self.width, 8, 8)
+        y = self.second(y).relu() * self.scale.view(1, -1, 1, 1)
+        y, _ = self.up(y.flatten(2).transpose(1, 2))
+        return self.head(self.two(self.one(y).relu()).mean(1))
+
+
+def net():
+    return Net()
+
+
+def attention():
+    layer = nn.TransformerEncoderLayer(16, 4, 24, batch_first=True)
+    layer.eval()
+    return layer
+
+
+def picky():
+    model = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 2))
+    float(model[0].weight.detach().sum())  # looks at values: cannot be built on the meta device
+    return model
+'''
+
+FRESH = """
+import sys, torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+root = sys.argv[1]
+
+def compare(name, model):
+    saved = load_file(f"{root}/{name}.safetensors")
+    wanted = saved.pop("wanted")
+    with torch.no_grad():
+        found = model(saved["x"]) if "x" in saved else model(**saved, use_cache=False)["logits"]
+    gap = float((found - wanted).abs().max() / wanted.abs().max())
+    assert found.shape == wanted.shape and gap <= 1e-5, (name, gap)
+
+compare("hf", AutoModelForCausalLM.from_pretrained(f"{root}/hf"))
+compare("padded", AutoModelForCausalLM.from_pretrained(f"{root}/padded"))
+assert "secateur" not in sys.modules
+
+import secateur
+
+compare("compact", secateur.load(f"{root}/compact"))
+for name in ("net", "attention"):
+    compare(name, secateur.load(f"{root}/{name}", f"{root}/own.py:{name}"))
+"""
+
+
+def kept(analysis: Analysis, *kinds: str, seed: int | None = 0) -> dict[str, list[int]]:
+    """Half of the units of these kinds, or with a seed any number of them."""
+    generator = torch.Generator().manual_seed(seed or 0)
+    out = {}
+    for units in analysis.units:
+        if not kinds or units.kind in kinds:
+            low = units.size // 2
+            count = low if seed is None else int(torch.randint(1, units.size, (), generator=generator))
+            out[units.name] = sorted(torch.randperm(units.size, generator=generator)[:count].tolist())
+    return out
+
+
+def axes(model: nn.Module, given: Any) -> Analysis:
+    from secateur.core.example import analysis_of
+
+    return analysis_of(model, given)[0]
+
+
+def shrunken(kind: str, *kinds: str, seed: int | None = 0, **changed: Any) -> nn.Module:
+    model = build(kind, 2, **changed)
+    inputs = example(model)
+    analysis = axes(model, inputs)
+    return shrink(model, kept(analysis, *kinds, seed=seed), inputs, analysis=analysis)
+
+
+WIDTHS = ("head", "KV group", "feed-forward unit")
+
+
+@pytest.fixture(scope="module")
+def gpt2() -> nn.Module:
+    """Layers that differ."""
+    torch.manual_seed(0)
+    return shrunken("gpt2", *WIDTHS)
+
+
+@pytest.fixture(scope="module")
+def llama() -> nn.Module:
+    """Equal widths in all layers."""
+    torch.manual_seed(0)
+    return shrunken("llama", *WIDTHS, seed=None)
+
+
+@pytest.fixture(scope="module")
+def code(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("code") / "own.py"
+    path.write_text(OWN)
+    return path
+
+
+@pytest.fixture(scope="module")
+def net(code: Path) -> nn.Module:
+    torch.manual_seed(0)
+    model = own.call(f"{code}:net").eval()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 2)
+    inputs = torch.randn(2, 3, 8, 8)
+    analysis = axes(model, inputs)
+    return shrink(model, kept(analysis), inputs, analysis=analysis)
+
+
+def logits(model: nn.Module) -> torch.Tensor:
+    torch.manual_seed(5)
+    model.set_attn_implementation("eager")  # as the models here were built
+    with torch.no_grad():
+        return model(**example(model), use_cache=False)["logits"]
+
+
+def test_a_fresh_process_loads_every_form(tmp_path: Path, gpt2, llama, net, code: Path) -> None:
+    (tmp_path / "own.py").write_text(OWN)
+    padded = shrunken("gpt2", *WIDTHS, seed=3)
+    assert save(llama, tmp_path / "hf") == "hf"
+    assert save(padded, tmp_path / "padded", to="padded") == "padded"
+    assert save(gpt2, tmp_path / "compact") == "compact"
+    assert save(net, tmp_path / "net") == "compact"
+    torch.manual_seed(0)
+    layer = own.call(f"{code}:attention")
+    x = torch.randn(2, 5, 16)
+    analysis = axes(layer, x)
+    attention = shrink(layer, kept(analysis, "head", "feed-forward unit"), x, analysis=analysis)
+    save(attention, tmp_path / "attention")
+    for name, model in {"hf": llama, "padded": padded, "compact": gpt2}.items():
+        inputs = example(model)
+        with torch.no_grad():
+            save_file(
+                {**inputs, "wanted": model(**inputs, use_cache=False)["logits"]},
+                tmp_path / f"{name}.safetensors",
+            )
+    for name, model, x in (
+        ("net", net, torch.randn(3, 3, 8, 8)),
+        ("attention", attention, torch.randn(3, 5, 16)),
+    ):
+        with torch.no_grad():
+            save_file({"x": x, "wanted": model(x)}, tmp_path / f"{name}.safetensors")
+    done = subprocess.run(
+        [sys.executable, "-c", FRESH, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    sizes = {
+        name: sum(p.numel() for p in load(tmp_path / name).parameters()) for name in ("hf", "padded", "compact")
+    }
+    assert sizes["hf"] == shrunk(llama).parameters[1] < shrunk(llama).parameters[0]
+    assert sizes["compact"] == shrunk(gpt2).parameters[1]
+    assert sizes["padded"] == shrunk(padded).parameters[0]
+
+
+def test_what_is_loaded_is_the_model_bit_for_bit(tmp_path: Path, gpt2, net, code: Path) -> None:
+    save(gpt2, tmp_path / "a")
+    found = load(tmp_path / "a")
+    assert type(found) is type(gpt2)
+    assert not found.training
+    assert {k: (v.dtype, v.tolist()) for k, v in found.state_dict().items()} == {
+        k: (v.dtype, v.tolist()) for k, v in gpt2.state_dict().items()
+    }
+    assert found.lm_head.weight is found.transformer.wte.weight
+    assert "lm_head.weight" not in load_file(tmp_path / "a" / "model.safetensors")
+    assert torch.equal(logits(found), logits(gpt2))
+    assert str(shrunk(found)) == str(shrunk(gpt2))
+    assert found.generation_config.to_dict() == gpt2.generation_config.to_dict()
+    save(net, tmp_path / "b")
+    again = load(tmp_path / "b", lambda: own.call(f"{code}:net"))
+    assert again.two.weight is again.one.weight
+    assert torch.equal(again.scale, net.scale)
+    assert again.up._flat_weights[0] is again.up.weight_ih_l0
+    assert (again.width, again.second.groups) == (net.width, net.second.groups)
+    x = torch.randn(2, 3, 8, 8)
+    assert torch.equal(again(x), net.eval()(x))
+
+
+def test_a_loaded_model_shrinks_further_and_is_saved_again(tmp_path: Path, gpt2) -> None:
+    save(gpt2, tmp_path / "a")
+    first = load(tmp_path / "a")
+    inputs = example(first)
+    analysis = axes(first, inputs)
+    name = next(u.name for u in analysis.units if u.kind == "feed-forward unit" and u.size > 3)
+    second = shrink(first, {name: [0, 2]}, inputs, analysis=analysis)
+    save(second, tmp_path / "b")
+    assert torch.equal(logits(load(tmp_path / "b")), logits(second))
+    assert len(shrunk(load(tmp_path / "b")).axes) == len(shrunk(gpt2).axes) + 1
+
+
+def test_blocks_dropped_first_and_training_between(tmp_path: Path) -> None:
+    model = build("gpt2", 3)
+    inputs = example(model)
+    short = drop_blocks(model, 1, example=inputs)
+    analysis = axes(short, inputs)
+    small = shrink(short, kept(analysis, *WIDTHS), inputs, analysis=analysis)
+    with torch.no_grad():
+        small.transformer.h[0].mlp.c_fc.weight.add_(0.5)
+    small = copy.deepcopy(small).to(torch.bfloat16)
+    save(small, tmp_path / "a", source=None)
+    found = load(tmp_path / "a")
+    assert {p.dtype for p in found.parameters()} == {torch.bfloat16}
+    assert torch.equal(logits(found), logits(small))
+    assert {p.dtype for p in load(tmp_path / "a", dtype=torch.float32).parameters()} == {torch.float32}
+
+
+def test_rotary_tables_keep_their_numbers_and_their_type(tmp_path: Path) -> None:
+    small = shrunken("llama", "rotary pair", "v dimension", seed=None, head_dim=8)
+    assert small.model.rotary_emb.inv_freq.shape == (2,)
+    assert save(small, tmp_path / "a") == "compact"  # no config says which pairs are left
+    found = load(tmp_path / "a", dtype=torch.bfloat16)
+    assert found.model.rotary_emb.inv_freq.dtype == torch.float32
+    assert torch.equal(found.model.rotary_emb.inv_freq, small.model.rotary_emb.inv_freq)
+    assert torch.equal(logits(load(tmp_path / "a")), logits(small))
+    with pytest.raises(
+        UsageError, match=r"from_pretrained would build another model: .*(inv_freq|scaling|head_dim)"
+    ):
+        save(small, tmp_path / "b", to="hf")
+
+
+def slow(*values: Any) -> Any:
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(
+    ("kind", "kinds", "field", "value"),
+    [
+        ("gpt2", ("feed-forward unit",), "n_inner", 48),
+        ("llama", WIDTHS, "num_key_value_heads", 1),
+        slow("bert", ("feed-forward unit", "head", "hidden"), "num_attention_heads", 2),
+        slow("t5", WIDTHS, "num_heads", 2),
+        slow("convnext", ("channel", "hidden", "feed-forward unit"), "hidden_sizes", [4, 6]),
+    ],
+)  # fmt: skip
+def test_a_config_is_found_where_one_can_say_the_widths(tmp_path: Path, kind, kinds, field, value) -> None:
+    small = shrunken(kind, *kinds, seed=None)
+    before = small.config.to_dict()
+    assert save(small, tmp_path / "a", to="hf") == "hf"
+    assert json.loads((tmp_path / "a" / "config.json").read_text())[field] == value
+    assert small.config.to_dict() == before
+    from transformers import AutoModel
+
+    parts = AutoModel.from_pretrained(tmp_path / "a")
+    assert sum(p.numel() for p in parts.parameters()) <= shrunk(small).parameters[1]
+
+
+def test_what_no_config_says_is_refused_by_name(tmp_path: Path, gpt2) -> None:
+    with pytest.raises(UsageError) as caught:
+        save(gpt2, tmp_path / "a", to="hf")
+    words = str(caught.value)
+    assert words.startswith("GPT2LMHeadModel: no config of its class says these widths")
+    assert "transformer.h.0." in words
+    assert 'to="compact"' in words
+    assert not (tmp_path / "a").exists()
+    with pytest.raises(UsageError, match=r"to='pt' is not known; "):
+        save(gpt2, tmp_path / "b", to="pt")
+    with pytest.raises(UsageError, match=r"GPT2LMHeadModel: nothing was taken out of it by shrink"):
+        save(build("gpt2", 2), tmp_path / "b", to="compact")
+
+
+@pytest.mark.slow
+def test_a_plain_checkpoint_that_computes_something_else_is_refused(tmp_path: Path) -> None:
+    small = shrunken("t5", "hidden", seed=None)  # scales its answer by a width that has to stay
+    with pytest.raises(UsageError, match=r"the plain checkpoint computes something else \(relative difference"):
+        save(small, tmp_path / "a", to="hf")
+    assert save(small, tmp_path / "a") == "compact"
+    with pytest.raises(UsageError, match=r"hidden dimensions of the model: mean over it, so that zeros"):
+        save(small, tmp_path / "b", to="padded")
+
+
+def test_a_model_that_was_changed_besides_is_refused_when_it_is_saved(tmp_path: Path, gpt2) -> None:
+    other = copy.deepcopy(gpt2)
+    other.transformer.h[0].mlp.act = nn.ReLU()
+    with pytest.raises(
+        UsageError, match=r"another model: transformer.h.0.mlp.act is built as \w+ instead of ReLU"
+    ):
+        save(other, tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+
+def test_own_modules_need_their_builder_and_the_right_one(tmp_path: Path, net, code: Path) -> None:
+    save(net, tmp_path / "a")
+    with pytest.raises(
+        UsageError, match=r"holds a Net of your own code; say what builds it: secateur.load\(folder"
+    ):
+        load(tmp_path / "a")
+    with pytest.raises(UsageError, match=r"build gave int; expected an nn.Module"):
+        load(tmp_path / "a", lambda: 3)
+    with pytest.raises(InputError, match=r"class: the cuts are of 'Net', and the model is Linear"):
+        load(tmp_path / "a", lambda: nn.Linear(3, 3))
+    with pytest.raises(UsageError, match=r"no such folder"):
+        load(tmp_path / "none", lambda: nn.Linear(3, 3))
+    with pytest.raises(UsageError, match=r"its whole size is known to your own code alone"):
+        save(net, tmp_path / "b", to="padded")
+    with pytest.raises(UsageError, match=r"Net: no model of transformers, so no config can describe it"):
+        save(net, tmp_path / "b", to="hf")
+    picky = own.call(f"{code}:picky")
+    small = shrink(picky, {"feed-forward units of 0,2": [1, 2, 6]}, torch.randn(4, 5))
+    save(small, tmp_path / "c")
+    x = torch.randn(4, 5)
+    assert torch.equal(load(tmp_path / "c", f"{code}:picky")(x), small.eval()(x))
+    save(picky, tmp_path / "d")  # not shrunk: the same two functions
+    assert torch.equal(load(tmp_path / "d", lambda: own.call(f"{code}:picky", seed=3))(x), picky.eval()(x))
+
+
+def rewrite(folder: Path, change: Any) -> None:
+    text = json.loads((folder / "compact.json").read_text())
+    change(text)
+    (folder / "compact.json").write_text(json.dumps(text))
+    (folder / "MANIFEST.sha256").unlink(missing_ok=True)
+
+
+def cuts(key: str, value: Any) -> Any:
+    def change(text: dict[str, Any]) -> None:
+        text["cuts"][key] = value
+
+    return change
+
+
+def inside(change: Any) -> Any:
+    return lambda text: change(text["cuts"])
+
+
+UP = "transformer.h.0.mlp.c_fc.weight"
+HOSTILE: list[tuple[str, Any, str]] = [
+    ("format", lambda t: t.update(format="pickle"), r"format 'pickle' is not known; expected 'secateur.compact.v1'"),
+    ("weights", lambda t: t.update(weights={"../x.safetensors": ""}), r"names '../x.safetensors', which is no"),
+    ("weights gone", lambda t: t.update(weights={}), r"expected weights, stored_apart and source"),
+    ("digest", lambda t: t["weights"].update({"model.safetensors": "0"}), r"altered since compact.json was written"),
+    ("cuts", lambda t: t.update(cuts=[]), r"expected cuts, with a config or null"),
+    ("class", cuts("class", "BertModel"), r"class: the cuts are of 'BertModel', and the model is GPT2LMHeadModel"),
+    ("code", inside(lambda c: c["config"].update(architectures=["os.system"])), r'architectures names "os.system"'),
+    ("type", inside(lambda c: c["config"].update(model_type="x")), r'compact.json: model_type "x" is not known'),
+    ("remote", inside(lambda c: c["config"].update(auto_map={"AutoModel": "x.y"}, model_type="x")), r"Python code"),
+    ("depth", inside(lambda c: c["config"].update(n_layer=10**9)), r"n_layer is 1000000000, but the weight files hold"),
+    ("sizes", inside(lambda c: c["config"].update(n_embd=28)), r"kept: |numbers: |the weight files do not fit"),
+    ("tensor", inside(lambda c: c["kept"].update({"x.weight": [None]})), r"GPT2LMHeadModel has no tensor 'x.weig"),
+    ("dims", inside(lambda c: c["kept"].update({UP: [None]})), rf"kept: {UP} has 2 dimensions"),
+    ("range", inside(lambda c: c["kept"].update({UP: [None, [[0, 10**12]]]})), r"runs \[first, end\) within 0 "),
+    ("order", inside(lambda c: c["kept"].update({UP: [None, [[4, 6], [2, 3]]]})), r"dimension 1: expected ascending"),
+    ("empty", inside(lambda c: c["kept"].update({UP: [None, []]})), r"expected ascending runs"),
+    ("whole", inside(lambda c: c["kept"].pop(UP)), r"the weight files do not fit: .*c_fc.weight has shape"),
+    ("number", inside(lambda c: c["numbers"][0].update(old=7)), r"numbers: .* is built with \d+ there instead of 7"),
+    ("grown", inside(lambda c: c["numbers"][0].update(new=10**6)), r"expected old and new with 1 <= new <= old"),
+    ("path", inside(lambda c: c["numbers"][0].update(path=["__class__", "x"])), r"numbers: .* built with None there"),
+    ("no path", inside(lambda c: c["numbers"][0].update(path=[])), r"expected entries with a module and a path"),
+    ("axes", cuts("axes", [{"name": 3}]), r"axes: expected entries with name, kind, size"),
+    ("checked", cuts("checked", [3]), r"checked: expected words"),
+    ("difference", cuts("difference", "0"), r"difference: expected a number"),
+    ("list", cuts("numbers", {}), r"numbers: expected a list"),
+    ("kept", cuts("kept", []), r"kept: expected an object"),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(gpt2, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("compact") / "gpt2"
+    save(gpt2, path)
+    return path
+
+
+def copied(folder: Path, place: Path) -> Path:
+    place.mkdir()
+    for name in ("compact.json", "model.safetensors", "generation_config.json"):
+        (place / name).write_bytes((folder / name).read_bytes())
+    return place
+
+
+@pytest.mark.parametrize(("what", "change", "words"), HOSTILE, ids=[what for what, _, _ in HOSTILE])
+def test_altered_manifests_are_refused_by_name(
+    folder: Path, tmp_path: Path, what: str, change, words: str
+) -> None:
+    place = copied(folder, tmp_path / "x")
+    rewrite(place, change)
+    with pytest.raises((InputError, UsageError), match=words) as caught:
+        load(place)
+    assert str(place) in str(caught.value)
+
+
+def test_altered_files_are_refused_by_name(folder: Path, tmp_path: Path) -> None:
+    place = copied(folder, tmp_path / "x")
+    tensors = load_file(place / "model.safetensors")
+    name = next(iter(tensors))
+    for change, words in (
+        (
+            lambda: {k: v for k, v in tensors.items() if k != name},
+            rf"missing in the files: .*{name.split('.')[-1]}",
+        ),
+        (lambda: {**tensors, "strange": torch.ones(2)}, r"without a place in the model: strange"),
+        (lambda: {**tensors, name: tensors[name][:-1].contiguous()}, rf"{name} has shape"),
+        (
+            lambda: {**tensors, name: tensors[name].int()},
+            rf"{name} has type torch.int32 instead of torch.float32",
+        ),
+    ):
+        content = change()
+        content.pop("lm_head.weight", None)
+        tied = json.dumps({"lm_head.weight": "transformer.wte.weight"})
+        save_file(content, place / "model.safetensors", metadata={"tied": tied})
+        rewrite(place, lambda text: text["weights"].update({"model.safetensors": _digest(place)}))
+        with pytest.raises(InputError, match=words):
+            load(place)
+    (place / "model.safetensors").write_bytes(b"\x08" + b"\0" * 30)
+    with pytest.raises(InputError, match=r"not a sound safetensors file"):
+        load(place)
+    (place / "compact.json").write_text("[" * 10_000)
+    with pytest.raises(InputError, match=r"not readable as JSON"):
+        load(place)
+
+
+def _digest(place: Path) -> str:
+    from secateur.manifest import sha256
+
+    return sha256(place / "model.safetensors")
+
+
+def test_the_manifest_of_checksums_is_compared(folder: Path, tmp_path: Path) -> None:
+    place = copied(folder, tmp_path / "x")
+    (place / "MANIFEST.sha256").write_bytes((folder / "MANIFEST.sha256").read_bytes())
+    load(place)
+    text = json.loads((place / "compact.json").read_text())
+    text["source"] = {"name": "other"}
+    (place / "compact.json").write_text(json.dumps(text))
+    with pytest.raises(InputError, match=r"compact.json: is altered since the run wrote it"):
+        load(place)
+
+
+plain = st.recursive(
+    st.none() | st.booleans() | st.integers(-2, 60) | st.floats(allow_nan=False) | st.text(max_size=4),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=4,
+)
+
+
+@settings(max_examples=20)
+@given(data=st.data())
+def test_any_change_of_the_cuts_is_the_same_model_or_an_error_in_words(folder: Path, data) -> None:
+    """Some place of the file gets some other value: no crash, no hang, nothing but our errors."""
+    text = json.loads((folder / "compact.json").read_text())
+    owner: Any = text["cuts"]
+    while True:
+        keys = sorted(owner) if isinstance(owner, dict) else list(range(len(owner)))
+        if not keys:
+            return
+        key = data.draw(st.sampled_from(keys))
+        deeper = isinstance(owner[key], (dict, list)) and bool(owner[key]) and data.draw(st.integers(0, 4))
+        if not deeper:
+            break
+        owner = owner[key]
+    owner[key] = data.draw(plain)
+    from secateur.compact import Compact, open_compact, read_compact
+
+    sound = open_compact(folder)
+    config = text["cuts"].get("config")
+    if config is not None and not (isinstance(config, dict) and config):
+        return
+    from dataclasses import replace
+
+    try:
+        found = read_compact(Compact(replace(sound.checkpoint, config=config or {}), text["cuts"], (), {}))
+    except SecateurError as error:
+        assert str(folder) in str(error)  # noqa: PT017 - both ends are fine
+    else:
+        assert isinstance(found, nn.Module)
