@@ -1,4 +1,4 @@
-"""The native kernels, where they were built: exact selection over float32 scores on a CPU.
+"""The native kernels, where they were built: exact selection and column elimination in float32 on a CPU.
 
 The library is plain C behind ctypes (`native/` in the repository). It is compiled when secateur is installed, where
 a C++ compiler is at hand; without it, or with `SECATEUR_NATIVE=0` in the environment, the callers take their torch
@@ -16,15 +16,16 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-__all__ = ["between", "path", "serves", "smallest"]
+__all__ = ["between", "eliminate", "path", "serves", "smallest"]
 
-ABI = 1
+ABI = 2
 ROOM = 1 << 22  # scores collected at most
 FILE = Path(__file__).with_name("kernels.native.so")
 
 _SIZE, _THREADS, _FLAG = ctypes.c_int64, ctypes.c_int32, ctypes.c_int32
 _POINTER, _VALUE = ctypes.c_void_p, ctypes.c_float
 _ARGUMENTS = {
+    "secateur_eliminate": [*[_POINTER] * 3, _SIZE, *[_POINTER] * 2, _SIZE, _SIZE, _THREADS],
     "secateur_between": [_POINTER, _SIZE, _FLAG, _VALUE, _VALUE, _POINTER, _SIZE, _POINTER, _THREADS],
     "secateur_smallest": [_POINTER, _SIZE, _SIZE, _FLAG, _POINTER, _POINTER, _THREADS],
 }
@@ -97,6 +98,24 @@ def smallest(
         torch.get_num_threads(),
     )
     return marked
+
+
+def eliminate(
+    target: Float[Tensor, "column out"],
+    keep: Float[Tensor, "column out"],
+    factor: Float[Tensor, "column column"],
+    gained: Float[Tensor, "column out"],
+    lost: Float[Tensor, "column out"],
+) -> None:
+    """Eliminate a block of columns, changing `gained` and writing `lost`; see `recover.update.SparseGPT`.
+
+    All but the factor are contiguous.
+    """
+    factor = factor.contiguous()
+    _library().secateur_eliminate(
+        target.data_ptr(), keep.data_ptr(), factor.data_ptr(), factor.stride(0), gained.data_ptr(), lost.data_ptr(),
+        *target.shape, torch.get_num_threads(),
+    )  # fmt: skip
 
 
 def _library() -> ctypes.CDLL:

@@ -167,10 +167,11 @@ class Sums:
 
     def values(self) -> dict[str, Float[Tensor, "part ..."]]:
         """Each statistic, float32, stacked over parts; a part that met no token has sums of nothing."""
-        return {
-            name: torch.stack([self._value(name, part) for part in range(len(self.tokens))])
-            for name in self.names
-        }
+        return {name: self._values(name) for name in self.names}
+
+    def _values(self, name: str) -> Tensor:
+        found = [self._value(name, part) for part in range(len(self.tokens))]
+        return found[0][None] if len(found) == 1 else torch.stack(found)  # a second moment is not copied
 
     def _value(self, name: str, part: int) -> Tensor:
         add, finish = STATISTICS[name]

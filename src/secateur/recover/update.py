@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from secateur.core import native
 from secateur.recover.quadratic import LayerProblem, pose, refit
 
 __all__ = ["ADMM", "ALPS", "Choose", "LeastSquares", "SparseGPT", "Updated"]
@@ -116,8 +117,6 @@ class _Sweep:
     product, then the second half. What is passed on is multiplied by `R_jj`, so R is used as it is.
     """
 
-    LEAF = 16  # columns that are eliminated one by one
-
     def __init__(self, problem: LayerProblem, choose: Choose, width: int):
         self.choose, self.width = choose, width
         self.target = problem.target.t().contiguous()
@@ -151,16 +150,16 @@ class _Sweep:
         return moved.add_(self.target[start:stop]).mul_(self.scale[start:stop]).square_().t()
 
     def _eliminate(self, start: int, stop: int) -> None:
-        if stop - start > self.LEAF:
-            middle = start + (stop - start) // 2
-            self._eliminate(start, middle)
-            self._pass_on(start, middle, stop)
-            self._eliminate(middle, stop)
+        """One column after the other; products and sums are rounded one by one, as the native kernel does."""
+        here = slice(start, stop)
+        if native.serves(self.target):
+            among = self.factor[here, here]
+            native.eliminate(self.target[here], self.keep[here], among, self.gained[here], self.lost[here])
             return
         for j in range(start, stop):
             now = torch.addcdiv(self.target[j], self.gained[j], self.own[j])
             torch.addcmul(self.target[j], now, self.keep[j], value=-1, out=self.lost[j])
-            self.gained[j + 1 : stop].addr_(self.factor[j, j + 1 : stop], self.lost[j])
+            self.gained[j + 1 : stop] += self.factor[j, j + 1 : stop, None] * self.lost[j]
 
     def _pass_on(self, start: int, middle: int, stop: int) -> None:
         """What columns `start` to `middle` have lost changes those from `middle` to `stop`."""
