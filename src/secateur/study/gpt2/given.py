@@ -17,6 +17,7 @@ from secateur import data
 from secateur.core.digest import digest
 from secateur.documents import PYTHON_DOCS, read_text
 from secateur.errors import InputError, UsageError, nearest
+from secateur.evaluate.corpus import positions
 from secateur.request import spec_name
 
 __all__ = ["Articles", "Given", "Plan", "Reviews", "Sources", "lead", "read"]
@@ -24,6 +25,7 @@ __all__ = ["Articles", "Given", "Plan", "Reviews", "Sources", "lead", "read"]
 Batch = dict[str, Tensor]
 IGNORED = -100  # labels that no loss counts
 CUE = "\nTL;DR:"
+_SENTENCE = re.compile(r"(?<=[.!?])\s+|(?<=[.!?][\"'”’)])\s+")
 
 
 @dataclass(frozen=True)
@@ -142,6 +144,9 @@ def read(sources: Sources, plan: Plan, tokenizer: Any, model: Any) -> Given:
         UsageError: a file, field or column that is not there, or less text, reviews or articles than the plan wants.
         InputError: a file that is not what its name says.
     """
+    most = positions(model)
+    if most is not None and plan.context > most:
+        raise UsageError(f"windows of {plan.context} tokens, and the model takes {most}; give --context {most}")
     judged, known, name, train_name = _texts(sources)
     text = data.stream(judged, tokenizer, model=model)[: plan.tokens]
     samples = max(1, plan.train_tokens // plan.context)
@@ -265,7 +270,7 @@ def lead(document: str, sentences: int = 3) -> str:
         >>> lead("It rained. We stayed in! Why? Because. It did.")
         'It rained. We stayed in! Why?'
     """
-    return " ".join(re.split(r"(?<=[.!?])[\"'”’)]*\s+", " ".join(document.split()))[:sentences])
+    return " ".join(_SENTENCE.split(" ".join(document.split()))[:sentences])
 
 
 def review_batches(rows: list[tuple[str, int]], tokenizer: Any, context: int, batch: int) -> list[Batch]:

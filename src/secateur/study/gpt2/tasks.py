@@ -14,12 +14,15 @@ from secateur import evaluate
 from secateur.core.forward import undisturbed
 from secateur.core.masks import Masks
 from secateur.evaluate import Measurement
+from secateur.evaluate.corpus import positions
 from secateur.measure import Tell
 from secateur.recover import finetune_
 
 from .classifier import Classifier, fitted
 from .given import Articles, Given, Plan, Reviews, article_batches, lead, prompt, review_batches
 from .variants import Made
+
+READ = 128  # tokens of the timed forward pass, fewer where the model takes no more
 
 __all__ = ["Tasks", "lead_scores", "speed", "written"]
 
@@ -143,8 +146,9 @@ class _Writing(nn.Module):
 
 
 def speed(base: nn.Module, made: Made, given: Given, plan: Plan, tokenizer: Any) -> dict[str, Measurement]:
-    """Size, and times measured in turns with the baseline: reading 128 tokens, and writing exactly so many."""
-    ids = given.text[None, :128]
+    """Size, and times measured in turns with the baseline: reading 128 tokens, and writing exactly so many after 32."""
+    most = positions(base) or READ
+    ids = given.text[None, : min(READ, most)]
     model = made.model
     found = {
         "parameters": evaluate.parameters(model),
@@ -156,5 +160,6 @@ def speed(base: nn.Module, made: Made, given: Given, plan: Plan, tokenizer: Any)
         name: _Writing(each, plan.new_tokens, tokenizer.eos_token_id)
         for name, each in (("baseline", base), ("this", model))
     }
-    pair = evaluate.paired_latency(writing, ids[:, :32], repeats=max(2, plan.repeats // 3), warmup=1)
+    start, repeats = ids[:, : min(32, most - plan.new_tokens)], max(2, plan.repeats // 3)
+    pair = evaluate.paired_latency(writing, start, repeats=repeats, warmup=1)
     return found | {"generation": pair.latency["this"], "generation speedup": pair.speedup["this"]}
