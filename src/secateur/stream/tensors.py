@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from secateur.core.counts import distinct_parameters
 from secateur.core.halves import count_nonzero
-from secateur.core.masks import INTEGER
+from secateur.core.masks import zero_
 from secateur.core.select import Candidates
 from secateur.core.where import Layer
 from secateur.errors import NumericError, UsageError
@@ -167,7 +167,7 @@ def _prune_one(
         mask = mask_of(work.sites[layer.name], work.shell(layer, statistics), counts)[layer.name]
         if work.nonzero is not None:
             _check_nonzero({layer.name: weight}, {layer.name: mask}, work.nonzero)
-    weight.view(INTEGER[weight.element_size()]).mul_(mask)  # no negative zero, see `Masks.apply_`
+    zero_(weight, mask)
     return write_pruned(work, layer, weight, mask, output)
 
 
