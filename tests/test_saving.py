@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import subprocess
 import sys
@@ -352,9 +353,11 @@ def test_own_modules_need_their_builder_and_the_right_one(tmp_path: Path, net, c
     assert torch.equal(load(tmp_path / "d", lambda: own.call(f"{code}:picky", seed=3))(x), picky.eval()(x))
 
 
-def rewrite(folder: Path, change: Any) -> None:
+def rewrite(folder: Path, change: Any, what: str = "") -> None:
     text = json.loads((folder / "compact.json").read_text())
     change(text)
+    if what != "sha256":
+        text["cuts_sha256"] = hashlib.sha256(json.dumps(text["cuts"], sort_keys=True).encode()).hexdigest()
     (folder / "compact.json").write_text(json.dumps(text))
     (folder / "MANIFEST.sha256").unlink(missing_ok=True)
 
@@ -377,6 +380,7 @@ HOSTILE: list[tuple[str, Any, str]] = [
     ("weights gone", lambda t: t.update(weights={}), r"expected weights, stored_apart and source"),
     ("digest", lambda t: t["weights"].update({"model.safetensors": "0"}), r"altered since compact.json was written"),
     ("cuts", lambda t: t.update(cuts=[]), r"expected cuts, with a config or null"),
+    ("sha256", cuts("numbers", []), r"the cuts are not those that were written"),
     ("class", cuts("class", "BertModel"), r"class: the cuts are of 'BertModel', and the model is GPT2LMHeadModel"),
     ("code", inside(lambda c: c["config"].update(architectures=["os.system"])), r'architectures names "os.system"'),
     ("type", inside(lambda c: c["config"].update(model_type="x")), r'compact.json: model_type "x" is not known'),
@@ -420,7 +424,7 @@ def test_altered_manifests_are_refused_by_name(
     folder: Path, tmp_path: Path, what: str, change, words: str
 ) -> None:
     place = copied(folder, tmp_path / "x")
-    rewrite(place, change)
+    rewrite(place, change, what)
     with pytest.raises((InputError, UsageError), match=words) as caught:
         load(place)
     assert str(place) in str(caught.value)

@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 
 from secateur import __version__
 from secateur.core.masks import Masks
+from secateur.deploy import Shrunk
 from secateur.evaluate import Measurement
 from secateur.model import Loaded
 from secateur.request import spec_name
 
-__all__ = ["code", "depth_card", "model_card", "plain"]
+__all__ = ["code", "depth_card", "model_card", "plain", "shrunk_card"]
 
 
 def model_card(
@@ -52,6 +53,34 @@ def depth_card(loaded: Loaded, said: str, measurements: Mapping[str, Sequence[Me
         _loading(loaded),
     ]
     return "\n".join(lines) + "\n"
+
+
+def shrunk_card(
+    loaded: Loaded, form: str, note: Shrunk, measurements: Mapping[str, Sequence[Measurement]]
+) -> str:
+    """The same for a model whose pruned units are gone."""
+    said = str(note).splitlines()
+    lines = [
+        f"# {code(spec_name(loaded.spec))}, smaller",
+        "",
+        f"{plain(said[0])}, made by secateur {__version__}; {plain(said[-1])}.",
+        "",
+        *(f"* {plain(line)}" for line in said[1:-1]),
+        "",
+        "| measurement | " + " | ".join(measurements) + " |",
+        "|---|" + "---|" * len(measurements),
+        *_rows(measurements),
+        "",
+        "Exact conditions of every measurement are in `run/`.",
+        "",
+        _loading_compact(loaded) if form == "compact" else _loading(loaded),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _loading_compact(loaded: Loaded) -> str:
+    more = ", " + repr(spec_name(loaded.spec).partition("@")[0]) if loaded.kind == "python" else ""
+    return f"Load it with {code(f'secateur.load(folder{more})')}: the layers' widths are in {code('compact.json')}."
 
 
 def _rows(measurements: Mapping[str, Sequence[Measurement]]) -> list[str]:

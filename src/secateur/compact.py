@@ -8,6 +8,8 @@ own is built by the function that the user names. Nothing in the files is code o
 
 from __future__ import annotations
 
+import hashlib
+import json
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -100,12 +102,17 @@ def write_compact(
         "weights": {WEIGHTS: sha256(folder / WEIGHTS)},
         "stored_apart": sorted(apart),
         "cuts": cuts,
+        "cuts_sha256": _digest(cuts),
     }
     write_json(folder / COMPACT, text)
     generation: Any = getattr(model, "generation_config", None)
     if cuts["config"] is not None and generation is not None:
         with pretrained.quiet():
             generation.save_pretrained(folder)
+
+
+def _digest(cuts: Any) -> str:
+    return hashlib.sha256(json.dumps(cuts, sort_keys=True).encode()).hexdigest()
 
 
 def _known(model: nn.Module) -> bool:
@@ -148,6 +155,10 @@ def open_compact(folder: Path) -> Compact:
     config = cuts.get("config") if isinstance(cuts, dict) else None
     if not isinstance(cuts, dict) or not (config is None or (isinstance(config, dict) and config)):
         raise InputError(f"{path}: expected cuts, with a config or null.")
+    if text.get("cuts_sha256") != _digest(cuts):
+        raise InputError(
+            f"{path}: the cuts are not those that were written (their SHA-256 differs); restore the file."
+        )
     for name in weights:
         if Path(name).name != name or not name.endswith(".safetensors") or not (folder / name).is_file():
             raise InputError(f"{path}: names {name!r}, which is no safetensors file in the same folder.")

@@ -34,7 +34,7 @@ def save(
         model: not changed. What `shrink` made may have been trained further.
         folder: written beside its place and renamed, with a manifest of checksums.
         to: "hf": a plain checkpoint, smaller, that stock `from_pretrained` loads, where a config can say the widths;
-            "padded": one at the whole size with zeros, that loads everywhere; "compact": safetensors and what was
+            "padded": one at the whole size with zeros where it cannot; "compact": safetensors and what was
             cut, for `secateur.load`; "auto": hf where that can be, else compact.
         tokenizer: saved beside the model.
         source: the folder of the model it was made from; its tokenizer files are copied, and its hash is noted.

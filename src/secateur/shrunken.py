@@ -49,8 +49,9 @@ def save_shrunk(
         model: not changed.
         tokenizer: written beside it; None for none.
         folder: written into.
-        to: "hf": a plain checkpoint, which is loaded again and run before it counts; "padded": one at the whole
-            size, with zeros; "compact": what `secateur.load` reads; "auto": the first of hf and compact that can be.
+        to: "hf": a plain checkpoint, which is loaded again and run before it counts; "padded": that, else one at the
+            whole size with zeros; "compact": what `secateur.load` reads; "auto": the first of hf and compact that can
+            be.
         dtype: type in which floating-point tensors are stored; None keeps theirs.
         source: a folder whose tokenizer, generation and preprocessor files are copied.
         made_from: what is known of the model it was made from, for the compact form.
@@ -62,18 +63,18 @@ def save_shrunk(
         UsageError: the form cannot say this model; why, and what can.
     """
     check_form(to)
-    if to == "padded":
-        _plain(model, padded(model), None, tokenizer, folder, dtype, source)
-        return to
-    if to in ("auto", "hf"):
+    if to != "compact":
         try:
             _plain(model, model, describe(model), tokenizer, folder, dtype, source)
-            return "hf"
+            return "hf" if to == "auto" else to
         except UsageError:
             if to == "hf":
                 raise
             for left in folder.iterdir():  # of a plain checkpoint that computed something else
                 left.unlink()
+    if to == "padded":
+        _plain(model, padded(model), None, tokenizer, folder, dtype, source)
+        return to
     write_compact(model, folder, dtype=dtype, source=made_from)
     _beside(tokenizer, folder, source)
     return "compact"

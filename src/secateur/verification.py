@@ -9,6 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from secateur.checkpoint import headers
+from secateur.compact import is_compact, open_compact, read_compact
 from secateur.core.masks import Masks, named_parameters
 from secateur.errors import SecateurError
 from secateur.folder import verify
@@ -19,15 +20,17 @@ __all__ = ["problems"]
 def problems(folder: str | Path) -> list[str]:
     """What is wrong with a run's folder; an empty list when nothing is.
 
-    Every file is compared with the manifest; the masks are read; every weight that a mask prunes must be
-    stored as exactly zero. Weights are read one at a time, unless the files hold them in a form that only
-    transformers can put together.
+    Every file is compared with the manifest. A compact folder is loaded. Of any other the masks are read; every weight
+    that a mask prunes must be stored as exactly zero. Weights are read one at a time, unless the files hold them in a
+    form that only transformers can put together.
 
     Raises:
         UsageError: this is no folder.
     """
     folder = Path(folder)
     found = verify(folder)
+    if is_compact(folder):
+        return found + _misfits(folder)
     path = folder / "run" / "masks.safetensors"
     if not path.is_file():
         return found
@@ -45,6 +48,17 @@ def problems(folder: str | Path) -> list[str]:
         return [*found, str(error)]
     lost = [f"run/masks.safetensors: {name} has a mask, but no file holds its weight" for name in missing]
     return [*found, *wrong, *lost]
+
+
+def _misfits(folder: Path) -> list[str]:
+    """What keeps a compact folder from being loaded; of a module of one's own only the files are looked at."""
+    try:
+        opened = open_compact(folder)
+        if opened.pretrained:
+            read_compact(opened)
+    except SecateurError as error:
+        return [str(error)]
+    return []
 
 
 def _compared(masks: Masks, weights: Iterator[tuple[str, str, Tensor]]) -> tuple[list[str], list[str]]:

@@ -11,7 +11,20 @@ from typing import NoReturn
 import typer
 
 # importing a verb adds it to the program, in the order of --help
-from secateur.cli import align, demo, depth, doctor, evaluate, inspect, prune, resume, run, study, verify  # noqa: F401
+from secateur.cli import (  # noqa: F401
+    align,
+    demo,
+    depth,
+    doctor,
+    evaluate,
+    export,
+    inspect,
+    prune,
+    resume,
+    run,
+    study,
+    verify,
+)
 from secateur.cli.options import app
 from secateur.errors import SecateurError
 

@@ -18,7 +18,7 @@ from secateur.deploy.attributes import Survey, survey
 from secateur.deploy.compare import Output, Progress, fingerprints, progress
 from secateur.deploy.cuts import cut, follow_torch_
 from secateur.deploy.fitting import NotExactError, fit
-from secateur.deploy.parts import Parts
+from secateur.deploy.parts import Parts, complete
 from secateur.deploy.reference import Reference
 from secateur.deploy.shrunk import Axis, Shrunk, after, shrunk
 from secateur.deploy.slices import Index, copied, refuse_unfit, sliced_copy
@@ -43,6 +43,7 @@ def shrink(
     output: Output = main_output,
     analysis: Analysis | None = None,
     fallback: str = "pad",
+    homogeneous: bool = False,
 ) -> nn.Module:
     """A smaller model of the same classes that computes what the masked model does.
 
@@ -60,6 +61,8 @@ def shrink(
         analysis: What `analyse` found for this model and example; by default it is made here.
         fallback: What to do where modules cannot follow an axis. "pad": hold more units there, zeroed, until they
             can; "refuse": raise and name the axis; "program": return the pruned exported program.
+        homogeneous: Hold equally many units on all axes of one kind and size, as many as the widest keeps, the surplus
+            zeroed: what a config can say, and less small. To prune to equal widths is a setting of the pattern.
 
     Returns:
         The smaller model; `shrunk(model)` tells its axes, exact and approximate, and how it was checked.
@@ -75,11 +78,11 @@ def shrink(
         raise UsageError(f"fallback={fallback!r}: {nearest(fallback, FALLBACKS)}.")
     refuse_unfit(model)
     if any(p.dtype in (torch.bfloat16, torch.float16) for p in model.parameters()):
-        return _low_precision(model, masks, example, output, fallback)
+        return _low_precision(model, masks, example, output, fallback, homogeneous)
     parts, given = _analysed(model, example, output, analysis)
     asked = parts.kept(masks) if isinstance(masks, Masks) else parts.named(masks)
     try:
-        return _Job(model, parts, asked, given, output, fallback == "pad").run()
+        return _Job(model, parts, asked, given, output, fallback == "pad", homogeneous).run()
     except _CannotFollowError as error:
         if parts.whole is None:
             raise UsageError(
@@ -94,12 +97,17 @@ def shrink(
 
 
 def _low_precision(
-    model: nn.Module, masks: Masks | Mapping[str, Any], example: Any, output: Output, fallback: str
+    model: nn.Module,
+    masks: Masks | Mapping[str, Any],
+    example: Any,
+    output: Output,
+    fallback: str,
+    homogeneous: bool,
 ) -> nn.Module:
     """Shrink a float32 copy, where a difference is no rounding, and make the same cuts in the model."""
     given = example_of(model, example).map(lambda _, x: x.float() if x.is_floating_point() else x)
     twin = copied(model, {}).float()
-    found = shrink(twin, masks, given, output=output, fallback=fallback)
+    found = shrink(twin, masks, given, output=output, fallback=fallback, homogeneous=homogeneous)
     if not isinstance(vars(found).get(ATTRIBUTE), Shrunk):
         raise UsageError(
             f"{type(model).__name__}: no program of a half-precision model can be checked; shrink its float32 copy."
@@ -138,6 +146,7 @@ class _Job:
     example: Example
     output: Output
     may_pad: bool
+    homogeneous: bool = False
     why: dict[Atom, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -148,7 +157,7 @@ class _Job:
         """Slice, choose integers, check; hold more units where modules cannot follow."""
         self.observed: Survey = survey(self.model, self.example, Widths(self.parts.analyses))
         reference = Reference.of(self.model, self.parts, self.asked, self.example, self.output)
-        held = dict(self.asked)
+        held = self._levelled() if self.homogeneous else dict(self.asked)
         while True:
             held, domains = self._fitted(held)
             small = self._sliced(held)
@@ -156,6 +165,23 @@ class _Job:
             if found is not None:
                 return self._noted(small, held, reference, found)
             held = self._widened(held)
+
+    def _levelled(self) -> dict[Atom, Tensor]:
+        """Of exact axes of one kind and size all as wide as the widest."""
+        like: dict[tuple[str, int], list[Atom]] = {}
+        for leaf, units in self.units.items():
+            if units.exact:
+                like.setdefault((units.kind, units.size), []).append(leaf)
+        held = dict(self.asked)
+        for leaves in like.values():
+            widest = max(len(self.asked.get(leaf, range(leaf.size))) for leaf in leaves)
+            for leaf in leaves:
+                if leaf in held and len(held[leaf]) < widest:
+                    self.why[leaf] = "equal widths were asked for"
+                    held[leaf] = complete(leaf.size, held[leaf], widest)
+                    if widest == leaf.size:
+                        del held[leaf]
+        return held
 
     def _fitted(self, held: dict[Atom, Tensor]) -> tuple[dict[Atom, Tensor], dict[Slot, list[int]]]:
         try:

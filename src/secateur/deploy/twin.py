@@ -29,7 +29,7 @@ __all__ = [
 ]
 
 Plain = int | float | str | bool | None
-TRAINING = ("training", "drop_prob")  # attributes that matter in training alone
+LOOSE = ("training", "drop_prob", "name_or_path")  # attributes that matter in training alone, or to nobody
 
 
 def is_transformers(model: nn.Module) -> bool:
@@ -149,7 +149,7 @@ def _attributes(path: str, one: nn.Module, other: nn.Module, past: Mapping[str, 
     for name, value in vars(one).items():
         if type(value) is int and past.get(name) == value:
             continue
-        plain = isinstance(value, Plain) and not name.startswith("_") and name not in TRAINING
+        plain = isinstance(value, Plain) and not name.startswith("_") and name not in LOOSE
         if plain and name in vars(other) and not _same(value, vars(other)[name]):
             full = f"{path}.{name}" if path else name
             yield f"{full} is built as {vars(other)[name]!r} instead of {value!r}"
