@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from secateur import shrink, shrunk
+from secateur import Masks, shrink, shrunk
 from secateur.core.units import Analysis, analyse
 from secateur.errors import UsageError
 
@@ -319,3 +319,109 @@ def test_an_output_that_says_nothing_cannot_prove_anything() -> None:
         UsageError, match=r"^Sequential: the masked model's output does not depend on its inputs"
     ):
         shrink(model, half(analysis), x, analysis=analysis)
+
+
+def test_masks_that_are_no_whole_units_name_the_layer_and_the_nearest_unit() -> None:
+    x = torch.randn(4, 5)
+    model = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 3))
+    analysis = analyse(model, (x,))
+    (name,) = (units.name for units in analysis.units)
+    masks = {key: mask.clone() for key, mask in analysis.masks({name: [0, 1, 2, 4, 5, 6, 7]}).items()}
+    masks["0.weight"][3, :2] = True  # the rest of unit 3 is gone
+    with pytest.raises(UsageError) as caught:
+        shrink(model, Masks(masks), x, analysis=analysis)
+    words = "0.weight: 3 pruned weights, the first at (3, 2), are no whole units; nearest is unit 3 of 'feed-forward"
+    assert str(caught.value).startswith(words)
+    assert "7 of 9 weights are pruned" in str(caught.value)
+    everything = Masks({key: torch.zeros_like(mask) for key, mask in masks.items()})
+    with pytest.raises(UsageError, match=r"the masks remove all 8 units, first seen in .*; keep at least one"):
+        shrink(model, everything, x, analysis=analysis)
+
+
+def test_several_devices_and_quantized_modules_are_refused_by_name() -> None:
+    x = torch.randn(4, 5)
+    model = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 3))
+    keep = {"feed-forward units of 0,2": [0, 1]}
+    spread = copy.deepcopy(model)
+    spread[2].to("meta")
+    with pytest.raises(
+        UsageError, match=r"^0\.weight is on cpu and 2\.weight on meta: the model lies on 2 devices"
+    ):
+        shrink(spread, keep, x)
+
+    class Packed(nn.Linear):
+        """Stands for torch's own, whose weights are packed."""
+
+    Packed.__module__ = "torch.ao.nn.quantized.dynamic"
+    packed = nn.Sequential(Packed(5, 8), nn.ReLU(), nn.Linear(8, 3))
+    with pytest.raises(UsageError, match=r"^0: Packed is quantized; its packed weights cannot be sliced"):
+        shrink(packed, keep, x)
+
+    class Integers(torch.Tensor):
+        """Stands for a tensor that holds something else."""
+
+    model[0].weight = nn.Parameter(model[0].weight.detach().as_subclass(Integers))
+    with pytest.raises(
+        UsageError, match=r"^0\.weight: an? \w+ cannot be sliced; shrink the plain float model first"
+    ):
+        shrink(model, keep, x)
+
+
+def test_a_parametrization_that_looks_at_the_whole_weight_is_refused_by_name() -> None:
+    x = torch.randn(4, 5)
+    model = nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(5, 8)), nn.ReLU(), nn.Linear(8, 3))
+    with pytest.raises(
+        UsageError, match=r"the modules cannot follow this axis: Sequential computes something else"
+    ):
+        shrink(model, {"feed-forward units of 0,2": [0, 1]}, x)
+    normed = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(5, 8)), nn.ReLU(), nn.Linear(8, 3))
+    found = analyse(normed, (x,))
+    assert not found.units
+    assert "bake the weight norm in before pruning" in str(found)
+
+
+def test_like_axes_are_held_at_one_width_on_request(language) -> None:
+    model, analysis = language
+    names = [u.name for u in analysis.units if u.kind == "head"]
+    keep = {names[0]: [1], names[1]: [0, 2, 3]}
+    small = shrink(model, keep, ids(), analysis=analysis, homogeneous=True)
+    assert [block.attention.num_heads for block in small.blocks] == [3, 3]
+    assert small.config.num_heads == 3
+    (axis,) = shrunk(small).padded
+    assert (axis.name, axis.kept, axis.width, axis.reason) == (names[0], 1, 3, "equal widths were asked for")
+    inputs = ids()
+    close(masked(model, analysis.masks(keep))(inputs), small(inputs))
+    whole = shrink(model, {names[0]: [1]}, ids(), analysis=analysis, homogeneous=True)
+    assert [block.attention.num_heads for block in whole.blocks] == [4, 4]
+    close(masked(model, analysis.masks({names[0]: [1]}))(inputs), whole(inputs))
+
+
+class Adapted(nn.Module):
+    """A layer with low-rank adapters in the way of the package peft."""
+
+    def __init__(self, layer: nn.Linear, rank: int = 3) -> None:
+        super().__init__()
+        self.base_layer = layer.requires_grad_(False)
+        self.lora_A = nn.ModuleDict({"default": nn.Linear(layer.in_features, rank, bias=False)})
+        self.lora_B = nn.ModuleDict({"default": nn.Linear(rank, layer.out_features, bias=False)})
+
+    def forward(self, x):
+        return self.base_layer(x) + self.lora_B["default"](self.lora_A["default"](x)) * 2.0
+
+
+def test_adapters_beside_layers_are_sliced_with_them(language) -> None:
+    model = copy.deepcopy(language[0])
+    for block in model.blocks:
+        block.attention.qkv, block.attention.out = Adapted(block.attention.qkv), Adapted(block.attention.out)
+        block.up, block.down = Adapted(block.up), Adapted(block.down)
+    analysis = analyse(model, (ids(),))
+    keep = half(analysis, "head", "feed-forward unit")
+    small = shrink(model, analysis.masks(keep), ids(), analysis=analysis)
+    block = small.blocks[0]
+    assert block.up.lora_B["default"].weight.shape == (10, 3)
+    assert block.down.lora_A["default"].weight.shape == (3, 10)
+    assert block.attention.qkv.lora_B["default"].weight.shape == (36, 3)
+    assert not block.up.base_layer.weight.requires_grad
+    assert block.up.lora_A["default"].weight.requires_grad
+    inputs = ids()
+    close(masked(model, analysis.masks(keep))(inputs), small(inputs))

@@ -131,9 +131,12 @@ def _analysed(
     except UsageError as error:
         given = example_of(model, example)
         try:
-            return Parts(analyse_blocks(model, given.args, given.kwargs).analyses), given
+            parts = Parts(analyse_blocks(model, given.args, given.kwargs).analyses)
         except UsageError:
             raise error from None
+        if not parts.axes():
+            raise
+        return parts, given
 
 
 @dataclass

@@ -95,8 +95,18 @@ def refuse_unfit(model: nn.Module) -> None:
     """Refuse by name what slicing would silently lose.
 
     Raises:
-        UsageError: a parameter of a class of its own (quantized, distributed), gradient hooks, no real memory.
+        UsageError: a parameter of a class of its own (quantized, distributed), gradient hooks, no real memory, more
+            than one device.
     """
+    devices: dict[torch.device, str] = {}
+    for name, tensor in _tensors(model).items():
+        devices.setdefault(tensor.device, name)
+    if len(devices) > 1:
+        (one, first), (other, second) = [*devices.items()][:2]
+        raise UsageError(
+            f"{first} is on {one} and {second} on {other}: the model lies on {len(devices)} devices, where it cannot "
+            "be analysed as a whole. Move it to one, shrink it, and spread it again."
+        )
     for name, tensor in _tensors(model).items():
         if type(tensor) not in (nn.Parameter, nn.Buffer, Tensor):
             raise UsageError(
