@@ -52,7 +52,11 @@ def export(
 
     options: dict[str, Any] = {"to": to, "data": data, "if_exists": if_exists, "device": device, "seed": seed}
     options["speed"] = speed
-    loading = {"offline": offline, "trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle}
+    loading: dict[str, Any] = {
+        "offline": offline,
+        "trust_remote_code": trust_remote_code,
+        "allow_pickle": allow_pickle,
+    }
     with progress() as tell:
         found = export_to(folder, out, tell=tell, **options, **loading)
     if json_:
