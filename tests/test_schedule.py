@@ -192,3 +192,28 @@ def test_a_schedule_of_the_users_own():
         targets(lambda t: None, Due(0, 2, 1))
     with pytest.raises(UsageError, match=r"schedule is 0.9; expected a function of progress"):
         targets(0.9, Due(0, 2, 1))
+
+
+@given(steps=st.integers(2, 400), ends=st.tuples(st.floats(0, 1), st.floats(0, 1)), updates=st.integers(1, 50))
+def test_updates_are_spread_over_part_of_a_training(steps, ends, updates):
+    begin, end = sorted(ends)
+    if round(end * steps) - round(begin * steps) < 1:
+        with pytest.raises(UsageError):
+            Due.spread(steps, begin, end, updates)
+        return
+    due = Due.spread(steps, begin, end, updates)
+    assert due.begin == round(begin * steps)
+    assert due.end <= round(end * steps)
+    assert round(end * steps) - due.end < due.every
+    assert updates <= due.updates < 2 * updates or due.every == 1
+
+
+def test_a_training_too_short_for_its_schedule():
+    with pytest.raises(
+        UsageError, match=r"never reaches its end: no step of 4 lies between 0\.3 and 0\.35 of them"
+    ):
+        Due.spread(4, 0.3, 0.35)
+    with pytest.raises(
+        UsageError, match=r"begin 0\.7, end 0\.2 and 20 updates; expected 0 <= begin < end <= 1"
+    ):
+        Due.spread(100, 0.7, 0.2)

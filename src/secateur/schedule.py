@@ -216,6 +216,35 @@ class Due:
                 f"{self.end - self.begin}"
             )
 
+    @classmethod
+    def spread(cls, steps: int, begin: float = 0.1, end: float = 0.7, updates: int = 20) -> Due:
+        """Updates between two fractions of a training, evenly, as many as asked for or one a step.
+
+        Args:
+            steps: of the whole training.
+            begin, end: fractions of them, in [0, 1]; what follows the last update is left to recover.
+            updates: after the first, at most.
+
+        Raises:
+            UsageError: fractions out of order, or no step between them.
+
+        Example:
+            >>> Due.spread(1000), Due.spread(10)
+            (Due(begin=100, end=700, every=30), Due(begin=1, end=7, every=1))
+        """
+        if not 0 <= begin < end <= 1 or updates < 1:
+            raise UsageError(
+                f"begin {begin:g}, end {end:g} and {updates} updates; expected 0 <= begin < end <= 1 and at least one"
+            )
+        first, span = round(begin * steps), round(end * steps) - round(begin * steps)
+        if span < 1:
+            raise UsageError(
+                f"the schedule never reaches its end: no step of {steps} lies between {begin:g} and {end:g} of them; "
+                "train for more epochs"
+            )
+        every = max(1, span // updates)
+        return cls(first, first + every * (span // every), every)
+
     @property
     def updates(self) -> int:
         """How many updates follow the first."""

@@ -173,6 +173,48 @@ def test_two_prunings_nest(tmp_path):
     assert value(outcome, "3 fine-tune", "sparsity") == value(outcome, "2 prune", "sparsity")
 
 
+GRADUALLY = [
+    STAGES[0],
+    {
+        "prune": {
+            "schedule": "cubic",
+            "method": "taylor",
+            "sparsity": 0.85,
+            "epochs": 4,
+            "lr": 2e-2,
+            "updates": 7,
+        }
+    },
+]
+
+
+def test_pruning_gradually_ends_at_its_target_and_resumes(tmp_path):
+    whole = run(spec(GRADUALLY), tmp_path / "whole")
+    assert value(whole, "2 prune", "sparsity") == pytest.approx(0.85, abs=2e-3)
+    details = whole.records[2]["details"]
+    assert (details["schedule"], details["recipe"]["score"]) == ("cubic(0, 0.85)", "taylor")
+    assert details["epoch kept"] >= 3  # the target is reached at 70 % of four epochs
+    with pytest.raises(Stop):
+        run(spec(GRADUALLY), tmp_path / "parts", tell=stopping(138))
+    assert (interrupted(tmp_path / "parts") / "run" / "state" / "training.safetensors").exists()
+    run(spec(GRADUALLY), tmp_path / "parts")
+    assert results(tmp_path / "parts") == results(tmp_path / "whole")
+    assert all(torch.equal(weights(tmp_path / "parts")[k], v) for k, v in weights(tmp_path / "whole").items())
+
+
+def test_pruning_gradually_goes_on_from_what_is_pruned(tmp_path):
+    stages = [
+        {"prune": {"sparsity": 0.4}},
+        {"prune": {"schedule": "exponential", "sparsity": 0.8, "epochs": 2, "lr": 1e-2}},
+    ]
+    outcome = run(spec(stages), tmp_path / "out")
+    assert outcome.records[2]["details"]["schedule"] == "exponential(0.401515, 0.8)"
+    assert value(outcome, "2 prune", "sparsity") == pytest.approx(0.8, abs=2e-3)
+    weights_now = weights(tmp_path / "out")
+    for name, mask in Masks.load(tmp_path / "out" / "run" / "masks.safetensors").items():
+        assert not weights_now[name][~mask].any()
+
+
 def test_a_dense_teacher_and_another(tmp_path):
     stages = [{"prune": {"sparsity": 0.5}}, {"distil": {"epochs": 1, "lr": 1e-3}}]
     outcome = run(spec(stages), tmp_path / "one")

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from secateur import evaluate
+from secateur import Gradual, cubic, evaluate, magnitude
 from secateur.core.masks import Masks
 from secateur.errors import NumericError, UsageError
 from secateur.measurement import Measurement
@@ -390,3 +390,32 @@ def test_a_copy_is_not_needed(pruned):
     finetune_(model, batches(), masks, epochs=1, lr=0.01)
     assert {name: id(p) for name, p in model.named_parameters()} == before
     assert not same(values(model), values(twin))
+
+
+def gradually(model, optimizer, steps):
+    return Gradual(model, magnitude, cubic(0.0, 0.75), 1, steps // 2, 1, optimizer=optimizer)
+
+
+def test_a_pruner_prunes_while_the_model_learns():
+    model, data = classifier(), batches()
+    tuned = finetune_(model, data, pruner=gradually, epochs=4, lr=1e-2, validation=data)
+    assert tuned.masks.sparsity == pytest.approx(0.75, abs=0.01)
+    assert tuned.best >= 2  # no epoch before the last pruning is kept, however good
+    for name, mask in tuned.masks.items():
+        assert not model.get_parameter(name)[~mask].any()
+
+
+def test_a_schedule_that_ends_after_training():
+    model, data = classifier(), batches()
+    before = copy.deepcopy(model.state_dict())
+
+    def late(model, optimizer, steps):
+        return Gradual(model, magnitude, cubic(0.0, 0.75), 0, steps + 1, 1, optimizer=optimizer)
+
+    with pytest.raises(
+        UsageError, match=r"never reaches its end: it ends at step \d+, and training has \d+ steps"
+    ):
+        finetune_(model, data, pruner=late, epochs=1)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    with pytest.raises(UsageError, match="give the masks to the pruner instead"):
+        finetune_(model, data, prune_(copy.deepcopy(model), 0.5), pruner=late)

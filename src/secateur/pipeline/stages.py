@@ -7,15 +7,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
+
 from secateur import measure as measuring
 from secateur.apply import apply_, intention
 from secateur.core.masks import Masks
 from secateur.errors import UsageError
 from secateur.measure import Tell
-from secateur.pipeline.spec import Distillation, Pruning, Training
-from secateur.pipeline.subject import Subject, settled
+from secateur.pipeline.spec import Distillation, Gradually, Pruning, Training
+from secateur.pipeline.subject import Subject, needs_data, settled
+from secateur.prune import Plan
 from secateur.recover import distill_, finetune_
 from secateur.recover.training import Tuned
+from secateur.request import PruneRequest
+from secateur.schedule import Due, constant, cubic, exponential, linear
+from secateur.training import Gradual
 
 __all__ = ["Done", "Work", "carry_out"]
 
@@ -60,6 +67,8 @@ def prune(subject: Subject, settings: Pruning, work: Work) -> Done:
     asked, todo = settled(settings.asked, subject.loaded)
     chosen = {layer.name for layer in todo.layers}
     before = Masks({name: mask for name, mask in subject.masks.items() if name in chosen})
+    if settings.gradually is not None:
+        return _gradually(subject, settings.gradually, asked, todo, before, work)
     batches = None
     if subject.calibration is not None:
         batches = measuring.counted(subject.calibration.batches(), "calibration", work.tell)
@@ -68,6 +77,40 @@ def prune(subject: Subject, settings: Pruning, work: Work) -> Done:
     return Done(
         {"recipe": applied.recipe.describe(), **applied.details}, (*intention(asked, asked), *applied.notes)
     )
+
+
+def _gradually(
+    subject: Subject, how: Gradually, asked: PruneRequest, todo: Plan, before: Masks, work: Work
+) -> Done:
+    """Prune to a schedule while the model trains."""
+    start = before.zeros / todo.size
+    end = todo.sparsity if asked.sparsity is None else asked.sparsity
+    if end is None:
+        raise UsageError(f"{todo.recipe} decides how much is cut, so no schedule can; leave schedule out")
+    schedule = constant(end) if how.schedule == "constant" else _SCHEDULES[how.schedule or "cubic"](start, end)
+    calibration = subject.calibration if needs_data(todo, Pruning(asked, how)) else None
+
+    def make(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> Gradual:
+        due = Due.spread(steps, how.begin, how.end, how.updates)
+        return Gradual(
+            model,
+            todo.recipe,
+            schedule,
+            due.begin,
+            due.end,
+            due.every,
+            optimizer=optimizer,
+            data=None if calibration is None else calibration.batches(),
+            only=list(asked.only) or None,
+            skip=list(asked.skip) or None,
+            seed=asked.seed,
+            masks=before or None,
+        )
+
+    tuned = finetune_(subject.model, _batches(subject), pruner=make, **_options(subject, how, work))
+    subject.masks = Masks({**subject.masks, **tuned.masks})
+    done = _tuned(tuned)
+    return Done({"recipe": todo.recipe.describe(), "schedule": repr(schedule), **done.details}, done.notes)
 
 
 def train(subject: Subject, settings: Training, work: Work) -> Done:
@@ -121,6 +164,7 @@ def _tuned(tuned: Tuned) -> Done:
     return Done({**details, "history": history}, tuned.notes)
 
 
+_SCHEDULES = {"linear": linear, "cubic": cubic, "exponential": exponential}
 _STAGES: dict[str, Callable[[Subject, Any, Work], Done]] = {
     "train": train,
     "distil": distil,

@@ -14,6 +14,7 @@ from secateur import model as models
 from secateur import own
 from secateur.core.gradients import KNOWN
 from secateur.core.masks import Masks
+from secateur.core.trained import GATHERED
 from secateur.errors import UsageError
 from secateur.evaluate import Measurement
 from secateur.measure import Tell, Yardstick
@@ -23,7 +24,7 @@ from secateur.prune import Plan, plan
 from secateur.request import PruneRequest, build_recipe, with_method
 from secateur.sources import Calibration, digest, sources, writes_text
 
-__all__ = ["Loading", "Subject", "check_code", "named_code", "prepare", "settled"]
+__all__ = ["Loading", "Subject", "check_code", "named_code", "needs_data", "prepare", "settled"]
 
 
 @dataclass(frozen=True)
@@ -115,15 +116,9 @@ def prepare(experiment: Experiment, loading: Loading, tell: Tell) -> Subject:
     names = [s.settings.teacher for s in experiment.stages if isinstance(s.settings, Distillation)]
     teachers = {name: _load(name, experiment, loading) for name in dict.fromkeys(names) if name is not None}
     tell("loading the model", 1, 1)
-    plans = [
-        settled(stage.settings.asked, loaded)[1]
-        for stage in experiment.stages
-        if isinstance(stage.settings, Pruning)
-    ]
-    needs_data = any(
-        todo.recipe.update is not None or any(name in KNOWN for name in todo.statistics) for todo in plans
-    )
-    given = sources(common, loaded, needs_data=needs_data, tell=tell)
+    pruning = [stage.settings for stage in experiment.stages if isinstance(stage.settings, Pruning)]
+    needed = any(needs_data(settled(each.asked, loaded)[1], each) for each in pruning)
+    given = sources(common, loaded, needs_data=needed, tell=tell)
     learned = material(common, loaded, tell) if experiment.trains else None
     dense = copy.deepcopy(loaded.model)
     by = replace(given.by, tell=tell)
@@ -142,6 +137,13 @@ def settled(asked: PruneRequest, loaded: models.Loaded) -> tuple[PruneRequest, P
         skip=list(asked.skip) or None,
     )
     return asked, todo
+
+
+def needs_data(todo: Plan, settings: Pruning) -> bool:
+    """Whether a stage needs calibration data; training itself gives gradients to what prunes along with it."""
+    given = GATHERED if settings.gradually is not None else ()
+    names = [name for name in todo.statistics if name in KNOWN and name not in given]
+    return bool(names) or todo.recipe.update is not None
 
 
 def named_code(experiment: Experiment) -> list[str]:

@@ -13,7 +13,7 @@ from secateur.core.masks import Masks
 from secateur.errors import NumericError, UsageError
 from secateur.measurement import Measurement
 from secateur.recover.batches import identity
-from secateur.recover.loop import train_
+from secateur.recover.loop import Make, train_
 from secateur.recover.losses import IGNORED, Loss, inputs_and_labels, loss_named, loss_of
 from secateur.recover.training import Judge, Options, Tuned, name_of, training
 
@@ -31,6 +31,7 @@ def finetune_(
     validation: Iterable[Any] | None = None,
     metric: Metric | None = None,
     better: Literal["higher", "lower"] | None = None,
+    pruner: Make | None = None,
     **options: Unpack[Options],
 ) -> Tuned:
     """Train a pruned model on; pruned weights stay exactly zero, and the best epoch is kept.
@@ -47,6 +48,8 @@ def finetune_(
         metric: `(model, validation) -> Measurement or number`, as `evaluate.accuracy` and `evaluate.perplexity`
             are; None for the loss itself.
         better: whether more or less of the metric is better; needed where its name does not say so.
+        pruner: `(model, optimizer, steps) -> Gradual`, to prune while the model trains instead of holding masks.
+            Epochs before it is done are never kept; the result says what is pruned in the end.
         options: `epochs`, `lr`, `original_lr`, `warm_up`, `decay`, `weight_decay`, `clip`, `accumulate`,
             `autocast`, `patience`, `optimizer`, `seed`, `checkpoint`, `every`, `tell`; see `Training`. By default
             three epochs of AdamW at a tenth of the original rate.
@@ -55,7 +58,8 @@ def finetune_(
         The history, epoch by epoch, and which epoch was kept; the state before training is one of them.
 
     Raises:
-        UsageError: data, shapes, options or a checkpoint that do not fit; masks of another model.
+        UsageError: data, shapes, options or a checkpoint that do not fit; masks of another model; a schedule that
+            does not end before training does.
         InputError: a checkpoint that was altered.
         NumericError: NaN or Inf in the loss, the gradients or the weights; says at which step, and the model has
             its last good state.
@@ -75,6 +79,10 @@ def finetune_(
     """
     how = training(**options)
     chosen = loss_named(loss)
+    if pruner is not None and masks:
+        raise UsageError(
+            "masks= are held and pruner= prunes on; give the masks to the pruner instead, Gradual(masks=...)"
+        )
 
     def objective(batch: Any) -> Tensor:
         return loss_of(model, batch, chosen)
@@ -88,7 +96,8 @@ def finetune_(
         how,
         masks=masks,
         judge=judge,
-        label="fine-tuning",
+        pruner=pruner,
+        label="fine-tuning" if pruner is None else "pruning gradually",
         about=about,
     )
 

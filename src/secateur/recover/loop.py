@@ -6,14 +6,12 @@ What is special to either is one function, the objective: batch -> a loss.
 from __future__ import annotations
 
 import math
-import random
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -27,7 +25,11 @@ from secateur.recover import state as states
 from secateur.recover.batches import identity, trainable
 from secateur.recover.training import Epoch, Judge, Training, Tuned
 
-__all__ = ["train_"]
+__all__ = ["Make", "train_"]
+
+# (model, optimizer, steps of the whole training) -> anything with step(), masks, done, remove(), state_dict(),
+# load_state_dict(), and usable in a with statement: a Gradual
+Make = Callable[[nn.Module, torch.optim.Optimizer, int], Any]
 
 
 def train_(
@@ -39,6 +41,7 @@ def train_(
     masks: Masks | None = None,
     judge: Judge | None = None,
     extra: nn.Module | None = None,
+    pruner: Make | None = None,
     label: str = "training",
     about: Mapping[str, Any] | None = None,
 ) -> Tuned:
@@ -52,16 +55,18 @@ def train_(
         masks: pruned weights, held at zero.
         judge: says after each epoch how good the model is; the best epoch is kept.
         extra: parameters that are trained along and belong to no model.
+        pruner: makes what prunes while training goes on, instead of masks; see `finetune_`.
         label: what progress is called.
         about: what else decides the result, for resuming.
 
     Raises:
-        UsageError: data that cannot be walked through again, nothing to train, a checkpoint of another run.
+        UsageError: data that cannot be walked through again, nothing to train, a checkpoint of another run, a
+            schedule that does not end before training does.
         InputError: a checkpoint that cannot be read.
         NumericError: NaN or Inf in the loss, the gradients or the weights; the model has its last good state.
     """
     run = _Run(model, objective, trainable(data), how, masks or Masks({}), judge, extra, label, about or {})
-    return run.go()
+    return run.go(pruner)
 
 
 class _Run:
@@ -91,13 +96,13 @@ class _Run:
         self.history: list[Epoch] = []
         self.began = time.perf_counter()
         self.resume_from: dict[str, Any] | None = None
+        self.pruner: Any = None
         self.path = None if self.how.checkpoint is None else Path(self.how.checkpoint)
         self.about = {} if self.path is None else self._identity(about)
 
-    def go(self) -> Tuned:
+    def go(self, make: Make | None) -> Tuned:
         begun = self._begun()
-        held = hold_(self.model, self.masks, self.optimizer, gradients=True) if self.masks else nullcontext()
-        with _as_before(self.model), held:
+        with states.as_before(self.model), self._holding(make):
             self.good = self._copied()
             if begun is not None:
                 self._resume(*begun)
@@ -107,11 +112,33 @@ class _Run:
                 self._epoch()
             self._take_good()
         stopped = "patience is over" if self._tired() else "all epochs done"
-        return Tuned(tuple(self.history), self.best, self.step, self.how.rate, stopped, self._notes())
+        masks = self.masks if self.pruner is None else self.pruner.masks
+        return Tuned(tuple(self.history), self.best, self.step, self.how.rate, stopped, self._notes(), masks)
+
+    def _holding(self, make: Make | None) -> AbstractContextManager[Any]:
+        """What keeps pruned weights at zero: a pruner, or a hold of the given masks."""
+        if make is None:
+            return (
+                hold_(self.model, self.masks, self.optimizer, gradients=True) if self.masks else nullcontext()
+            )
+        self.pruner = make(self.model, self.optimizer, self.steps)
+        end = getattr(getattr(self.pruner, "due", None), "end", 0)
+        if end > self.steps:
+            self.pruner.remove()
+            raise UsageError(
+                f"the schedule never reaches its end: it ends at step {end:,}, and training has {self.steps:,} steps; "
+                "end it earlier, or train for more epochs"
+            )
+        return self.pruner
+
+    @property
+    def _pruning(self) -> bool:
+        """Whether the pruner has still to prune; until then no epoch can be the best."""
+        return self.pruner is not None and not self.pruner.done
 
     def _epoch(self) -> None:
         """One pass over the data, or what is left of it."""
-        _seed(self.how.seed, self.epoch)
+        states.seed_epoch(self.how.seed, self.epoch)
         self.model.train()
         batches, count = iter(self.data), len(self.data)
         for _ in range(self.place):
@@ -162,6 +189,8 @@ class _Run:
             self._fail(f"the norm of the gradients is {norm}")
         self.optimizer.step()
         self.optimizer.zero_grad()
+        if self.pruner is not None:
+            self.pruner.step()
         self.step += 1
         self.how.tell(self.label, self.step, self.steps)
 
@@ -179,7 +208,7 @@ class _Run:
             except NumericError as error:
                 self._fail(f"validation failed ({error})")
         self.since += 1
-        if self.judge is None or self._better(found[-1], self.judge):
+        if self.judge is None or self._pruning or self._better(found[-1], self.judge):
             self.good, self.best, self.since = self._copied(), self.epoch, 0
         now = time.perf_counter()
         self.history.append(Epoch(self.epoch, self.step, tuple(found), now - self.began))
@@ -250,6 +279,9 @@ class _Run:
             for e in self.history
         ]
         rest = {"about": self.about, "counts": counts, "losses": self.losses, "history": history}
+        if self.pruner is not None:
+            inside, rest["pruner"] = states.taken_apart(self.pruner.state_dict())
+            tensors |= inside
         states.write_state(self.path, tensors, {**rest, "optimizer": optimizer, "generators": plain})
 
     def _begun(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
@@ -272,10 +304,13 @@ class _Run:
                     tensor.copy_(tensors[f"model.{name}"])
                     self.good[name].copy_(tensors[f"good.{name}"])
             self.resume_from = {"tensors": tensors, "generators": plain["generators"]}
+            pruned = None if self.pruner is None else states.put_together(tensors, plain["pruner"])
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise InputError(
                 f"{self.path}: this checkpoint was altered ({type(error).__name__}: {error}); delete it to start anew"
             ) from error
+        if self.pruner is not None:
+            self.pruner.load_state_dict(pruned)
         self.how.tell(self.label, self.step, self.steps)
 
 
@@ -301,28 +336,6 @@ def _optimizer(whole: nn.Module, how: Training) -> torch.optim.Optimizer:
     made = (how.optimizer or torch.optim.AdamW)(groups, lr=how.rate)
     made.zero_grad()
     return made
-
-
-def _seed(seed: int, epoch: int) -> None:
-    """Start every generator of an epoch; epochs of one seed share no numbers."""
-    mixed = int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0])
-    torch.manual_seed(mixed)
-    random.seed(mixed)
-    np.random.seed(mixed)
-
-
-@contextmanager
-def _as_before(model: nn.Module) -> Iterator[None]:
-    """Put modes and generators back afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    tensors, plain = states.generators()
-    try:
-        with torch.enable_grad():
-            yield
-    finally:
-        states.set_generators(tensors, plain)
-        for module, mode in modes:
-            module.training = mode
 
 
 def _shown(loss: Any) -> str:

@@ -8,30 +8,35 @@ from __future__ import annotations
 import json
 import os
 import random
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from secateur.errors import InputError, ResourceError, UsageError
 
 __all__ = [
+    "as_before",
     "check_same",
     "generators",
     "load_optimizer_",
     "optimizer_state",
+    "put_together",
     "read_state",
+    "seed_epoch",
     "set_generators",
+    "taken_apart",
     "write_state",
 ]
 
 FORMAT = "secateur.training.v1"
 _OPTIMIZER = "optimizer"
+_TENSOR = "tensor in the file"
 
 
 def write_state(path: Path, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> None:
@@ -106,6 +111,41 @@ def check_same(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) ->
         )
 
 
+def taken_apart(state: Mapping[str, Any], place: str = "pruner") -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Nested mappings as tensors by their place, and the same without tensors, which JSON can hold."""
+    tensors: dict[str, Tensor] = {}
+    plain: dict[str, Any] = {}
+    for key, value in state.items():
+        inside = f"{place}|{key}"
+        if isinstance(value, Tensor):
+            tensors[inside] = value
+            plain[key] = {_TENSOR: inside}
+        elif isinstance(value, Mapping):
+            more, plain[key] = taken_apart(value, inside)
+            tensors |= more
+        else:
+            plain[key] = value
+    return tensors, plain
+
+
+def put_together(tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> dict[str, Any]:
+    """What `taken_apart` was given.
+
+    Raises:
+        KeyError: a tensor that is missing.
+    """
+    if set(plain) == {_TENSOR}:
+        raise TypeError("a tensor where a mapping was expected")
+    return {
+        key: value
+        if not isinstance(value, Mapping)
+        else tensors[value[_TENSOR]]
+        if set(value) == {_TENSOR}
+        else put_together(tensors, value)
+        for key, value in plain.items()
+    }
+
+
 def optimizer_state(optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """An optimizer's state as tensors by name, and the rest as JSON values."""
     state = optimizer.state_dict()
@@ -161,6 +201,28 @@ def set_generators(tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> N
     np.random.set_state((name, keys, place, has_gauss, cached))
     version, words, gauss = plain["random"]
     random.setstate((version, tuple(words), gauss))
+
+
+def seed_epoch(seed: int, epoch: int) -> None:
+    """Start every generator of an epoch; epochs of one seed share no numbers."""
+    mixed = int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0])
+    torch.manual_seed(mixed)
+    random.seed(mixed)
+    np.random.seed(mixed)
+
+
+@contextmanager
+def as_before(model: nn.Module) -> Iterator[None]:
+    """Put modes and generators back afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    tensors, plain = generators()
+    try:
+        with torch.enable_grad():
+            yield
+    finally:
+        set_generators(tensors, plain)
+        for module, mode in modes:
+            module.training = mode
 
 
 def _own(tensor: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from typing import Any, Literal, TypedDict
 
 import torch
 
+from secateur.core.masks import Masks
 from secateur.errors import UsageError, nearest
 from secateur.measurement import Measurement
 
@@ -186,6 +187,7 @@ class Tuned:
         lr: the peak learning rate.
         stopped: why it ended.
         notes: sentences that a reader of the result needs.
+        masks: what is pruned in the end.
     """
 
     history: tuple[Epoch, ...]
@@ -194,6 +196,7 @@ class Tuned:
     lr: float
     stopped: str
     notes: tuple[str, ...] = ()
+    masks: Masks = field(default_factory=lambda: Masks({}), repr=False)
 
     def __str__(self) -> str:
         last = next((epoch for epoch in self.history if epoch.number == self.best), None)
