@@ -59,6 +59,7 @@ NAMES = [
     "drop_blocks",
     "drop_blocks_",
     "exponential",
+    "fake_quantize_",
     "finetune_",
     "fisher",
     "geometric",

@@ -11,6 +11,7 @@ from torch import Tensor
 from secateur.checkpoint import headers
 from secateur.compact import is_compact, open_compact, read_compact
 from secateur.core.masks import Masks, named_parameters
+from secateur.deploy.packed import dense_weights, quantized_header
 from secateur.errors import SecateurError
 from secateur.folder import verify
 
@@ -37,6 +38,11 @@ def problems(folder: str | Path) -> list[str]:
     try:
         masks = Masks.load(path)
         wrong, missing = _compared(masks, _stored(folder))
+        for path in folder.glob("*.safetensors"):
+            if missing and quantized_header(path) is not None:
+                left = Masks({name: masks[name] for name in missing})
+                more, missing = _compared(left, _integers(path, left))
+                wrong += more
         if missing and (folder / "config.json").is_file() and not (found or wrong):
             for weights in (_in_pieces, _in_model):
                 if missing:
@@ -88,6 +94,19 @@ def _stored(folder: Path) -> Iterator[tuple[str, str, Tensor]]:
                 weight = file.get_tensor(name)
                 for called in (name, *(alias for alias, kept in aliases.items() if kept == name)):
                     yield path.name, called, weight
+
+
+def _integers(path: Path, masks: Masks) -> Iterator[tuple[str, str, Tensor]]:
+    """Weights that are stored as integers, laid out as their masks: upright, or transposed as in GPT-2's layers."""
+    for name, matrices in dense_weights(path):
+        if name not in masks:
+            continue
+        mask = masks[name]
+        if matrices.numel() != mask.numel():
+            yield path.name, name, matrices
+            continue
+        laid = [matrices.reshape(mask.shape), matrices.transpose(-1, -2).reshape(mask.shape)]
+        yield path.name, name, min(laid, key=lambda weight: int((weight[~mask] != 0).sum()))
 
 
 def _aliases(text: str) -> dict[str, str]:

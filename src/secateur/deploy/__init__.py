@@ -1,5 +1,6 @@
 """How does the gain become real? Fewer blocks, smaller tensors; the same classes, checked."""
 
+from secateur.deploy.aware import FakeQuantized, fake_quantize_
 from secateur.deploy.depth import drop_blocks, drop_blocks_
 from secateur.deploy.merge import merge_blocks, merge_blocks_
 from secateur.deploy.optimizer import slice_like_, slice_optimizer_
@@ -10,11 +11,13 @@ from secateur.deploy.shrunk import Axis, Shrunk, shrunk
 
 __all__ = [
     "Axis",
+    "FakeQuantized",
     "Quantized",
     "QuantizedLayer",
     "Shrunk",
     "drop_blocks",
     "drop_blocks_",
+    "fake_quantize_",
     "load_quantized_",
     "merge_blocks",
     "merge_blocks_",

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from secateur.errors import NumericError, UsageError
 
-__all__ = ["BITS", "Grid", "divided", "from_grid", "to_grid"]
+__all__ = ["BITS", "Grid", "divided", "from_grid", "on_scale", "to_grid"]
 
 BITS = (4, 8)
 # Scales tried, as fractions of the one that reaches the largest weight: with few levels it pays to clip it.
@@ -65,8 +65,21 @@ def to_grid(matrices: Tensor, bits: int, group: int | None = None) -> Grid:
         error = (_rounded(rows, tried, largest) * tried - rows).square().sum(-1, keepdim=True)
         better = error < best
         best, scale = torch.where(better, error, best), torch.where(better, tried, scale)
-    integers = _rounded(rows, scale, largest).to(torch.int8)
-    return Grid(integers.reshape(part, out, columns), scale.reshape(part, out, -1))
+    return on_scale(matrices, scale.reshape(part, out, -1), bits)
+
+
+def on_scale(matrices: Tensor, scale: Tensor, bits: int) -> Grid:
+    """Round matrices with scales that are given; what lies beyond the largest integer is clipped.
+
+    Args:
+        matrices: "part out in".
+        scale: "part out groups", above zero.
+        bits: 4 or 8.
+    """
+    part, out, columns = matrices.shape
+    rows = matrices.detach().float().reshape(part, out, scale.shape[-1], -1)
+    integers = _rounded(rows, scale.unsqueeze(-1), 2.0 ** (bits - 1) - 1).to(torch.int8)
+    return Grid(integers.reshape(part, out, columns), scale)
 
 
 def from_grid(grid: Grid) -> Tensor:

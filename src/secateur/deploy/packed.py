@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from secateur.deploy.packing import pack, unpack
 from secateur.deploy.quantize import SCHEMES, find_integers, install_, layouts_of
 from secateur.errors import InputError, UsageError, nearest
 
-__all__ = ["FORMAT", "load_quantized_", "quantized_header", "save_quantized"]
+__all__ = ["FORMAT", "dense_weights", "load_quantized_", "quantized_header", "save_quantized"]
 
 FORMAT = "secateur.quantized.v1"
 _PARTS = ("values", "kept", "scale")
@@ -76,6 +76,23 @@ def quantized_header(path: str | Path) -> dict[str, Any] | None:
     return found if isinstance(found, dict) and found.get("format") == FORMAT else None
 
 
+def dense_weights(path: str | Path) -> Iterator[tuple[str, Tensor]]:
+    """Every name and tensor in a file of a quantized model; integers as matrices of the weights that they stand for.
+
+    Raises:
+        InputError: no such file, or altered content.
+    """
+    path = Path(path)
+    weights, tied, tensors = _opened(path)
+    for name, entry in weights.items():
+        matrices = from_grid(_read(path, name, entry, tensors))
+        for each in entry["names"]:
+            yield each, matrices
+    for name, tensor in tensors.items():
+        for each in (name, *(alias for alias, kept in tied.items() if kept == name)):
+            yield each, tensor
+
+
 @torch.no_grad()
 def load_quantized_(model: nn.Module, path: str | Path, *, dense: bool = False) -> nn.Module:
     """Fill a model of the same architecture, as it is built, with what `save_quantized` wrote; returns the model.
@@ -89,18 +106,8 @@ def load_quantized_(model: nn.Module, path: str | Path, *, dense: bool = False) 
         InputError: no such file, altered content, or another architecture.
         UsageError: torchao is missing.
     """
-    from safetensors.torch import load_file
-
     path = Path(path)
-    header = quantized_header(path)
-    if header is None:
-        raise InputError(f"{path}: no file of a quantized model ({FORMAT})")
-    try:
-        weights = {str(name): _entry(path, name, entry) for name, entry in header["weights"].items()}
-        tied = {str(alias): str(kept) for alias, kept in header["tied"].items()}
-    except (KeyError, AttributeError, TypeError) as error:
-        raise InputError(f"{path}: the header was altered ({type(error).__name__}: {error})") from None
-    tensors = load_file(path)
+    weights, tied, tensors = _opened(path)
     grids = {name: _read(path, name, entry, tensors) for name, entry in weights.items()}
     places = layouts_of(model)
     for entry in weights.values():
@@ -115,6 +122,21 @@ def load_quantized_(model: nn.Module, path: str | Path, *, dense: bool = False) 
         else:
             install_(model, {each: places[each] for each in entry["names"]}, entry["scheme"], grids[name])
     return model
+
+
+def _opened(path: Path) -> tuple[dict[str, dict[str, Any]], dict[str, str], dict[str, Tensor]]:
+    """What the header says of integers and of tied tensors, and everything in the file."""
+    from safetensors.torch import load_file
+
+    header = quantized_header(path)
+    if header is None:
+        raise InputError(f"{path}: no file of a quantized model ({FORMAT})")
+    try:
+        weights = {str(name): _entry(path, name, entry) for name, entry in header["weights"].items()}
+        tied = {str(alias): str(kept) for alias, kept in header["tied"].items()}
+    except (KeyError, AttributeError, TypeError) as error:
+        raise InputError(f"{path}: the header was altered ({type(error).__name__}: {error})") from None
+    return weights, tied, load_file(path)
 
 
 def _entry(path: Path, name: str, entry: Mapping[str, Any]) -> dict[str, Any]:

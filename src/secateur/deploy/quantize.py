@@ -20,7 +20,9 @@ __all__ = [
     "Quantized",
     "QuantizedLayer",
     "Scheme",
+    "chosen_layers",
     "find_integers",
+    "grid_of",
     "install_",
     "layouts_of",
     "put_",
@@ -126,14 +128,14 @@ def quantize_(
         >>> str(done).split(",")[0], bool((model[0].weight[0] == 0).all())
         ('1 weights as int8', True)
     """
-    chosen, left_out = _chosen(model, scheme, outer, only, skip)
+    chosen, left_out = chosen_layers(model, scheme, outer, only, skip)
+    if any(_is_linear(layer.module, layer.tied) for layer in chosen):
+        import_torchao()
     plan: list[tuple[Layer, str, Grid]] = []
     found: list[QuantizedLayer] = []
     lost = 0
     for layer in chosen:
-        kind = _scheme_of(layer, scheme, outer)
-        bits = SCHEMES[kind][0]
-        size = divided(layer.layout.shape[2], group if group is not None or bits == 8 else GROUP)
+        kind, bits, size = grid_of(layer, scheme, outer, group)
         matrices = layer.layout.to_matrices(layer.weight.detach()).float()
         try:
             grid = to_grid(matrices, bits, size)
@@ -211,14 +213,23 @@ def _is_linear(module: nn.Module, tied: Sequence[str]) -> bool:
     return not tied and (type(module) is nn.Linear or type(module).__name__ == "Conv1D")
 
 
-def _scheme_of(layer: Layer, scheme: str, outer: str | None) -> str:
+def grid_of(layer: Layer, scheme: str, outer: str | None, group: int | None) -> tuple[str, int, int | None]:
+    """Scheme, bits and columns that share a scale, of one layer under the arguments of `quantize_`."""
     kind = str(outer) if layer.role in OUTER else scheme
-    return "int8" if kind == "int8-dynamic" and not _is_linear(layer.module, layer.tied) else kind
+    if kind == "int8-dynamic" and not _is_linear(layer.module, layer.tied):
+        kind = "int8"
+    bits = SCHEMES[kind][0]
+    return kind, bits, divided(layer.layout.shape[2], group if group is not None or bits == 8 else GROUP)
 
 
-def _chosen(
+def chosen_layers(
     model: nn.Module, scheme: str, outer: str | None, only: Only, skip: Only
 ) -> tuple[list[Layer], list[tuple[Layer, str]]]:
+    """The layers that `quantize_` with these arguments would quantize, and those that it would not, with reasons.
+
+    Raises:
+        UsageError: an unknown scheme, nothing to quantize, or integers already.
+    """
     for given in (scheme, outer):
         if given is not None and given not in SCHEMES:
             raise UsageError(f"scheme {given!r} is not known; {nearest(str(given), SCHEMES)}")
@@ -232,8 +243,6 @@ def _chosen(
     left_out += [(layer, reasons[layer.role]) for layer in selection.chosen if layer.role in reasons]
     if not chosen:
         raise UsageError("there is no layer to quantize; choose some with only=, or give outer= a scheme")
-    if any(_is_linear(layer.module, layer.tied) for layer in chosen):
-        import_torchao()
     return chosen, left_out
 
 

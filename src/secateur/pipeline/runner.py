@@ -16,7 +16,7 @@ from secateur.folder import new_folder, write_json, write_text
 from secateur.measure import Tell
 from secateur.pipeline.output import write_output
 from secateur.pipeline.records import Journal
-from secateur.pipeline.spec import Experiment
+from secateur.pipeline.spec import Experiment, Quantization
 from secateur.pipeline.stages import Work, carry_out
 from secateur.pipeline.subject import Loading, Subject, check_code, prepare
 from secateur.results import as_yaml, circumstances
@@ -103,6 +103,7 @@ def run_experiment(
     about |= {"versions": {"secateur": __version__, "torch": torch.__version__}}
     if journal.begin(about):
         subject.masks = journal.restore_(subject.tensors())
+        subject.quantization = _quantization(experiment, len(journal.records))
         say(f"going on after stage {journal.records[-1]['stage']}")
     write_text(folder / "run" / "recipe.yaml", as_yaml(experiment.plain()))
     work = Work(journal.state, tell)
@@ -133,11 +134,17 @@ def _stage(number: int, subject: Subject, journal: Journal, work: Work, say: Say
         record |= {"settings": dict(stage.given), "details": dict(done.details), "notes": list(done.notes)}
     else:
         record |= {"settings": {}, "details": {}, "notes": [*subject.notes, *subject.experiment.notes]}
-    found = subject.measured()
+    found = subject.measured(work.state)
     record["measurements"] = [m.to_dict() for m in found]
     record["seconds"] = round(time.perf_counter() - began, 3)
     journal.add(record, subject.tensors(), subject.masks)
     say(f"{number} {name}: {'; '.join(map(str, _headline(found)))}")
+
+
+def _quantization(experiment: Experiment, done: int) -> Quantization | None:
+    """Settings of the stage that quantized, where one has."""
+    found = [s.settings for s in experiment.stages[: done - 1] if isinstance(s.settings, Quantization)]
+    return found[-1] if found else None
 
 
 def _headline(found: list[Measurement]) -> list[Measurement]:

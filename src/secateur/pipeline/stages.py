@@ -15,7 +15,7 @@ from secateur.apply import apply_, intention
 from secateur.core.masks import Masks
 from secateur.errors import UsageError
 from secateur.measure import Tell
-from secateur.pipeline.spec import Distillation, Gradually, Pruning, Training
+from secateur.pipeline.spec import Distillation, Gradually, Pruning, Quantization, Training
 from secateur.pipeline.subject import Subject, needs_data, settled
 from secateur.prune import Plan
 from secateur.recover import distill_, finetune_
@@ -57,8 +57,6 @@ class Done:
 
 def carry_out(name: str, subject: Subject, settings: Any, work: Work) -> Done:
     """One stage."""
-    if name not in _STAGES:
-        raise UsageError(f"stage {name} cannot be carried out yet")
     return _STAGES[name](subject, settings, work)
 
 
@@ -115,9 +113,8 @@ def _gradually(
 
 def train(subject: Subject, settings: Training, work: Work) -> Done:
     """Learn from the data, pruned weights held at zero."""
-    tuned = finetune_(
-        subject.model, _batches(subject), subject.masks or None, **_options(subject, settings, work)
-    )
+    with subject.rounded() as masks:
+        tuned = finetune_(subject.model, _batches(subject), masks or None, **_options(subject, settings, work))
     return _tuned(tuned)
 
 
@@ -125,15 +122,30 @@ def distil(subject: Subject, settings: Distillation, work: Work) -> Done:
     """Learn to answer as the teacher does, pruned weights held at zero."""
     teacher = subject.dense if settings.teacher is None else subject.teachers[settings.teacher].model
     gaps = {key: getattr(settings, key) for key in ("soft", "temperature", "hard", "hidden", "attention")}
-    tuned = distill_(
-        subject.model,
-        teacher,
-        _batches(subject),
-        subject.masks or None,
-        **gaps,
-        **_options(subject, settings, work),
-    )
+    options = gaps | _options(subject, settings, work)
+    with subject.rounded() as masks:
+        tuned = distill_(subject.model, teacher, _batches(subject), masks or None, **options)
     return _tuned(tuned)
+
+
+def quantize(subject: Subject, settings: Quantization, work: Work) -> Done:
+    """From now on the model is measured as integers; stages that train see its weights rounded."""
+    subject.quantization = settings
+    _, done = subject.quantized()
+    left = [f"{name}: {reason}" for name, reason in done.left_out]
+    squares = [layer.error * layer.size for layer in done.layers]
+    details = {
+        "weights": len(done.layers),
+        "schemes": sorted({layer.scheme for layer in done.layers}),
+        "zeros among the integers": done.sparsity,
+        "rounded to zero": done.rounded_to_zero,
+        "rounding error": sum(squares) / sum(layer.size for layer in done.layers),
+        "left out": left,
+    }
+    trained = any(stage.name in ("train", "distil", "fine-tune") for stage in subject.experiment.stages)
+    dynamic = settings.scheme == "int8-dynamic" and trained
+    note = "Training sees weights rounded, and not the inputs that int8-dynamic rounds as well."
+    return Done(details, (note,) if dynamic else ())
 
 
 def export(subject: Subject, settings: Any, work: Work) -> Done:
@@ -169,6 +181,7 @@ _STAGES: dict[str, Callable[[Subject, Any, Work], Done]] = {
     "train": train,
     "distil": distil,
     "prune": prune,
+    "quantize": quantize,
     "fine-tune": train,
     "export": export,
 }

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,6 +17,9 @@ from secateur import own
 from secateur.core.gradients import KNOWN
 from secateur.core.masks import Masks
 from secateur.core.trained import GATHERED
+from secateur.deploy import Quantized, fake_quantize_, quantize_, save_quantized
+from secateur.deploy.integers import import_torchao
+from secateur.deploy.quantize import chosen_layers
 from secateur.errors import UsageError
 from secateur.evaluate import Measurement
 from secateur.measure import Tell, Yardstick
@@ -69,17 +74,47 @@ class Subject:
         """The model as it is now."""
         return self.loaded.model
 
-    def measured(self) -> list[Measurement]:
-        """Quality, size and likeness to the dense model, now."""
-        model, by = self.model, self.by
+    def measured(self, state: Path) -> list[Measurement]:
+        """Quality, size and likeness to the dense model, now; where weights are rounded, of the integers themselves.
+
+        Args:
+            state: a folder, for the file whose size is measured.
+        """
+        by = self.by
+        model, sizes = (self.model, []) if self.quantization is None else self._integers(state)
         says = measuring.answers(model, by)
-        found = measuring.measure(model, by, says)
+        found = measuring.measure(model, by if self.quantization is None else replace(by, example=None), says)
         if self.masks:
             of = {"of": f"{len(self.masks)} pruned layers"}
             found.append(Measurement("sparsity", self.masks.sparsity, "1", of))
+        found += sizes
         if by.text is not None:
             return found + measuring.same_predictions(model, self.dense, by)
         return found + measuring.same_answers(says, measuring.answers(self.dense, by))
+
+    def _integers(self, state: Path) -> tuple[nn.Module, list[Measurement]]:
+        """The model as integers, and the size of their file."""
+        model = self.quantized()[0]
+        file = state / "quantized.safetensors"
+        save_quantized(model, file)
+        size = Measurement("disk_bytes", file.stat().st_size, "bytes", {"files": 1, "pattern": file.name})
+        file.unlink()
+        return model, [size]
+
+    def quantized(self) -> tuple[nn.Module, Quantized]:
+        """A copy whose weights are integers, and what was done to it."""
+        assert self.quantization is not None
+        model = copy.deepcopy(self.model)
+        return model, quantize_(model, **rounding(self.quantization))
+
+    @contextmanager
+    def rounded(self) -> Iterator[Masks]:
+        """While stages train: weights rounded where they will be; the masks under the names of meanwhile."""
+        if self.quantization is None:
+            yield self.masks
+            return
+        with fake_quantize_(self.model, **rounding(self.quantization)) as held:
+            yield held.masks(self.masks)
 
     def identity(self) -> dict[str, str]:
         """Digests of everything that decides the result beside the experiment itself."""
@@ -118,6 +153,11 @@ def prepare(experiment: Experiment, loading: Loading, tell: Tell) -> Subject:
     tell("loading the model", 1, 1)
     pruning = [stage.settings for stage in experiment.stages if isinstance(stage.settings, Pruning)]
     needed = any(needs_data(settled(each.asked, loaded)[1], each) for each in pruning)
+    for stage in experiment.stages:
+        if isinstance(stage.settings, Quantization):  # what is missing is told before anything is trained
+            import_torchao()
+            how = rounding(stage.settings)
+            chosen_layers(loaded.model, how["scheme"], how["outer"], how["only"], how["skip"])
     given = sources(common, loaded, needs_data=needed, tell=tell)
     learned = material(common, loaded, tell) if experiment.trains else None
     dense = copy.deepcopy(loaded.model)
@@ -137,6 +177,12 @@ def settled(asked: PruneRequest, loaded: models.Loaded) -> tuple[PruneRequest, P
         skip=list(asked.skip) or None,
     )
     return asked, todo
+
+
+def rounding(settings: Quantization) -> dict[str, Any]:
+    """Keywords of `quantize_` and `fake_quantize_`."""
+    where = {"only": list(settings.only) or None, "skip": list(settings.skip) or None}
+    return {"scheme": settings.scheme, "group": settings.group, "outer": settings.outer, **where}
 
 
 def needs_data(todo: Plan, settings: Pruning) -> bool:
