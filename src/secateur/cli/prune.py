@@ -25,6 +25,7 @@ from secateur.cli.options import (
     listed,
     use_threads,
 )
+from secateur.cli.stages import FineTuneEpochs, LearningRate, Quantize, Schedule, Train, prune_in_stages
 from secateur.errors import UsageError
 
 __all__ = ["prune"]
@@ -78,6 +79,11 @@ def prune(
         str | None, typer.Option(help="file.py:function giving (inputs, labels) batches for accuracy")
     ] = None,
     evaluate_tokens: Annotated[int, typer.Option(help="tokens of that text to use")] = 32_768,
+    schedule: Schedule = None,
+    fine_tune_epochs: FineTuneEpochs = None,
+    lr: LearningRate = None,
+    quantize: Quantize = None,
+    train: Train = None,
     seed: Annotated[int, typer.Option(help="of everything random")] = 0,
     dtype: Dtype = None,
     device: Device = "cpu",
@@ -105,7 +111,14 @@ def prune(
         "evaluate_tokens": evaluate_tokens, "seed": seed, "dtype": dtype, "device": device,
         "stream": stream or None, "max_ram": max_ram,
     }  # fmt: skip
-    asked = request({key: value for key, value in given.items() if value is not None and value != ()})
+    given = {key: value for key, value in given.items() if value is not None and value != ()}
+    more = {"schedule": schedule, "epochs": fine_tune_epochs, "lr": lr, "scheme": quantize, "train": train}
+    if method == "gradual" or any(value is not None for value in more.values()):
+        use_threads(threads)
+        loading = (offline, trust_remote_code, allow_pickle)
+        prune_in_stages(given, more, out, loading, if_exists=if_exists, dry_run=dry_run, as_json=json_)
+        return
+    asked = request(given)
     if out is None and not dry_run:
         raise UsageError("--out FOLDER is missing; say where the result goes, or ask for --dry-run")
     known = ("fail", "overwrite", *(["resume"] if stream else []))

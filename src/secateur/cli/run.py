@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from secateur.cli.options import Json, Offline, Pickle, Threads, Trust, app, use_threads
-from secateur.errors import InterruptedRunError
+from secateur.cli.stages import carry_out_stages, tell_stages
 
 __all__ = ["run"]
 
@@ -34,36 +33,8 @@ def run(
 
     asked = read_experiment(experiment)
     if dry_run:
-        stages = [f"{number} {stage.name}" for number, stage in enumerate(asked.stages, 1)]
-        typer.echo(json.dumps({"stages": stages}) if json_ else "\n".join([*stages, *asked.notes]))
+        tell_stages(asked, json_)
         return
     use_threads(threads)
-    from secateur.folder import interrupted
-    from secateur.pipeline import Loading, experiment_to
-    from secateur.terminal import progress, show_measurements
-
-    loading = Loading(offline, trust_remote_code, allow_pickle)
-    try:
-        with progress() as tell:
-            outcome = experiment_to(
-                asked,
-                out,
-                if_exists=if_exists,
-                allow_code=allow_code,
-                loading=loading,
-                tell=tell,
-                say=lambda line: typer.echo(line, err=json_),
-            )
-    except KeyboardInterrupt:
-        left = interrupted(out)
-        if left is None:
-            raise
-        raise InterruptedRunError(
-            f"interrupted; results so far are in {left / 'run' / 'results.csv'}; the same command goes on"
-        ) from None
-    if json_:
-        plain = {name: [m.to_dict() for m in found] for name, found in outcome.measurements.items()}
-        typer.echo(json.dumps({"out": str(out), "measurements": plain}))
-        return
-    show_measurements(outcome.measurements)
-    typer.echo(f"written  {out}\nresults  {out}/run/results.csv")
+    loading = (offline, trust_remote_code, allow_pickle)
+    carry_out_stages(asked, out, loading, if_exists=if_exists, allow_code=allow_code, as_json=json_)
