@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from secateur import score as scores
-from secateur.allocate import Percentile, Threshold, globally, per_layer, per_row
+from secateur.allocate import Normalised, Percentile, Threshold, globally, per_layer, per_row
 from secateur.errors import UsageError
-from secateur.pattern import Layers, Weights
+from secateur.pattern import Heads, Layers, Neurons, Weights
 from secateur.recover import ADMM, ALPS, LeastSquares, SparseGPT
 
 __all__ = [
@@ -28,7 +28,10 @@ __all__ = [
     "angular_distance",
     "block_influence",
     "fisher",
+    "flap",
+    "gate",
     "global_magnitude",
+    "inactive",
     "last_blocks",
     "loss_without",
     "magnitude",
@@ -118,6 +121,10 @@ fisher = Recipe(scores.fisher)
 snip = Recipe(scores.taylor, allocate=globally)
 movement = Recipe(scores.movement)
 
+# for whole units, see secateur.pattern; the authors of FLAP compare heads and neurons by standard scores
+gate = Recipe(scores.gate, pattern=Heads() | Neurons(), allocate=Normalised())
+flap = Recipe(scores.flap, pattern=Heads() | Neurons(), allocate=Normalised("standard"))
+
 # whole blocks, for `depth.choose_blocks`
 block_influence = Recipe(scores.block_influence, pattern=Layers())
 angular_distance = Recipe(scores.angular_distance, pattern=Layers(together=True))
@@ -129,6 +136,20 @@ random_blocks = Recipe(scores.random_blocks, pattern=Layers())
 def threshold(tau: float, *, relative: bool = False) -> Recipe:
     """Cut every weight of magnitude at most tau; with `relative`, tau counts in standard deviations of the layer."""
     return Recipe(scores.magnitude, allocate=Threshold(tau, relative))
+
+
+def inactive(tau: float, pattern: Any = Neurons()) -> Recipe:  # noqa: B008 - frozen, so it may be shared
+    """Take out every unit whose mean absolute activation over the data is at most tau; one stays on every axis.
+
+    Args:
+        tau: at least 0, in the units of the activations themselves.
+        pattern: which units; `Neurons()`, `Channels()`, or several.
+
+    Example:
+        >>> print(inactive(0.05))
+        activation on Neurons(), Threshold(tau=0.05, relative=False)
+    """
+    return Recipe(scores.activation, pattern, Threshold(tau))
 
 
 def percentile(q: float) -> Recipe:
