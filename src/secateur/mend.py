@@ -47,7 +47,7 @@ class Mended:
 
 def update_statistics(recipe: Recipe) -> tuple[str, ...]:
     """The statistics that a recipe's update needs: its parameter names after the weight and `choose`."""
-    if recipe.update is None:
+    if recipe.update is None or hasattr(recipe.update, "units_"):
         return ()
     names = tuple(inspect.signature(recipe.update).parameters)[2:]
     for name in names:

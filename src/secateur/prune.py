@@ -188,19 +188,20 @@ def prune_(
     parameters = named_parameters(model)
     _check_masks(masks, todo.sites, parameters)
     _check_weights(todo.layers)
+    whole = hasattr(recipe.update, "units_")  # mends when all units are chosen
     if recipe.update is not None:
-        data = _for_update(recipe, data, masks)
+        data = _for_update(recipe, data, masks, keep_originals)
     known = cache(lambda: gather_for(model, recipe, todo.layers, data, loss, statistics))
     first = None if last_already(recipe, sites.values(), masks) else masks
     candidates = {
         name: candidates_of(recipe, site, known, first, seed, zeros_last=nonzero is not None)
         for name, site in sites.items()
     }
-    if recipe.update is None:
+    if recipe.update is None or whole:
         known()  # what is wrong with the data is said before anything else
     counts = counts_of(model, todo, candidates)
     _check_total(todo, candidates, counts)
-    if recipe.update is not None:
+    if recipe.update is not None and not whole:
         return _mended(model, todo, counts, data or (), loss, seed, keep_originals, nonzero)
     kept: dict[str, Tensor] = {}
     for name, site in sites.items():
@@ -211,7 +212,10 @@ def prune_(
         _check_nonzero(parameters, kept, nonzero)
     originals = {name: parameters[name].detach().clone() for name in kept} if keep_originals else None
     result = Masks(kept, originals)
-    result.apply_(model)
+    if whole and result.zeros:
+        recipe.update.units_(model, result, data or ())  # type: ignore[union-attr]
+    else:
+        result.apply_(model)
     return result
 
 
@@ -224,15 +228,22 @@ def _example(recipe: Recipe, example: Any, data: Iterable[Any] | None) -> tuple[
     return first, data if isinstance(data, list | tuple) or first is None else chain([first], batches)
 
 
-def _for_update(recipe: Recipe, data: Iterable[Any] | None, masks: Masks | None) -> list[Any]:
-    """The data as a list, because an allocator may want to look at them before the update does."""
+def _for_update(
+    recipe: Recipe, data: Iterable[Any] | None, masks: Masks | None, keep_originals: bool
+) -> list[Any]:
+    """The data as a list, because an allocator or a score may want to look at them before the update does."""
+    if keep_originals and hasattr(recipe.update, "units_"):
+        raise UsageError(
+            f"{recipe.update!r} changes parameters that have no mask, so masks cannot put them back; prune a copy, or "
+            "leave keep_originals out"
+        )
     if masks is not None:
         raise UsageError(
             f"{recipe.update!r} finds its own masks and cannot start from earlier ones; leave masks out"
         )
     if data is None:
         names = ", ".join(update_statistics(recipe))
-        raise UsageError(f"{recipe.update!r} needs calibration data for {names}; pass data=")
+        raise UsageError(f"{recipe.update!r} needs calibration data{names and ' for '}{names}; pass data=")
     return list(data)
 
 

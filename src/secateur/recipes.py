@@ -15,14 +15,15 @@ from typing import Any
 from secateur import score as scores
 from secateur.allocate import Normalised, Percentile, Threshold, globally, per_layer, per_row
 from secateur.errors import UsageError
-from secateur.pattern import Heads, Layers, Neurons, Weights
-from secateur.recover import ADMM, ALPS, LeastSquares, SparseGPT
+from secateur.pattern import Channels, Heads, Layers, Neurons, Weights
+from secateur.recover import ADMM, ALPS, LeastSquares, SparseGPT, TakeOver
 
 __all__ = [
     "DEPTH_METHODS",
     "METHODS",
     "Recipe",
     "activation",
+    "active",
     "admm",
     "alps",
     "angular_distance",
@@ -32,6 +33,7 @@ __all__ = [
     "gate",
     "global_magnitude",
     "inactive",
+    "l2",
     "last_blocks",
     "loss_without",
     "magnitude",
@@ -40,6 +42,7 @@ __all__ = [
     "random",
     "random_blocks",
     "ria",
+    "slimming",
     "snip",
     "sparsegpt",
     "taylor",
@@ -59,7 +62,7 @@ class Recipe:
         pattern: `pool(scores)` into units and `spread(kept, shape)` back.
         allocate: `(units by layer, weights to keep) -> units kept in each competition`.
         update: `(weight, choose, <statistics by parameter name>) -> (weight, mask)`, what the kept weights
-            become; None leaves them as they are.
+            become; None leaves them as they are. For whole units `TakeOver`, which mends when all are chosen.
     """
 
     score: Callable[..., Any]
@@ -121,9 +124,13 @@ fisher = Recipe(scores.fisher)
 snip = Recipe(scores.taylor, allocate=globally)
 movement = Recipe(scores.movement)
 
-# for whole units, see secateur.pattern; the authors of FLAP compare heads and neurons by standard scores
-gate = Recipe(scores.gate, pattern=Heads() | Neurons(), allocate=Normalised())
-flap = Recipe(scores.flap, pattern=Heads() | Neurons(), allocate=Normalised("standard"))
+# for whole units, see secateur.pattern
+l2 = Recipe(scores.l2, pattern=Heads() | Neurons())
+gate = Recipe(scores.gate, pattern=Heads() | Neurons())
+# An et al. 2024: heads and neurons compared by standard scores over all layers, means folded into biases
+flap = Recipe(scores.flap, Heads() | Neurons(), Normalised("standard"), TakeOver("bias"))
+active = Recipe(scores.active, pattern=Neurons())
+slimming = Recipe(scores.slimming, pattern=Channels(), allocate=globally)
 
 # whole blocks, for `depth.choose_blocks`
 block_influence = Recipe(scores.block_influence, pattern=Layers())
@@ -173,6 +180,11 @@ METHODS: dict[str, Recipe] = {
     "sparsegpt": sparsegpt,
     "admm": admm,
     "alps": alps,
+    "l2": l2,
+    "gate": gate,
+    "flap": flap,
+    "active": active,
+    "slimming": slimming,
 }
 
 # the same for whole blocks

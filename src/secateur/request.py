@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from secateur.errors import UsageError, nearest
+from secateur.unit_words import UNIT_WORDS, check_units, says_units, units_of
 
 if TYPE_CHECKING:
     from secateur.recipes import Recipe
@@ -25,6 +26,7 @@ __all__ = [
     "build_recipe",
     "check_target",
     "checked",
+    "cuts_units",
     "fault",
     "parse_count",
     "request",
@@ -49,11 +51,20 @@ METHOD_NAMES = (
     "sparsegpt",
     "admm",
     "alps",
+    "l2",
+    "gate",
+    "flap",
+    "active",
+    "slimming",
     "threshold",
     "percentile",
 )
 # methods that decide how much is cut, and the setting that they decide by
 _DECISIVE = {"threshold": "tau", "percentile": "percentile"}
+# methods that are made for whole units alone
+_OF_UNITS = ("l2", "gate", "flap", "active", "slimming")
+UNITS_METHOD = "flap"  # for whole units where no method is named; see docs/results.md
+_SHAPES = ("weights", "rows", "columns")
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9}
 
 
@@ -103,12 +114,19 @@ def _method(value: Any) -> Any:
 
 
 def _pattern(value: Any) -> Any:
+    if value is None:
+        return None
     text = str(value)
-    if text in ("weights", "rows", "columns") or re.fullmatch(r"\d+:\d+|blocks:\d+x\d+", text):
+    if text in _SHAPES or re.fullmatch(r"\d+:\d+|blocks:\d+x\d+", text):
         return text
-    raise ValueError(
-        f"{text!r} is no pattern; expected weights, rows, columns, 2:4 (n kept of m) or blocks:4x1"
-    )
+    try:
+        check_units(text)
+    except UsageError as error:
+        raise ValueError(
+            f"{text!r} is no pattern; expected weights, rows, columns, 2:4 (n kept of m), blocks:4x1, or whole units "
+            f"joined by commas: {', '.join(UNIT_WORDS)}, axes:NAME ({error})"
+        ) from None
+    return text
 
 
 Schema = TypeVar("Schema", bound=BaseModel)
@@ -127,7 +145,12 @@ class PruneRequest(BaseModel):
     nonzero: Annotated[int | None, BeforeValidator(_count), Field(ge=0)] = None
     tau: Annotated[float | None, Field(ge=0, allow_inf_nan=False)] = None
     percentile: Annotated[float | None, Field(ge=0, le=100)] = None
-    pattern: Annotated[str, BeforeValidator(_pattern)] = "weights"
+    target: str | None = None  # in real units, of whole units
+    pattern: Annotated[str | None, BeforeValidator(_pattern)] = None  # weights, or the method's own
+    minimum: Annotated[int, Field(ge=1)] = 1
+    multiple: Annotated[int, Field(ge=1)] = 1
+    homogeneous: bool = False
+    mend: Literal["none", "bias", "least-squares"] | None = None  # the method's own
     allocate: Literal["per-row", "per-layer", "global"] | None = None
     only: Annotated[tuple[str, ...], BeforeValidator(_words)] = ()
     skip: Annotated[tuple[str, ...], BeforeValidator(_words)] = ()
@@ -178,16 +201,35 @@ def fault(problem: Any, known: Iterable[str]) -> str:
     return f"{name}: {message}, got {problem['input']!r}"
 
 
-def with_method(asked: PruneRequest, *, language: bool) -> PruneRequest:
-    """The request with its method settled: where none was named, `best` for a causal language model, else magnitude.
+def cuts_units(asked: PruneRequest) -> bool:
+    """Whether whole units go, by the pattern or, where none is given, by the method."""
+    if asked.pattern is not None:
+        return says_units(asked.pattern)
+    return asked.method in _OF_UNITS or (asked.method == "activation" and asked.tau is not None)
 
-    What was typed stays what was typed: a method that is filled in does not count as set.
+
+def with_method(asked: PruneRequest, *, language: bool) -> PruneRequest:
+    """The request with method and pattern settled.
+
+    Where no method was named: `flap` for whole units; else `best` for a causal language model, `magnitude` for all
+    others. Where no pattern was: single weights, or the units that the method is made for. What was typed stays what
+    was typed: a setting that is filled in does not count as set.
     """
-    if asked.method is not None:
-        return asked
-    settled = asked.model_copy(update={"method": "best" if language else "magnitude"})
-    settled.model_fields_set.discard("method")
+    method = asked.method or (UNITS_METHOD if cuts_units(asked) else "best" if language else "magnitude")
+    settled = asked.model_copy(update={"method": method})
+    settled = settled.model_copy(update={"pattern": asked.pattern or _own_pattern(settled)})
+    for name in ("method", "pattern"):
+        if getattr(asked, name) is None:
+            settled.model_fields_set.discard(name)
     return settled
+
+
+def _own_pattern(asked: PruneRequest) -> str:
+    if not cuts_units(asked):
+        return "weights"
+    return {"activation": "neurons", "active": "neurons", "slimming": "channels"}.get(
+        str(asked.method), "heads,neurons"
+    )
 
 
 def check_target(asked: PruneRequest) -> None:
@@ -198,30 +240,59 @@ def check_target(asked: PruneRequest) -> None:
     """
     if asked.max_ram is not None and not asked.stream:
         raise UsageError("--max-ram belongs to --stream; give both or neither")
+    _check_units(asked)
     method = asked.method or "best or magnitude, as no --method is given"
-    for decisive, setting in _DECISIVE.items():
+    decisive = {**_DECISIVE, **({"activation": "tau"} if asked.method == "activation" and asked.tau is not None else {})}
+    for name, setting in _DECISIVE.items():
         value = getattr(asked, setting)
-        if asked.method == decisive and value is None:
-            raise UsageError(f"method {decisive} needs --{setting}")
-        if asked.method != decisive and value is not None:
-            raise UsageError(f"--{setting} belongs to method {decisive}, got method {method}")
-    given = [name for name in ("sparsity", "nonzero") if getattr(asked, name) is not None]
-    if asked.method in _DECISIVE:
+        if asked.method == name and value is None:
+            raise UsageError(f"method {name} needs --{setting}")
+        if decisive.get(asked.method or "") != setting and value is not None:
+            also = " or to activation" if setting == "tau" else ""
+            raise UsageError(f"--{setting} belongs to method {name}{also}, got method {method}")
+    given = [name for name in ("sparsity", "nonzero", "target") if getattr(asked, name) is not None]
+    if asked.method in decisive:
         if given:
             raise UsageError(
-                f"method {asked.method} decides by --{_DECISIVE[asked.method]} how much is cut; leave --{given[0]} out"
+                f"method {asked.method} decides by --{decisive[asked.method]} how much is cut; leave --{given[0]} out"
             )
         if asked.allocate is not None:
             raise UsageError(
                 f"method {asked.method} decides for itself how much each layer pays; leave --allocate out"
             )
     elif len(given) > 1:
-        raise UsageError("--sparsity and --nonzero both say how much is cut; leave one of them out")
-    elif not given and not re.fullmatch(r"\d+:\d+", asked.pattern):
+        raise UsageError(f"--{given[0]} and --{given[1]} both say how much is cut; leave one of them out")
+    elif not given and not re.fullmatch(r"\d+:\d+", asked.pattern or ""):
         raise UsageError(
             "how much is to be cut? Give --sparsity 0.5 (half of the chosen weights become zero), --nonzero 104.69M, "
-            "or a pattern that fixes it, as --pattern 2:4"
+            "or a pattern that fixes it, as --pattern 2:4; for whole units also --target '2x fewer macs'"
         )
+
+
+def _check_units(asked: PruneRequest) -> None:
+    """What belongs to whole units, and what does not go with them."""
+    if not cuts_units(asked):
+        settings = {"target": None, "minimum": 1, "multiple": 1, "homogeneous": False, "mend": None}
+        for name, default in settings.items():
+            if getattr(asked, name) != default:
+                raise UsageError(
+                    f"--{name} belongs to patterns of whole units, such as --pattern heads,neurons; "
+                    f"got {asked.pattern or 'weights'}"
+                )
+        if asked.method in _OF_UNITS:
+            raise UsageError(
+                f"method {asked.method} is made for whole units, got --pattern {asked.pattern}; choose "
+                f"--pattern {_own_pattern(asked.model_copy(update={'pattern': None}))}, or another method"
+            )
+        return
+    if asked.stream:
+        raise UsageError("whole units run through several tensors, which --stream sees one by one; leave it out")
+    if asked.nonzero is not None:
+        raise UsageError(
+            "--nonzero counts single weights; for whole units say --target '1.2M parameters' or --sparsity"
+        )
+    if asked.allocate == "per-row":
+        raise UsageError("--allocate per-row compares weights of one row; whole units have per-layer and global")
 
 
 def build_recipe(asked: PruneRequest) -> Recipe:
@@ -234,8 +305,11 @@ def build_recipe(asked: PruneRequest) -> Recipe:
     from secateur.allocate import globally, per_layer, per_row
 
     check_target(asked)
+    units = cuts_units(asked)
     if asked.method == "threshold":
         recipe = recipes.threshold(asked.tau)  # type: ignore[arg-type]
+    elif asked.method == "activation" and asked.tau is not None:
+        recipe = recipes.inactive(asked.tau)
     elif asked.method == "percentile":
         recipe = recipes.percentile(asked.percentile)  # type: ignore[arg-type]
     elif asked.method == "best":
@@ -245,11 +319,30 @@ def build_recipe(asked: PruneRequest) -> Recipe:
             )
         recipe = recipes.alps
     else:
-        recipe = recipes.METHODS[asked.method or "magnitude"]
+        recipe = recipes.METHODS[asked.method or (UNITS_METHOD if units else "magnitude")]
     if asked.allocate is not None:
         shares = {"per-row": per_row, "per-layer": per_layer, "global": globally}
         recipe = replace(recipe, allocate=shares[asked.allocate])
-    return replace(recipe, pattern=_pattern_of(asked.pattern))
+    text = asked.pattern or _own_pattern(asked)
+    return _unit_recipe(asked, recipe, text) if units else replace(recipe, pattern=_pattern_of(text))
+
+
+def _unit_recipe(asked: PruneRequest, recipe: Recipe, text: str) -> Recipe:
+    """The recipe on whole units, mended as asked."""
+    from secateur.recover import TakeOver
+
+    update: Any = recipe.update
+    if update is not None and not isinstance(update, TakeOver):
+        raise UsageError(
+            f"method {asked.method} mends single weights while it chooses, and whole units run through several "
+            f"tensors; choose another --method, such as {UNITS_METHOD}, and mend with --mend least-squares"
+        )
+    if asked.mend is not None:
+        update = None if asked.mend == "none" else TakeOver(asked.mend)
+    shape = units_of(
+        text, minimum=asked.minimum, multiple=asked.multiple, homogeneous=asked.homogeneous
+    )
+    return replace(recipe, pattern=shape, update=update)
 
 
 def _pattern_of(text: str) -> Any:

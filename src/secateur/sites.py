@@ -64,13 +64,18 @@ def sites_of(
                 f"{recipe.describe()['score']} looks at the scales of batch norms, which belong to whole channels; "
                 "choose pattern=Channels()"
             )
+        if hasattr(recipe.update, "units_"):
+            raise UsageError(
+                f"{recipe.update!r} mends what whole units leave behind, and {recipe.pattern!r} cuts none; choose a "
+                "pattern such as Neurons(), or another update"
+            )
         selection = select(model, only, skip)
         sites = tuple(LayerSite(layer, recipe.pattern, shape_of(recipe, layer)) for layer in selection.chosen)
         return Sites(sites, selection.chosen, selection.left_out)
-    if recipe.update is not None:
+    if recipe.update is not None and not hasattr(recipe.update, "units_"):
         raise UsageError(
             f"{recipe.update!r} updates single layers while it chooses, and {recipe.pattern!r} cuts through several; "
-            "leave update out and mend afterwards, see docs/structured.md"
+            "choose update=TakeOver(), or leave it out"
         )
     analysis, inputs = _analysis(model, recipe, example)
     barred, left_out = _barred(model, only, skip)

@@ -15,7 +15,7 @@ from secateur.recover.reconstruct import Rebuilt, reconstruct_
 from secateur.recover.rewind import rewind_
 from secateur.recover.swaps import Swaps
 from secateur.recover.training import Epoch, Training, Tuned
-from secateur.recover.units import MendedUnits, mend_units_
+from secateur.recover.units import MendedUnits, TakeOver, mend_units_
 from secateur.recover.update import ADMM, ALPS, LeastSquares, SparseGPT, Updated
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "Rebuilt",
     "SparseGPT",
     "Swaps",
+    "TakeOver",
     "Training",
     "Tuned",
     "Updated",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Bool, Float
@@ -17,14 +17,41 @@ from torch import Tensor, nn
 from secateur.core.masks import Masks
 from secateur.core.visit import visit
 from secateur.core.where import Layer, layers
-from secateur.errors import NumericError, UsageError
+from secateur.errors import NumericError, UsageError, nearest
 from secateur.recover.constants import centred
 from secateur.recover.quadratic import one_thread
 
-__all__ = ["MendedUnits", "Taken", "mend_units_", "take_over"]
+__all__ = ["MendedUnits", "TakeOver", "Taken", "mend_units_", "take_over"]
 
 How = Literal["least-squares", "bias"]
 NEEDED = ("second_moment", "input_mean", "tokens")
+
+
+@dataclass(frozen=True)
+class TakeOver:
+    """The update of a recipe on whole units: when all are chosen, what reads them is mended, see `mend_units_`.
+
+    Args:
+        how: "bias" folds the means of removed inputs into biases, "least-squares" refits the columns that stay as well.
+        damping: of the second moment, for least squares.
+
+    Example:
+        >>> TakeOver("bias")
+        TakeOver(how='bias', damping=0.01)
+    """
+
+    how: How = "least-squares"
+    damping: float = 0.01
+
+    def __post_init__(self):
+        if self.how not in get_args(How):
+            raise UsageError(f"TakeOver({self.how!r}): {nearest(self.how, get_args(How))}")
+        if not self.damping >= 0:
+            raise UsageError(f"TakeOver: damping is {self.damping}; expected at least 0")
+
+    def units_(self, model: nn.Module, masks: Masks, data: Iterable[Any]) -> MendedUnits:
+        """Apply the masks of whole units and mend; see `mend_units_`."""
+        return mend_units_(model, masks, data, how=self.how, damping=self.damping)
 
 
 @dataclass(frozen=True)
