@@ -254,7 +254,9 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--trained", nargs="*", default=list(TRAINED), choices=list(METHODS))
-    parser.add_argument("--clock", action="store_true", help="measure latency too, of all that is made and trained")
+    parser.add_argument(
+        "--clock", action="store_true", help="measure latency too, of all that is made and trained"
+    )
     parser.add_argument("--table", action="store_true", help="only print the table of what is there")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)

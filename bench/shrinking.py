@@ -17,7 +17,8 @@ for torch-pruning a copy of the eager model with zeros in the slices that it say
     broken     a model that cannot run, or an error that is none of ours
     no end     stopped after --limit seconds
 
-Every architecture and tool has a process of its own, and is a line in WORK/points.jsonl; what is there is not run again.
+Every architecture and tool has a process of its own, and is a line in WORK/points.jsonl; what is there is not
+run again.
 """
 
 from __future__ import annotations
@@ -70,7 +71,9 @@ def secateur(name: str, seeds: int, tell: Callable[[dict[str, Any]], None]) -> N
     for seed in range(seeds):
         generator = torch.Generator().manual_seed(1000 + seed)
         keep = {u.name: torch.randperm(u.size, generator=generator)[: u.size // 2] for u in analysis.units}
-        given = Example(tuple(other(x, generator) for x in args), {k: other(x, generator) for k, x in kwargs.items()})
+        given = Example(
+            tuple(other(x, generator) for x in args), {k: other(x, generator) for k, x in kwargs.items()}
+        )
         try:
             small = shrink(model, keep, Example(args, kwargs), output=pick, analysis=analysis)
         except SecateurError as error:
@@ -105,7 +108,9 @@ def torch_pruning(name: str, seeds: int, tell: Callable[[dict[str, Any]], None])
 
     model, args, kwargs, output = zoo.build(name)
     dense, whole = copy.deepcopy(model), sum(p.numel() for p in model.parameters())
-    heads = [m for path, m in model.named_modules() if path.split(".")[-1] in HEADS and isinstance(m, nn.Linear)]
+    heads = [
+        m for path, m in model.named_modules() if path.split(".")[-1] in HEADS and isinstance(m, nn.Linear)
+    ]
     heads += [m[-1] for path, m in model.named_modules() if path == "head" and isinstance(m, nn.Sequential)]
     try:
         pruner = tp.pruner.BasePruner(
@@ -254,8 +259,8 @@ def measured(tool: str, name: str, seeds: int, limit: float) -> dict[str, Any]:
         process.join()
     if stopped or not runs:
         code = process.exitcode
-        verdict = "no end" if stopped else "broken"
-        runs.append({"seed": -1, "verdict": verdict, "why": f"stopped after {limit:g} s" if stopped else f"exit {code}"})
+        verdict, why = ("no end", f"stopped after {limit:g} s") if stopped else ("broken", f"exit {code}")
+        runs.append({"seed": -1, "verdict": verdict, "why": why})
     return {"tool": tool, "name": name, "runs": runs}
 
 
@@ -298,9 +303,9 @@ def table(found: list[dict[str, Any]]) -> str:
         said = ", ".join(f"{tally[v]} {v}" for v in VERDICTS if tally[v])
         lines.append(f"\n{tool}: {len(mine)} architectures: {said}; single runs: {dict(runs)}")
     for p in found:
-        for run in p["runs"][-1:]:
-            if run.get("why"):
-                lines.append(f"\n{p['tool']}, {p['name']}: {run['verdict']}: {run['why']}")
+        last = p["runs"][-1]
+        if last.get("why"):
+            lines.append(f"\n{p['tool']}, {p['name']}: {last['verdict']}: {last['why']}")
     return "\n".join(lines)
 
 

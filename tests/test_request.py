@@ -209,7 +209,7 @@ def test_the_decisive_methods_carry_their_number():
         ({"method": "percentile"}, "method percentile needs --percentile"),
         (
             {"method": "wanda", "sparsity": 0.5, "tau": 0.1},
-            "--tau belongs to method threshold, got method wanda",
+            "--tau belongs to method threshold (or to activation), got method wanda",
         ),
         (
             {"sparsity": 0.5, "percentile": 3},

@@ -8,14 +8,17 @@ from typing import Any
 
 from torch import nn
 
+from secateur.core.gradients import KNOWN
 from secateur.core.masks import Masks
+from secateur.core.unit_masks import keep_of
 from secateur.errors import UsageError
 from secateur.measure import Tell
-from secateur.prune import Plan, prune_
+from secateur.prune import Plan, plan, prune_
 from secateur.recipes import Recipe
-from secateur.request import PruneRequest
+from secateur.request import PruneRequest, build_recipe, cuts_units, pattern_of
+from secateur.scoring import statistics_of
 
-__all__ = ["Applied", "apply_", "intention"]
+__all__ = ["Applied", "apply_", "intention", "needs_calibration", "planned"]
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,8 @@ def apply_(
         UsageError, NumericError: see `prune_` and `best_`.
     """
     given: dict[str, Any] = {"nonzero": asked.nonzero, "data": data, "seed": asked.seed}
+    if todo.analysis is not None:
+        return _units(asked, todo, model, given, masks)
     given |= {"only": list(asked.only) or None, "skip": list(asked.skip) or None}
     if asked.method == "best":
         if masks:
@@ -66,6 +71,61 @@ def apply_(
         return _best(asked, todo, model, given, tell)
     found = prune_(model, asked.sparsity, todo.recipe, masks=masks, **given)
     return Applied(found, todo.recipe, str(todo.recipe))
+
+
+def _units(
+    asked: PruneRequest, todo: Plan, model: nn.Module, given: dict[str, Any], masks: Masks | None
+) -> Applied:
+    """Whole units; the analysis of the plan serves again, unless times are measured on its example."""
+    assert todo.analysis is not None
+    timed = todo.target is not None and todo.target.quantity == "ms"
+    example: Any = todo.example if timed else todo.analysis
+    chosen = {"only": list(asked.only) or None, "skip": list(asked.skip) or None}
+    given |= {"target": todo.target, "example": example, "masks": masks, **chosen}
+    found = prune_(model, asked.sparsity, todo.recipe, **given)
+    keep = keep_of(todo.analysis, found)
+    left = {site.name: (len(keep.get(site.name, range(site.shape[1]))), site.shape[1]) for site in todo.sites}
+    kinds: dict[str, tuple[int, int]] = {}
+    for name, (kept, size) in left.items():
+        kind = todo.analysis[name].kind
+        before = kinds.get(kind, (0, 0))
+        kinds[kind] = (before[0] + size - kept, before[1] + size)
+    gone = ", ".join(f"{out:,} of {of:,} units of kind {kind}" for kind, (out, of) in kinds.items())
+    details = {"units left": {name: list(pair) for name, pair in left.items()}}
+    return Applied(found, todo.recipe, str(todo.recipe), details, (f"Taken out: {gone}.",))
+
+
+def needs_calibration(recipe: Recipe) -> bool:
+    """Whether a recipe asks for data."""
+    return recipe.update is not None or any(name in KNOWN for name in statistics_of(recipe.score))
+
+
+def planned(asked: PruneRequest, model: nn.Module, example: Any = None) -> Plan:
+    """The plan of a request whose method is settled.
+
+    Args:
+        asked: the request.
+        model: not changed.
+        example: one input, for whole units.
+
+    Raises:
+        UsageError: see `plan`; no example where one is needed.
+    """
+    if cuts_units(asked) and example is None:
+        raise UsageError(
+            "whole units are found by following one input through the model, and no input is known; give --data or "
+            "--labelled file.py:function, or a model function that returns (model, example)"
+        )
+    return plan(
+        model,
+        asked.sparsity,
+        build_recipe(asked),
+        nonzero=asked.nonzero,
+        target=asked.target,
+        only=list(asked.only) or None,
+        skip=list(asked.skip) or None,
+        example=example,
+    )
 
 
 def _best(asked: PruneRequest, todo: Plan, model: nn.Module, given: dict[str, Any], tell: Tell) -> Applied:
@@ -93,6 +153,8 @@ def intention(asked: PruneRequest, typed: PruneRequest) -> tuple[str, ...]:
         asked: with its method settled.
         typed: as it was given.
     """
+    if cuts_units(asked):
+        return _of_units(asked, typed)
     if asked.method != "best":
         return ()
     tries = (
@@ -106,3 +168,15 @@ def intention(asked: PruneRequest, typed: PruneRequest) -> tuple[str, ...]:
         "No --method was given: best is the default for causal language models, magnitude for others.",
         tries,
     )
+
+
+def _of_units(asked: PruneRequest, typed: PruneRequest) -> tuple[str, ...]:
+    notes = []
+    if typed.method is None:
+        notes.append(f"No --method was given: {asked.method} is the default for whole units.")
+    if asked.method in ("magnitude", "global-magnitude", "l2") and "channels" not in pattern_of(asked):
+        notes.append(
+            "The size of weights is a poor judge of heads and neurons, worse than chance on some language models; "
+            "flap, gate and taylor look at data, see docs/results.md."
+        )
+    return tuple(notes)

@@ -20,7 +20,7 @@ from secateur.core.select import Candidates
 from secateur.core.site import Site
 from secateur.core.statistics import STATISTICS
 from secateur.core.units import Analysis
-from secateur.core.where import Layer, Only
+from secateur.core.where import Layer, Only, layers
 from secateur.errors import NumericError, UsageError
 from secateur.mend import mend_, own_biases, update_statistics
 from secateur.recipes import Recipe, magnitude
@@ -57,6 +57,7 @@ class Plan:
         target: in real units, None where a sparsity or a number of non-zeros was asked for.
         analysis: the axes of the model, None where layers are pruned.
         example: what it was made on.
+        touched: the matrices that lose something; of coupled units more than the score looks at.
     """
 
     recipe: Recipe
@@ -69,6 +70,7 @@ class Plan:
     target: Target | None = None
     analysis: Analysis | None = None
     example: Example | None = None
+    touched: tuple[Layer, ...] = ()
 
     @property
     def size(self) -> int:
@@ -118,9 +120,13 @@ def plan(
     found = sites_of(model, recipe, statistics, only, skip, example)
     update_statistics(recipe)
     keep = None if wanted else weights_to_keep(model, found.sites, recipe, sparsity, nonzero)
+    names = {name for site in found.sites for name in site.parameters}
+    touched = found.layers
+    if found.analysis is not None:
+        touched = tuple(layer for layer in layers(model) if names & {layer.name, *layer.tied})
     return Plan(
         recipe, found.layers, found.left_out, keep, statistics, found.sites, found.axes_left_out, wanted,
-        found.analysis, found.example,
+        found.analysis, found.example, touched,
     )  # fmt: skip
 
 
@@ -190,7 +196,7 @@ def prune_(
     _check_weights(todo.layers)
     whole = hasattr(recipe.update, "units_")  # mends when all units are chosen
     if recipe.update is not None:
-        data = _for_update(recipe, data, masks, keep_originals)
+        data = _for_update(recipe, data, masks)
     known = cache(lambda: gather_for(model, recipe, todo.layers, data, loss, statistics))
     first = None if last_already(recipe, sites.values(), masks) else masks
     candidates = {
@@ -210,12 +216,11 @@ def prune_(
     _check_stays_pruned(kept, masks)
     if nonzero is not None:
         _check_nonzero(parameters, kept, nonzero)
+    if whole:
+        return _mended_units(model, recipe, Masks(kept), data or (), keep_originals)
     originals = {name: parameters[name].detach().clone() for name in kept} if keep_originals else None
     result = Masks(kept, originals)
-    if whole and result.zeros:
-        recipe.update.units_(model, result, data or ())  # type: ignore[union-attr]
-    else:
-        result.apply_(model)
+    result.apply_(model)
     return result
 
 
@@ -228,15 +233,8 @@ def _example(recipe: Recipe, example: Any, data: Iterable[Any] | None) -> tuple[
     return first, data if isinstance(data, list | tuple) or first is None else chain([first], batches)
 
 
-def _for_update(
-    recipe: Recipe, data: Iterable[Any] | None, masks: Masks | None, keep_originals: bool
-) -> list[Any]:
+def _for_update(recipe: Recipe, data: Iterable[Any] | None, masks: Masks | None) -> list[Any]:
     """The data as a list, because an allocator or a score may want to look at them before the update does."""
-    if keep_originals and hasattr(recipe.update, "units_"):
-        raise UsageError(
-            f"{recipe.update!r} changes parameters that have no mask, so masks cannot put them back; prune a copy, or "
-            "leave keep_originals out"
-        )
     if masks is not None:
         raise UsageError(
             f"{recipe.update!r} finds its own masks and cannot start from earlier ones; leave masks out"
@@ -245,6 +243,19 @@ def _for_update(
         names = ", ".join(update_statistics(recipe))
         raise UsageError(f"{recipe.update!r} needs calibration data{names and ' for '}{names}; pass data=")
     return list(data)
+
+
+def _mended_units(
+    model: nn.Module, recipe: Recipe, masks: Masks, data: Iterable[Any], keep_originals: bool
+) -> Masks:
+    """Apply masks of whole units and mend what reads them, biases too."""
+    if not masks.zeros:
+        return masks
+    before = named_parameters(model)
+    held = {name: p.detach().clone() for name, p in before.items()} if keep_originals else {}
+    recipe.update.units_(model, masks, data)  # type: ignore[union-attr]
+    changed = {name: old for name, old in held.items() if name in masks or not torch.equal(old, before[name])}
+    return Masks(dict(masks), changed)
 
 
 def _mended(
@@ -258,9 +269,9 @@ def _mended(
     nonzero: int | None,
 ) -> Masks:
     """Prune and update while the data flow; on any error the weights are as they were."""
-    layers = {layer.name: layer for layer in todo.layers}
-    changed: dict[str, Tensor] = {name: layer.weight for name, layer in layers.items()}
-    changed |= {_bias_name(layers[name]): bias for name, bias in own_biases(model, todo.layers).items()}
+    mine = {layer.name: layer for layer in todo.layers}
+    changed: dict[str, Tensor] = {name: layer.weight for name, layer in mine.items()}
+    changed |= {_bias_name(mine[name]): bias for name, bias in own_biases(model, todo.layers).items()}
     originals = {name: parameter.detach().clone() for name, parameter in changed.items()}
     names = [name for name in {*todo.statistics, *update_statistics(todo.recipe)} if name in STATISTICS]
     slopes = [name for name in todo.statistics if name in GRADIENTS]  # of the dense model: the stream has none
@@ -277,13 +288,13 @@ def _mended(
     try:
         kept = mend_(model, todo.layers, todo.recipe, counts, names, data, scores).masks
         if nonzero is not None:
-            _check_nonzero({name: layer.weight for name, layer in layers.items()}, kept, nonzero)
+            _check_nonzero({name: layer.weight for name, layer in mine.items()}, kept, nonzero)
     except BaseException:
         with torch.no_grad():
             for name, parameter in changed.items():
                 parameter.copy_(originals[name])
         raise
-    return Masks({name: kept[name] for name in layers}, originals if keep_originals else None)
+    return Masks({name: kept[name] for name in mine}, originals if keep_originals else None)
 
 
 def _bias_name(layer: Layer) -> str:

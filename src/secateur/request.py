@@ -29,6 +29,7 @@ __all__ = [
     "cuts_units",
     "fault",
     "parse_count",
+    "pattern_of",
     "request",
     "with_method",
 ]
@@ -209,27 +210,27 @@ def cuts_units(asked: PruneRequest) -> bool:
 
 
 def with_method(asked: PruneRequest, *, language: bool) -> PruneRequest:
-    """The request with method and pattern settled.
+    """The request with its method settled.
 
-    Where no method was named: `flap` for whole units; else `best` for a causal language model, `magnitude` for all
-    others. Where no pattern was: single weights, or the units that the method is made for. What was typed stays what
-    was typed: a setting that is filled in does not count as set.
+    Where none was named: `flap` for whole units; else `best` for a causal language model, `magnitude` for all others.
+    What was typed stays what was typed: a method that is filled in does not count as set.
     """
-    method = asked.method or (UNITS_METHOD if cuts_units(asked) else "best" if language else "magnitude")
+    if asked.method is not None:
+        return asked
+    method = UNITS_METHOD if cuts_units(asked) else "best" if language else "magnitude"
     settled = asked.model_copy(update={"method": method})
-    settled = settled.model_copy(update={"pattern": asked.pattern or _own_pattern(settled)})
-    for name in ("method", "pattern"):
-        if getattr(asked, name) is None:
-            settled.model_fields_set.discard(name)
+    settled.model_fields_set.discard("method")
     return settled
 
 
-def _own_pattern(asked: PruneRequest) -> str:
+def pattern_of(asked: PruneRequest) -> str:
+    """The pattern in words: as asked, single weights, or the units that the method is made for."""
+    if asked.pattern is not None:
+        return asked.pattern
     if not cuts_units(asked):
         return "weights"
-    return {"activation": "neurons", "active": "neurons", "slimming": "channels"}.get(
-        str(asked.method), "heads,neurons"
-    )
+    own = {"activation": "neurons", "active": "neurons", "slimming": "channels"}
+    return own.get(str(asked.method), "heads,neurons")
 
 
 def check_target(asked: PruneRequest) -> None:
@@ -242,13 +243,16 @@ def check_target(asked: PruneRequest) -> None:
         raise UsageError("--max-ram belongs to --stream; give both or neither")
     _check_units(asked)
     method = asked.method or "best or magnitude, as no --method is given"
-    decisive = {**_DECISIVE, **({"activation": "tau"} if asked.method == "activation" and asked.tau is not None else {})}
+    decisive = {
+        **_DECISIVE,
+        **({"activation": "tau"} if asked.method == "activation" and asked.tau is not None else {}),
+    }
     for name, setting in _DECISIVE.items():
         value = getattr(asked, setting)
         if asked.method == name and value is None:
             raise UsageError(f"method {name} needs --{setting}")
         if decisive.get(asked.method or "") != setting and value is not None:
-            also = " or to activation" if setting == "tau" else ""
+            also = " (or to activation)" if setting == "tau" else ""
             raise UsageError(f"--{setting} belongs to method {name}{also}, got method {method}")
     given = [name for name in ("sparsity", "nonzero", "target") if getattr(asked, name) is not None]
     if asked.method in decisive:
@@ -282,17 +286,21 @@ def _check_units(asked: PruneRequest) -> None:
         if asked.method in _OF_UNITS:
             raise UsageError(
                 f"method {asked.method} is made for whole units, got --pattern {asked.pattern}; choose "
-                f"--pattern {_own_pattern(asked.model_copy(update={'pattern': None}))}, or another method"
+                f"--pattern {pattern_of(asked.model_copy(update={'pattern': None}))}, or another method"
             )
         return
     if asked.stream:
-        raise UsageError("whole units run through several tensors, which --stream sees one by one; leave it out")
+        raise UsageError(
+            "whole units run through several tensors, which --stream sees one by one; leave it out"
+        )
     if asked.nonzero is not None:
         raise UsageError(
             "--nonzero counts single weights; for whole units say --target '1.2M parameters' or --sparsity"
         )
     if asked.allocate == "per-row":
-        raise UsageError("--allocate per-row compares weights of one row; whole units have per-layer and global")
+        raise UsageError(
+            "--allocate per-row compares weights of one row; whole units have per-layer and global"
+        )
 
 
 def build_recipe(asked: PruneRequest) -> Recipe:
@@ -323,7 +331,7 @@ def build_recipe(asked: PruneRequest) -> Recipe:
     if asked.allocate is not None:
         shares = {"per-row": per_row, "per-layer": per_layer, "global": globally}
         recipe = replace(recipe, allocate=shares[asked.allocate])
-    text = asked.pattern or _own_pattern(asked)
+    text = pattern_of(asked)
     return _unit_recipe(asked, recipe, text) if units else replace(recipe, pattern=_pattern_of(text))
 
 
@@ -339,9 +347,7 @@ def _unit_recipe(asked: PruneRequest, recipe: Recipe, text: str) -> Recipe:
         )
     if asked.mend is not None:
         update = None if asked.mend == "none" else TakeOver(asked.mend)
-    shape = units_of(
-        text, minimum=asked.minimum, multiple=asked.multiple, homogeneous=asked.homogeneous
-    )
+    shape = units_of(text, minimum=asked.minimum, multiple=asked.multiple, homogeneous=asked.homogeneous)
     return replace(recipe, pattern=shape, update=update)
 
 

@@ -24,11 +24,12 @@ from secateur.card import model_card
 from secateur.core.counts import Sparsity, sparsity
 from secateur.core.forward import dtype_of
 from secateur.core.masks import Masks
+from secateur.core.where import Layer
 from secateur.evaluate import Measurement
 from secateur.folder import write_json, write_text
 from secateur.model import Loaded
 from secateur.prune import Plan
-from secateur.request import PruneRequest, spec_name
+from secateur.request import PruneRequest, cuts_units, pattern_of, spec_name
 
 __all__ = ["SPECS", "Result", "as_csv", "as_yaml", "circumstances", "layer_lines", "write_results"]
 
@@ -67,6 +68,8 @@ def layer_lines(todo: Plan, shown: int = 3) -> list[str]:
     by_reason: dict[str, list[str]] = {}
     for layer, reason in todo.left_out:
         by_reason.setdefault(reason, []).append(layer.name)
+    for name, reason in todo.axes_left_out:
+        by_reason.setdefault(reason, []).append(name)
     lines = []
     for reason, names in by_reason.items():
         more = f" and {len(names) - shown} more" if len(names) > shown else ""
@@ -112,6 +115,11 @@ def _said(todo: Plan, applied: Applied) -> str:
 
 def _sentence(asked: PruneRequest, applied: Applied) -> str:
     masks = applied.masks
+    if cuts_units(asked):
+        return (
+            f"{masks.zeros:,} of {masks.size:,} numbers in {len(masks)} parameters of {spec_name(asked.model)} were "
+            f"set to zero by {asked.method} ({applied.said}), in whole units. {' '.join(applied.notes)}"
+        )
     return (
         f"{masks.zeros:,} of {masks.size:,} weights in {len(masks)} layers of {spec_name(asked.model)} were set to "
         f"zero by {asked.method} ({applied.said}): sparsity {masks.sparsity:.4f} of these layers."
@@ -120,7 +128,7 @@ def _sentence(asked: PruneRequest, applied: Applied) -> str:
 
 def _rows(todo: Plan, counted: Sparsity) -> list[report.LayerRow]:
     rows = []
-    for layer in todo.layers:
+    for layer in todo.touched:
         count = counted.layers[layer.name]
         rows.append(report.LayerRow(layer.name, tuple(layer.weight.shape), layer.role, count.size, count.zeros))
     return rows
@@ -133,13 +141,19 @@ def _layers(todo: Plan, masks: Masks, counted: Sparsity) -> list[dict[str, Any]]
             "role": layer.role,
             "shape": list(layer.weight.shape),
             "weights": layer.size,
-            "pruned": layer.size - int(torch.count_nonzero(masks[layer.name])),
+            "pruned": _pruned(layer, masks),
             "zeros": counted.layers[layer.name].zeros,
         }
-        for layer in todo.layers
+        for layer in todo.touched
     ]
     left = [{"name": layer.name, "role": layer.role, "left out": reason} for layer, reason in todo.left_out]
     return [*chosen, *left]
+
+
+def _pruned(layer: Layer, masks: Masks) -> int:
+    """Weights of a layer that its mask takes, under whichever name a tied tensor has there."""
+    mask = next((masks[name] for name in (layer.name, *layer.tied) if name in masks), None)
+    return 0 if mask is None else mask.numel() - int(torch.count_nonzero(mask))
 
 
 def _resolved(asked: PruneRequest, loaded: Loaded, todo: Plan, applied: Applied) -> dict[str, Any]:
@@ -147,11 +161,12 @@ def _resolved(asked: PruneRequest, loaded: Loaded, todo: Plan, applied: Applied)
     settings = asked.model_dump(mode="json")
     for key in SPECS:
         settings[key] = settings[key] and spec_name(settings[key])
+    settings["pattern"] = pattern_of(asked)
     settings["dtype"] = dtype_of(loaded.model)
     settings["resolved"] = {
         **applied.recipe.describe(),
         **applied.details,
-        "layers": [layer.name for layer in todo.layers],
+        "layers": [layer.name for layer in todo.touched],
         "weights": todo.size,
         "weights kept": todo.keep,
         "statistics": list(todo.statistics),

@@ -11,7 +11,7 @@ import copy
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +20,17 @@ import torch
 from secateur import measure as measuring
 from secateur import model as models
 from secateur import report
-from secateur.apply import Applied, apply_, intention
+from secateur.apply import Applied, apply_, intention, needs_calibration, planned
 from secateur.checkpoint import headers
-from secateur.core.gradients import KNOWN
+from secateur.core.gradients import GRADIENTS
 from secateur.errors import UsageError
 from secateur.folder import new_folder
 from secateur.measure import Tell, Yardstick
-from secateur.prune import Plan, plan
-from secateur.request import PruneRequest, build_recipe, check_target, spec_name, with_method
+from secateur.prune import Plan
+from secateur.request import PruneRequest, build_recipe, check_target, cuts_units, spec_name, with_method
 from secateur.results import Result, layer_lines, write_results
+from secateur.scoring import statistics_of
+from secateur.smaller import smaller
 from secateur.sources import Calibration, digest, sources, writes_text
 
 __all__ = ["Run", "carry_out", "check_apart", "prepare", "prune_to", "stored_dtype"]
@@ -98,16 +100,13 @@ def prepare(
     typed = asked
     asked = with_method(typed, language=loaded.tokenizer is not None and writes_text(loaded.model))
     recipe = build_recipe(asked)
-    todo = plan(
-        loaded.model,
-        asked.sparsity,
-        recipe,
-        nonzero=asked.nonzero,
-        only=list(asked.only) or None,
-        skip=list(asked.skip) or None,
-    )
-    needs_data = recipe.update is not None or any(name in KNOWN for name in todo.statistics)
-    given = sources(asked, loaded, needs_data=needs_data, tell=tell)
+    todo = None if cuts_units(asked) else planned(asked, loaded.model)
+    labels = any(name in GRADIENTS for name in statistics_of(recipe.score))
+    given = sources(asked, loaded, needs_data=needs_calibration(recipe), labels=labels, tell=tell)
+    if todo is None:
+        tell("axes of the model", 0, 1)
+        todo = planned(asked, loaded.model, given.by.example)
+        tell("axes of the model", 1, 1)
     notes = [*intention(asked, typed), *given.notes, *_rounding(loaded)]
     return Run(asked, loaded, todo, given.calibration, given.by, tuple(notes))
 
@@ -173,13 +172,21 @@ def _prune(run: Run, tell: Tell) -> Result:
         found["pruned"] = measuring.measure(model, by, says)
         compared = measuring.same_predictions(model, dense, by)
         found["pruned"] += compared or measuring.same_answers(says, said)
+    variants, notes = {"dense": dense, "pruned": model}, run.notes
+    if run.plan.analysis is not None:
+        with _timed(seconds, "shrink"):
+            small, said_of_it = smaller(model, applied.masks, run.plan)
+        notes = (*notes, *said_of_it)
+        if small is not None:
+            variants["shrunk"] = small
+            found["shrunk"] = measuring.measure(small, replace(by, text=None, labelled=None))
     with _timed(seconds, "latency"):
-        for name, speed in measuring.compare_speed({"dense": dense, "pruned": model}, by).items():
+        for name, speed in measuring.compare_speed(variants, by).items():
             found[name] += speed
     for name, data in (("text judged by", by.text), ("batches judged by", by.labelled)):
         if data is not None:
             inputs[name] = digest(data)
-    return Result(found, applied, tuple(stages), run.notes, inputs, seconds)
+    return Result(found, applied, tuple(stages), notes, inputs, seconds)
 
 
 def _applied(run: Run, tell: Tell) -> tuple[Applied, dict[str, str]]:
@@ -215,7 +222,7 @@ def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
 
 def _stage(name: str, model: torch.nn.Module, todo: Plan) -> report.Stage:
     return report.Stage(
-        name, {layer.name: report.histogram(layer.weight, name=layer.name) for layer in todo.layers}
+        name, {layer.name: report.histogram(layer.weight, name=layer.name) for layer in todo.touched}
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -74,11 +74,12 @@ class Sources:
     notes: tuple[str, ...] = ()
 
 
-def sources(asked: Asked, loaded: Loaded, *, needs_data: bool, tell: Tell) -> Sources:
+def sources(asked: Asked, loaded: Loaded, *, needs_data: bool, tell: Tell, labels: bool = False) -> Sources:
     """Everything that a run reads beside the model.
 
     A causal language model is judged on `evaluate`, else on the held-out last fifth of `data`, else on
-    Python's own documentation, which every machine has. Any model is judged on `labelled` where given.
+    Python's own documentation, which every machine has. Any model is judged on `labelled` where given. With `labels`
+    calibration batches of the user's own keep theirs, for scores that need a loss.
 
     Raises:
         UsageError: the score needs data and there are none, or data of a kind that this model cannot use.
@@ -92,8 +93,15 @@ def sources(asked: Asked, loaded: Loaded, *, needs_data: bool, tell: Tell) -> So
                     f"{'--labelled' if flag == '--evaluate' else flag} file.py:function"
                 )
     if loaded.tokenizer is None or not writes_text(loaded.model):
-        return _without_perplexity(asked, loaded, labelled, needs_data, tell)
-    return _with_perplexity(asked, loaded, labelled, needs_data, tell)
+        found = _without_perplexity(asked, loaded, labelled, needs_data, tell)
+    else:
+        found = _with_perplexity(asked, loaded, labelled, needs_data, tell)
+    given = asked.data if asked.data and own.is_own(asked.data) else None
+    whole = _own_batches(asked) if given else labelled
+    if labels and found.calibration is not None and whole is not None and (given or not asked.data):
+        ready = whole[: asked.samples]  # a score of gradients needs what the others do without
+        found = replace(found, calibration=replace(found.calibration, batches=lambda: ready))
+    return found
 
 
 def calibration(asked: Asked, loaded: Loaded, tell: Tell) -> Calibration:

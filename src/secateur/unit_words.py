@@ -41,7 +41,9 @@ def check_units(text: str) -> None:
     for word in words:
         if word.startswith(AXES):
             if not word.removeprefix(AXES).strip():
-                raise UsageError(f"{word!r} names no axis; say which, as in 'axes:v dimension' or 'axes:heads of *.3.*'")
+                raise UsageError(
+                    f"{word!r} names no axis; say which, as in 'axes:v dimension' or 'axes:heads of *.3.*'"
+                )
         elif word not in UNIT_WORDS:
             raise UsageError(f"{word!r} is no kind of units; {nearest(word, UNIT_WORDS)}")
     if len(set(words)) < len(words):

@@ -32,6 +32,9 @@ def inspect(
     model: Model,
     only: Only = None,
     skip: Skip = None,
+    axes: Annotated[
+        bool, typer.Option("--axes", help="every axis along which the model can shrink, and why others cannot")
+    ] = False,
     sensitivity: Annotated[
         bool, typer.Option("--sensitivity", help="what each layer's sparsity alone costs")
     ] = False,
@@ -50,7 +53,7 @@ def inspect(
     trust_remote_code: Trust = False,
     allow_pickle: Pickle = False,
 ) -> None:
-    """List every prunable layer: role, shape, zeros, ties, and whether --only/--skip choose it."""
+    """List every prunable layer: role, shape, zeros, ties, and whether --only/--skip choose it; --axes: units."""
     use_threads(threads)
     from secateur import model as models
     from secateur.terminal import progress, show_layers
@@ -58,6 +61,15 @@ def inspect(
     settings: dict[str, Any] = {
         "offline": offline, "trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle,
     }  # fmt: skip
+    if axes:
+        if sensitivity:
+            raise UsageError("--axes and --sensitivity are two analyses; ask for one at a time")
+        from secateur.axes import axes_of
+
+        with progress() as tell:
+            found_axes = axes_of(models.load(model, dtype="auto", **settings), data, tell)
+        typer.echo(json.dumps(found_axes.to_dict()) if json_ else str(found_axes))
+        return
     if not sensitivity:
         loaded = models.load(model, dtype="auto", **settings)
         show_layers(loaded.model, listed(only), listed(skip), as_json=json_)

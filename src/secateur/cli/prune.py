@@ -39,7 +39,7 @@ def prune(
         str | None,
         typer.Option(
             help="best, magnitude, wanda, sparsegpt, alps, ... (see docs/methods.md); default: best for causal "
-            "language models, magnitude for all others"
+            "language models, magnitude for all others, flap for whole units"
         ),
     ] = None,
     sparsity: Annotated[
@@ -48,15 +48,43 @@ def prune(
     nonzero: Annotated[
         str | None, typer.Option(help="instead: non-zero parameters of the whole model, e.g. 104.69M")
     ] = None,
+    target: Annotated[
+        str | None,
+        typer.Option(
+            help="instead, for whole units: '2x fewer macs', '0.5 parameters', '20 MB', '2x faster', '12 ms'"
+        ),
+    ] = None,
     tau: Annotated[
-        float | None, typer.Option(help="for threshold: cut weights of magnitude at most tau")
+        float | None,
+        typer.Option(
+            "--tau",
+            "--threshold",
+            help="for threshold: cut weights of magnitude at most tau; for activation: neurons whose mean "
+            "absolute activation is at most tau",
+        ),
     ] = None,
     percentile: Annotated[
         float | None, typer.Option(help="for percentile: percent of each layer to cut")
     ] = None,
     pattern: Annotated[
-        str, typer.Option(help="weights, rows, columns, 2:4 (n kept of m), blocks:4x1")
-    ] = "weights",
+        str | None,
+        typer.Option(
+            help="weights, rows, columns, 2:4 (n kept of m), blocks:4x1; or whole units, joined by commas: heads, "
+            "neurons, kv-groups, query-heads, channels, hidden, experts, axes:NAME (see inspect --axes); default: "
+            "weights, or what the method is made for"
+        ),
+    ] = None,
+    multiple: Annotated[int, typer.Option(help="for units: every width is a multiple of this, or whole")] = 1,
+    minimum: Annotated[int, typer.Option(help="for units: at least so many stay on every axis")] = 1,
+    homogeneous: Annotated[
+        bool, typer.Option("--homogeneous", help="for units: axes of one kind and size keep equally many")
+    ] = False,
+    mend: Annotated[
+        str | None,
+        typer.Option(
+            help="for units: none, bias or least-squares; what stays takes over; default: the method's"
+        ),
+    ] = None,
     allocate: Annotated[
         str | None, typer.Option(help="per-row, per-layer or global; default: the method's own")
     ] = None,
@@ -106,7 +134,9 @@ def prune(
 
     given: dict[str, Any] = {
         "model": model, "method": method, "sparsity": sparsity, "tau": tau, "percentile": percentile,
-        "nonzero": nonzero, "pattern": pattern, "allocate": allocate, "only": listed(only), "skip": listed(skip),
+        "nonzero": nonzero, "target": target, "pattern": pattern, "mend": mend,
+        "multiple": multiple if multiple != 1 else None, "minimum": minimum if minimum != 1 else None,
+        "homogeneous": homogeneous or None, "allocate": allocate, "only": listed(only), "skip": listed(skip),
         "data": data, "samples": samples, "context": context, "evaluate": evaluate, "labelled": labelled,
         "evaluate_tokens": evaluate_tokens, "seed": seed, "dtype": dtype, "device": device,
         "stream": stream or None, "max_ram": max_ram,
@@ -155,4 +185,6 @@ def prune(
         typer.echo(json.dumps({"out": str(out), "sparsity": result.masks.sparsity, "measurements": plain}))
         return
     show_measurements(result.measurements)
+    for note in (*result.notes, *result.applied.notes) if run.plan.analysis is not None else ():
+        typer.echo(f"note     {note}")
     typer.echo(f"written  {out}\nreport   {out}/run/report.html")

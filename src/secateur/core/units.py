@@ -126,6 +126,16 @@ class Analysis:
         """Name -> first name of the same tensor, for every tensor in use."""
         return {name: names[0] for names in self._tensors.values() for name in names}
 
+    def unit_size(self, name: str) -> int:
+        """Parameters in one unit of an axis; where it crosses another axis a parameter counts on both."""
+        shapes = self.shapes()
+        total = 0
+        for member in self[name].members:
+            if member.is_parameter:
+                shape = shapes[member.name]
+                total += member.indices.shape[1] * prod(shape) // shape[member.dim]
+        return total
+
     def parameter_count(self, keep: Keep | None = None) -> int:
         """Number of parameters in use that are left when only these units are kept; tied ones count once.
 

@@ -20,7 +20,11 @@ from secateur.core.units import Analysis
 from secateur.core.where import Layer
 from secateur.errors import UsageError
 
-__all__ = ["AxisSite", "columns_of"]
+__all__ = ["AxisSite", "NothingToLookAtError", "columns_of"]
+
+
+class NothingToLookAtError(UsageError):
+    """No member of an axis is anything that a score looks at."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,7 @@ class AxisSite:
         """
         sources = tuple(_sources(model, units, known, look, over))
         if not sources:
-            raise UsageError(_nothing_to_look_at(units, look, over))
+            raise NothingToLookAtError(_nothing_to_look_at(units, look, over))
         return cls(units, analysis, sources, least, step, alike)
 
     @property
@@ -81,13 +85,7 @@ class AxisSite:
     @property
     def cells(self) -> int:
         """Parameters in one unit; where it crosses another axis a parameter counts on both."""
-        shapes = self.analysis.shapes()
-        total = 0
-        for member in self.units.members:
-            if member.is_parameter:
-                shape = shapes[member.name]
-                total += member.indices.shape[1] * prod(shape) // shape[member.dim]
-        return total
+        return self.analysis.unit_size(self.units.name)
 
     def pool(self, scored: Callable[[Layer], Scored]) -> Float[Tensor, "competition unit"]:
         """Each unit's score over all of its sources: sums of their numbers, finished as the score says."""

@@ -17,7 +17,7 @@ from torch import nn
 from secateur.core.units import Analysis, Units
 from secateur.core.where import layers
 from secateur.errors import UsageError, nearest
-from secateur.pattern.axis import AxisSite
+from secateur.pattern.axis import AxisSite, NothingToLookAtError
 
 __all__ = [
     "Axes",
@@ -211,12 +211,18 @@ class Together:
             if through:
                 left_out.append((units.name, f"runs through {through[0]}, which only= or skip= leaves out"))
                 continue
-            found.append(_site(part, model, analysis, units, known, look))
+            try:
+                found.append(_site(part, model, analysis, units, known, look))
+            except NothingToLookAtError as error:
+                if look.about != "scales":  # some channels have no norm behind them, others do
+                    raise
+                left_out.append((units.name, str(error)))
         for part in self.parts:
             if not any(part.chooses(units) for units in analysis.units):
                 raise UsageError(_none_of(part, analysis))
         if not found:
-            raise UsageError(f"no axis is left to prune: {left_out[0][0]} {left_out[0][1]}")
+            name, why = left_out[0]
+            raise UsageError(why if why.startswith(name) else f"no axis is left to prune: {name} {why}")
         return tuple(found), tuple(left_out)
 
 

@@ -62,8 +62,8 @@ def carry_out(name: str, subject: Subject, settings: Any, work: Work) -> Done:
 
 def prune(subject: Subject, settings: Pruning, work: Work) -> Done:
     """Prune the model as it is now; what earlier stages pruned stays pruned."""
-    asked, todo = settled(settings.asked, subject.loaded)
-    chosen = {layer.name for layer in todo.layers}
+    asked, todo = settled(settings.asked, subject.loaded, subject.by.example)
+    chosen = {name for site in todo.sites for name in site.parameters}
     before = Masks({name: mask for name, mask in subject.masks.items() if name in chosen})
     if settings.gradually is not None:
         return _gradually(subject, settings.gradually, asked, todo, before, work)
@@ -81,12 +81,16 @@ def _gradually(
     subject: Subject, how: Gradually, asked: PruneRequest, todo: Plan, before: Masks, work: Work
 ) -> Done:
     """Prune to a schedule while the model trains."""
+    if todo.analysis is not None:
+        raise UsageError(
+            f"{todo.recipe.pattern!r}: whole units go at once in an experiment; leave schedule out"
+        )
     start = before.zeros / todo.size
     end = todo.sparsity if asked.sparsity is None else asked.sparsity
     if end is None:
         raise UsageError(f"{todo.recipe} decides how much is cut, so no schedule can; leave schedule out")
     schedule = constant(end) if how.schedule == "constant" else _SCHEDULES[how.schedule or "cubic"](start, end)
-    calibration = subject.calibration if needs_data(todo, Pruning(asked, how)) else None
+    calibration = subject.calibration if needs_data(todo.recipe, Pruning(asked, how)) else None
 
     def make(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> Gradual:
         due = Due.spread(steps, how.begin, how.end, how.updates)

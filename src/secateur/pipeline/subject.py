@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from secateur import measure as measuring
 from secateur import model as models
 from secateur import own
-from secateur.core.gradients import KNOWN
+from secateur.apply import planned
+from secateur.core.gradients import GRADIENTS, KNOWN
 from secateur.core.masks import Masks
 from secateur.core.trained import GATHERED
 from secateur.deploy import Quantized, fake_quantize_, quantize_, save_quantized
@@ -25,8 +26,10 @@ from secateur.evaluate import Measurement
 from secateur.measure import Tell, Yardstick
 from secateur.pipeline.material import Material, material
 from secateur.pipeline.spec import Distillation, Experiment, Pruning, Quantization
-from secateur.prune import Plan, plan
-from secateur.request import PruneRequest, build_recipe, with_method
+from secateur.prune import Plan
+from secateur.recipes import Recipe
+from secateur.request import PruneRequest, build_recipe, cuts_units, with_method
+from secateur.scoring import statistics_of
 from secateur.sources import Calibration, digest, sources, writes_text
 
 __all__ = ["Loading", "Subject", "check_code", "named_code", "needs_data", "prepare", "settled"]
@@ -152,31 +155,36 @@ def prepare(experiment: Experiment, loading: Loading, tell: Tell) -> Subject:
     teachers = {name: _load(name, experiment, loading) for name in dict.fromkeys(names) if name is not None}
     tell("loading the model", 1, 1)
     pruning = [stage.settings for stage in experiment.stages if isinstance(stage.settings, Pruning)]
-    needed = any(needs_data(settled(each.asked, loaded)[1], each) for each in pruning)
+    needed = labels = False
+    for each in pruning:
+        recipe = build_recipe(_method_of(each.asked, loaded))
+        needed = needed or needs_data(recipe, each)
+        labels = labels or any(name in GRADIENTS for name in statistics_of(recipe.score))
+        if not cuts_units(each.asked):
+            settled(each.asked, loaded)
     for stage in experiment.stages:
         if isinstance(stage.settings, Quantization):  # what is missing is told before anything is trained
             import_torchao()
             how = rounding(stage.settings)
             chosen_layers(loaded.model, how["scheme"], how["outer"], how["only"], how["skip"])
-    given = sources(common, loaded, needs_data=needed, tell=tell)
+    given = sources(common, loaded, needs_data=needed, labels=labels, tell=tell)
+    for each in pruning:
+        if cuts_units(each.asked):  # found on an example
+            settled(each.asked, loaded, given.by.example)
     learned = material(common, loaded, tell) if experiment.trains else None
     dense = copy.deepcopy(loaded.model)
     by = replace(given.by, tell=tell)
     return Subject(experiment, loaded, dense, by, given.calibration, learned, teachers, given.notes)
 
 
-def settled(asked: PruneRequest, loaded: models.Loaded) -> tuple[PruneRequest, Plan]:
+def settled(asked: PruneRequest, loaded: models.Loaded, example: Any = None) -> tuple[PruneRequest, Plan]:
     """A request with its method, and what it would prune of the model as it is."""
-    asked = with_method(asked, language=loaded.tokenizer is not None and writes_text(loaded.model))
-    todo = plan(
-        loaded.model,
-        asked.sparsity,
-        build_recipe(asked),
-        nonzero=asked.nonzero,
-        only=list(asked.only) or None,
-        skip=list(asked.skip) or None,
-    )
-    return asked, todo
+    asked = _method_of(asked, loaded)
+    return asked, planned(asked, loaded.model, example)
+
+
+def _method_of(asked: PruneRequest, loaded: models.Loaded) -> PruneRequest:
+    return with_method(asked, language=loaded.tokenizer is not None and writes_text(loaded.model))
 
 
 def rounding(settings: Quantization) -> dict[str, Any]:
@@ -185,11 +193,11 @@ def rounding(settings: Quantization) -> dict[str, Any]:
     return {"scheme": settings.scheme, "group": settings.group, "outer": settings.outer, **where}
 
 
-def needs_data(todo: Plan, settings: Pruning) -> bool:
+def needs_data(recipe: Recipe, settings: Pruning) -> bool:
     """Whether a stage needs calibration data; training itself gives gradients to what prunes along with it."""
     given = GATHERED if settings.gradually is not None else ()
-    names = [name for name in todo.statistics if name in KNOWN and name not in given]
-    return bool(names) or todo.recipe.update is not None
+    names = [name for name in statistics_of(recipe.score) if name in KNOWN and name not in given]
+    return bool(names) or recipe.update is not None
 
 
 def named_code(experiment: Experiment) -> list[str]:
