@@ -47,7 +47,10 @@ class Axes:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, every member by name."""
-        rows, frozen, unused, unruled = [], [], [], {}
+        rows: list[Any] = []
+        frozen: list[Any] = []
+        unused: list[str] = []
+        unruled: dict[str, str] = {}
         for path, analysis in self.analyses.items():
             at = f"{path}." if path else ""
             rows += [_row(analysis, units, path) for units in analysis.units]

@@ -140,7 +140,7 @@ def _update(
     """One part, updated and checked: anybody may have written the update."""
     dense = weight.float()
     try:
-        new, mask, *rest = recipe.update(dense, choose, **given)  # type: ignore[misc]
+        new, mask, *rest = recipe.update(dense, choose, **given)
     except NumericError as error:
         raise NumericError(f"{layer.name}: {error}") from None
     if mask.shape != weight.shape or new.shape != weight.shape:

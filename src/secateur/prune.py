@@ -253,7 +253,7 @@ def _mended_units(
         return masks
     before = named_parameters(model)
     held = {name: p.detach().clone() for name, p in before.items()} if keep_originals else {}
-    recipe.update.units_(model, masks, data)  # type: ignore[union-attr]
+    recipe.update.units_(model, masks, data)
     changed = {name: old for name, old in held.items() if name in masks or not torch.equal(old, before[name])}
     return Masks(dict(masks), changed)
 

@@ -68,7 +68,7 @@ class Recipe:
     score: Callable[..., Any]
     pattern: Any = Weights()  # noqa: RUF009 - frozen, so it may be shared
     allocate: Callable[..., Any] = per_layer
-    update: Callable[..., Any] | None = None
+    update: Any = None  # a callable, or TakeOver
 
     def __post_init__(self):
         if self.fixed_by_pattern and self.allocate not in (per_row, per_layer):
