@@ -1,4 +1,4 @@
-"""The native kernels, where they were built: exact selection and column elimination in float32 on a CPU.
+"""The native kernels, where they were built: exact selection, column elimination, sparse matrices on a CPU.
 
 The library is plain C behind ctypes (`native/` in the repository). It is compiled when secateur is installed, where
 a C++ compiler is at hand; without it, or with `SECATEUR_NATIVE=0` in the environment, the callers take their torch
@@ -16,9 +16,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-__all__ = ["between", "eliminate", "path", "serves", "smallest"]
+__all__ = ["between", "eliminate", "library", "path", "serves", "smallest"]
 
-ABI = 2
+ABI = 3
 ROOM = 1 << 22  # scores collected at most
 FILE = Path(__file__).with_name("kernels.native.so")
 
@@ -28,7 +28,16 @@ _ARGUMENTS = {
     "secateur_eliminate": [*[_POINTER] * 3, _SIZE, *[_POINTER] * 2, _SIZE, _SIZE, _THREADS],
     "secateur_between": [_POINTER, _SIZE, _FLAG, _VALUE, _VALUE, _POINTER, _SIZE, _POINTER, _THREADS],
     "secateur_smallest": [_POINTER, _SIZE, _SIZE, _FLAG, _POINTER, _POINTER, _THREADS],
-}
+    "secateur_sparse_level": [],
+    "secateur_sparse_count": [_POINTER, _SIZE, _SIZE, _FLAG, _FLAG, _POINTER],
+    "secateur_sparse_encode": [
+        _POINTER, _SIZE, _SIZE, _FLAG, _FLAG, _POINTER, _POINTER, _POINTER, _POINTER, _THREADS
+    ],
+    "secateur_sparse_decode": [
+        _POINTER, _POINTER, _POINTER, _POINTER, _SIZE, _SIZE, _FLAG, _POINTER, _THREADS
+    ],
+    "secateur_sparse_multiply": [_POINTER, _POINTER],
+}  # fmt: skip
 
 
 @cache
@@ -118,7 +127,12 @@ def eliminate(
     )  # fmt: skip
 
 
+def library() -> ctypes.CDLL | None:
+    """The library itself; None where it was not built, does not load, or is not wanted."""
+    return _opened()[0]
+
+
 def _library() -> ctypes.CDLL:
-    library = _opened()[0]
-    assert library is not None  # callers ask `serves` first
-    return library
+    found = _opened()[0]
+    assert found is not None  # callers ask `serves` first
+    return found

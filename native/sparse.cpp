@@ -1,0 +1,322 @@
+// Sparse matrices: what Python calls. Encoding, decoding, checks, inputs made ready, work shared out.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <vector>
+
+#include "pool.h"
+#include "sparse.h"
+
+#define API extern "C" __attribute__((visibility("default")))
+
+using namespace sparse;
+
+namespace {
+
+// Bytes are counted and moved by the size of an element alone; a value of zero is one whose bits are zero, apart from
+// the sign where there is one.
+template <class T>
+inline bool is_zero(T value, T sign) {
+    return T(value & T(~sign)) == 0;
+}
+
+// Bits of the non-zeros of a row, and those themselves; returns how many. `negative` (or null) gets the zeros with a sign.
+template <class T>
+int64_t encode_row(const T* row, int64_t columns, T sign, uint64_t* mask, uint64_t* negative, T* out) {
+    int64_t n = 0;
+    for (int64_t start = 0; start < columns; start += WORD) {
+        const int64_t stop = std::min(columns, start + WORD);
+        uint64_t bits = 0, minus = 0;
+        for (int64_t c = start; c < stop; ++c) {
+            const uint64_t kept = !is_zero(row[c], sign);
+            out[n] = row[c];
+            n += kept;
+            bits |= kept << (c - start);
+            minus |= uint64_t(!kept && row[c] != 0) << (c - start);
+        }
+        mask[start / WORD] = bits;
+        if (negative) negative[start / WORD] = minus;
+    }
+    return n;
+}
+
+template <class T>
+void decode_row(const uint64_t* mask, const uint64_t* negative, int64_t columns, T sign, const T* values, T* row) {
+    std::memset(row, 0, columns * sizeof(T));
+    for (int64_t start = 0; start < columns; start += WORD) {
+        uint64_t bits = mask[start / WORD];
+        T* out = row + start;
+        if (bits == ~0ull) {
+            std::memcpy(out, values, WORD * sizeof(T));
+            values += WORD;
+        } else {
+            for (; bits; bits &= bits - 1) out[__builtin_ctzll(bits)] = *values++;
+        }
+        if (negative)
+            for (uint64_t minus = negative[start / WORD]; minus; minus &= minus - 1) out[__builtin_ctzll(minus)] = sign;
+    }
+}
+
+template <class Work>
+void in_parallel(int64_t chunks, int threads, Work work) {
+    pool_run(chunks, threads, [](void* context, int64_t chunk) { (*static_cast<Work*>(context))(chunk); }, &work);
+}
+
+constexpr int64_t ROWS = 16;  // that a thread takes at a time, of encoding and decoding
+
+template <class Work>
+void by_rows(int64_t rows, int threads, Work work) {
+    in_parallel((rows + ROWS - 1) / ROWS, threads, [&](int64_t chunk) {
+        for (int64_t row = chunk * ROWS; row < std::min(rows, (chunk + 1) * ROWS); ++row) work(row);
+    });
+}
+
+template <class T>
+void encode(
+    const T* dense, int64_t rows, int64_t columns, T sign, uint64_t* mask, uint64_t* negative, T* values,
+    const int64_t* offsets, int threads
+) {
+    const int64_t words = (columns + WORD - 1) / WORD;
+    by_rows(rows, threads, [&](int64_t row) {
+        std::vector<T> room(columns + 1);
+        const int64_t n = encode_row(
+            dense + row * columns, columns, sign, mask + row * words, negative ? negative + row * words : nullptr, room.data()
+        );
+        std::memcpy(values + offsets[row], room.data(), n * sizeof(T));
+    });
+}
+
+template <class T>
+void decode(
+    const uint64_t* mask, const uint64_t* negative, const T* values, const int64_t* offsets, int64_t rows,
+    int64_t columns, T sign, T* dense, int threads
+) {
+    const int64_t words = (columns + WORD - 1) / WORD;
+    by_rows(rows, threads, [&](int64_t row) {
+        decode_row(
+            mask + row * words, negative ? negative + row * words : nullptr, columns, sign, values + offsets[row],
+            dense + row * columns
+        );
+    });
+}
+
+const Kernels* kernels(int isa) {
+    const Kernels* fast = isa == 0 ? nullptr : avx2_kernels();
+    return fast ? fast : scalar_kernels();
+}
+
+bool finite(const float* x, int64_t size) {
+    uint32_t worst = 0;
+    for (int64_t i = 0; i < size; ++i) {
+        uint32_t bits;
+        std::memcpy(&bits, x + i, 4);
+        worst |= uint32_t((bits & 0x7f800000) == 0x7f800000);
+    }
+    return !worst;
+}
+
+// Buffers of one call; kept by the calling thread from call to call.
+struct Room {
+    std::vector<float> plain, paired, packed;
+    std::vector<int8_t> integers;
+    std::vector<uint8_t> magnitudes;
+    float factor[FEW];
+};
+
+void to_integers(const float* x, int64_t columns, int8_t* out, uint8_t* magnitudes, float* factor) {
+    float largest = 0;
+    for (int64_t c = 0; c < columns; ++c) largest = std::max(largest, std::fabs(x[c]));
+    *factor = largest / 127;
+    const float inverse = largest > 1e-30f ? 127 / largest : 0;
+    for (int64_t c = 0; c < columns; ++c) {
+        const int32_t q = int32_t(std::nearbyint(x[c] * inverse));
+        out[c] = int8_t(q);
+        magnitudes[c] = uint8_t(q < 0 ? -q : q);
+    }
+}
+
+Inputs ready(const Matrix& m, const float* x, int64_t batch, Room& room) {
+    Inputs in{};
+    in.batch = batch, in.padded = (m.columns + SPAN - 1) / SPAN * SPAN;
+    const bool whole = (m.kind == I8 || m.kind == I4) && m.block == 1 && m.form != INDEX;
+    if (whole) {
+        room.integers.assign(batch * in.padded, 0);
+        room.magnitudes.assign(batch * in.padded, 0);
+        for (int64_t b = 0; b < batch; ++b)
+            to_integers(
+                x + b * m.columns, m.columns, room.integers.data() + b * in.padded,
+                room.magnitudes.data() + b * in.padded, room.factor + b
+            );
+        in.integers = room.integers.data(), in.magnitudes = room.magnitudes.data(), in.factor = room.factor;
+        return in;
+    }
+    room.plain.resize(batch * in.padded);
+    for (int64_t b = 0; b < batch; ++b) {
+        float* row = room.plain.data() + b * in.padded;
+        std::memcpy(row, x + b * m.columns, m.columns * sizeof(float));
+        std::fill(row + m.columns, row + in.padded, 0.0f);
+    }
+    in.plain = room.plain.data();
+    if (m.kind == BF16 && m.block == 1 && m.form != INDEX) {
+        room.paired.resize(batch * in.padded);
+        for (int64_t start = 0; start < batch * in.padded; start += 16)
+            for (int i = 0; i < 8; ++i) {
+                room.paired[start + i] = in.plain[start + 2 * i];
+                room.paired[start + 8 + i] = in.plain[start + 2 * i + 1];
+            }
+        in.paired = room.paired.data();
+    }
+    return in;
+}
+
+// x[token][column] to packed[column][lane]; lanes without a token are zero.
+void pack(const float* x, int64_t tokens, int64_t columns, int lanes, float* packed, int threads) {
+    constexpr int64_t STEP = 64;
+    in_parallel((columns + STEP - 1) / STEP, threads, [&](int64_t chunk) {
+        const int64_t first = chunk * STEP, last = std::min(columns, first + STEP);
+        if (tokens < lanes) std::memset(packed + first * lanes, 0, (last - first) * lanes * sizeof(float));
+        for (int64_t t = 0; t < tokens; ++t)
+            for (int64_t c = first; c < last; ++c) packed[c * lanes + t] = x[t * columns + c];
+    });
+}
+
+int lanes_for(int64_t tokens, int32_t block) {
+    const int most = block > 1 ? 16 : 64;
+    int lanes = 8;
+    while (lanes < tokens && lanes < most) lanes *= 2;
+    return lanes;
+}
+
+void multiply_many(
+    const Kernels* table, const Matrix& m, const float* x, int64_t batch, const float* bias, float* y, int threads,
+    Room& room
+) {
+    const int lanes = lanes_for(batch, m.block);
+    const int64_t tiles = (batch + lanes - 1) / lanes, each = (m.columns + SPAN - 1) / SPAN * SPAN * lanes;
+    room.packed.resize(tiles * each);
+    for (int64_t tile = 0; tile < tiles; ++tile)
+        pack(
+            x + tile * lanes * m.columns, std::min<int64_t>(lanes, batch - tile * lanes), m.columns, lanes,
+            room.packed.data() + tile * each, threads
+        );
+    const int64_t panel = std::max<int64_t>(1, PANEL / m.block), panels = (m.groups + panel - 1) / panel;
+    in_parallel(panels * tiles, threads, [&](int64_t chunk) {
+        alignas(64) float local[PANEL * 64];
+        const int64_t tile = chunk % tiles, first = chunk / tiles * panel, last = std::min(m.groups, first + panel);
+        std::memset(local, 0, (last - first) * m.block * lanes * sizeof(float));
+        table->many(m, room.packed.data() + tile * each, lanes, local, first, last);
+        const int64_t from = first * m.block, to = std::min(m.rows, last * m.block);
+        for (int64_t t = 0, token = tile * lanes; t < lanes && token < batch; ++t, ++token)
+            for (int64_t row = from; row < to; ++row)
+                y[token * m.rows + row] = local[(row - from) * lanes + t] + (bias ? bias[row] : 0.0f);
+    });
+}
+
+}  // namespace
+
+// Whether the fast kernels of this library run here: 1 for AVX2, 0 for plain ones.
+API int64_t secateur_sparse_level() { return avx2_kernels() != nullptr; }
+
+// How many of every row are not zero; bytes is the size of an element, sign the bits of its sign (0 for integers).
+// Returns how many zeros have a sign.
+API int64_t secateur_sparse_count(
+    const void* dense, int64_t rows, int64_t columns, int32_t bytes, int32_t has_sign, int64_t* counts
+) {
+    int64_t minus = 0;
+    auto count = [&](auto* x, auto sign) {
+        for (int64_t row = 0; row < rows; ++row) {
+            int64_t n = 0;
+            for (int64_t c = 0; c < columns; ++c) {
+                n += !is_zero(x[row * columns + c], sign);
+                minus += x[row * columns + c] == sign && sign != 0;
+            }
+            counts[row] = n;
+        }
+    };
+    if (bytes == 4) count(static_cast<const uint32_t*>(dense), uint32_t(has_sign ? 0x80000000u : 0));
+    if (bytes == 2) count(static_cast<const uint16_t*>(dense), uint16_t(has_sign ? 0x8000u : 0));
+    if (bytes == 1) count(static_cast<const uint8_t*>(dense), uint8_t(0));
+    return minus;
+}
+
+API int64_t secateur_sparse_encode(
+    const void* dense, int64_t rows, int64_t columns, int32_t bytes, int32_t has_sign, uint64_t* mask, uint64_t* negative,
+    void* values, const int64_t* offsets, int32_t threads
+) {
+    if (bytes == 4)
+        encode<uint32_t>(
+            static_cast<const uint32_t*>(dense), rows, columns, has_sign ? 0x80000000u : 0, mask, negative,
+            static_cast<uint32_t*>(values), offsets, threads
+        );
+    else if (bytes == 2)
+        encode<uint16_t>(
+            static_cast<const uint16_t*>(dense), rows, columns, has_sign ? 0x8000u : 0, mask, negative,
+            static_cast<uint16_t*>(values), offsets, threads
+        );
+    else
+        encode<uint8_t>(
+            static_cast<const uint8_t*>(dense), rows, columns, 0, mask, nullptr, static_cast<uint8_t*>(values), offsets,
+            threads
+        );
+    return 0;
+}
+
+API int64_t secateur_sparse_decode(
+    const uint64_t* mask, const uint64_t* negative, const void* values, const int64_t* offsets, int64_t rows,
+    int64_t columns, int32_t bytes, void* dense, int32_t threads
+) {
+    if (bytes == 4)
+        decode<uint32_t>(
+            mask, negative, static_cast<const uint32_t*>(values), offsets, rows, columns, 0x80000000u,
+            static_cast<uint32_t*>(dense), threads
+        );
+    else if (bytes == 2)
+        decode<uint16_t>(
+            mask, negative, static_cast<const uint16_t*>(values), offsets, rows, columns, 0x8000u,
+            static_cast<uint16_t*>(dense), threads
+        );
+    else
+        decode<uint8_t>(
+            mask, nullptr, static_cast<const uint8_t*>(values), offsets, rows, columns, 0, static_cast<uint8_t*>(dense),
+            threads
+        );
+    return 0;
+}
+
+// y = x w^T + bias. `way` 0: straight from the stream, at most FEW tokens; 1: tokens in the lanes. `isa` 0: the plain
+// kernels. Returns 1, with nothing done, where x holds NaN or Inf and the way would not carry them to every row.
+API int64_t secateur_sparse_multiply(const void* const* pointers, const int64_t* numbers) {
+    Matrix m{};
+    m.form = int32_t(numbers[0]), m.kind = int32_t(numbers[1]), m.block = int32_t(numbers[2]);
+    m.rows = numbers[3], m.columns = numbers[4], m.scales = numbers[5];
+    const int64_t batch = numbers[6], way = numbers[7];
+    const int threads = int(numbers[8]), isa = int(numbers[9]);
+    m.groups = (m.rows + m.block - 1) / m.block;
+    m.words = m.form == INDEX ? (m.columns + SPAN - 1) / SPAN : (m.columns + WORD - 1) / WORD;
+    m.mask = static_cast<const uint64_t*>(pointers[0]);
+    m.counts = static_cast<const uint16_t*>(pointers[1]);
+    m.index = static_cast<const uint8_t*>(pointers[2]);
+    m.values = pointers[3];
+    m.offsets = static_cast<const int64_t*>(pointers[4]);
+    m.scale = static_cast<const float*>(pointers[5]);
+    m.codebook = static_cast<const int8_t*>(pointers[6]);
+    const float* x = static_cast<const float*>(pointers[7]);
+    const float* bias = static_cast<const float*>(pointers[8]);
+    float* y = static_cast<float*>(const_cast<void*>(pointers[9]));
+    if (m.form == DENSE && (m.kind != I8 || m.block != 1)) return 2;
+    if (!finite(x, batch * m.columns)) return 1;
+    const Kernels* table = kernels(isa);
+    thread_local Room room;
+    if (way == 1) {
+        multiply_many(table, m, x, batch, bias, y, threads, room);
+        return 0;
+    }
+    const Inputs in = ready(m, x, batch, room);
+    const int64_t step = std::max<int64_t>(1, std::min<int64_t>(64, m.groups / (4 * threads) + 1));
+    in_parallel((m.groups + step - 1) / step, threads, [&](int64_t chunk) {
+        table->few(m, in, bias, y, chunk * step, std::min(m.groups, (chunk + 1) * step));
+    });
+    return 0;
+}

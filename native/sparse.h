@@ -1,0 +1,58 @@
+// Sparse matrices times dense inputs: what the kernels of all instruction sets share.
+//
+// One translation unit per instruction set gives one table of functions; sparse.cpp chooses a table at run time. Nothing
+// but plain functions and structs appears in those units: a template of the standard library compiled for AVX2 could
+// be the copy that the linker keeps for everybody.
+
+#pragma once
+
+#include <cstdint>
+
+namespace sparse {
+
+enum Kind : int32_t { F32, BF16, F16, I8, I4 };
+enum Form : int32_t { BITMASK, INDEX, DENSE };
+
+constexpr int64_t WORD = 64;    // columns of one mask
+constexpr int64_t SPAN = 256;   // columns that an 8-bit index reaches
+constexpr int64_t PANEL = 64;   // row groups whose results stay in the nearest cache
+constexpr int64_t FEW = 4;      // tokens that are multiplied straight from the stream
+
+// A matrix of `rows` x `columns`. Its units are single weights, or blocks of `block` rows by one column; `groups` is the
+// number of block rows. Values lie in order of (group, column, row of the block); those of group g start at element
+// offsets[g]. int4: two in a byte, the lower half first, each group from a whole byte on.
+struct Matrix {
+    int32_t form, kind, block;
+    int64_t rows, columns, groups;
+    int64_t words;            // of 64 columns (BITMASK) or 256 (INDEX)
+    const uint64_t* mask;     // groups x words; bit c of a word is column 64 * word + c
+    const uint16_t* counts;   // INDEX: groups x words, values in each span of 256 columns
+    const uint8_t* index;     // INDEX: columns within the span
+    const void* values;       // with at least 64 readable bytes behind the last one
+    const int64_t* offsets;   // groups + 1
+    const float* scale;       // rows x scales, or null
+    int64_t scales;           // of a row; each is for columns / scales columns
+    const int8_t* codebook;   // I4: 16 entries, the first is 0
+};
+
+// Inputs made ready once per call; each buffer is padded with zeros to a whole number of words.
+struct Inputs {
+    int64_t batch, padded;        // columns with padding
+    const float* plain;           // batch x padded
+    const float* paired;          // BF16: of every 16 columns the even ones, then the odd ones
+    const int8_t* integers;       // I8, I4: batch x padded, in [-127, 127]
+    const uint8_t* magnitudes;    // their absolute values
+    const float* factor;          // batch: what an integer stands for
+};
+
+struct Kernels {
+    // y[b][row] for the groups first..last-1 of a batch of at most FEW
+    void (*few)(const Matrix&, const Inputs&, const float* bias, float* y, int64_t first, int64_t last);
+    // The same for `lanes` tokens whose inputs are x[column][lane]; lanes is 8, 16, 32 or 64; y[row][lane] is local
+    void (*many)(const Matrix&, const float* x, int lanes, float* y, int64_t first, int64_t last);
+};
+
+const Kernels* scalar_kernels();
+const Kernels* avx2_kernels();  // null where they were not compiled or the machine lacks something
+
+}  // namespace sparse

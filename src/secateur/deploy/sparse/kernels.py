@@ -1,0 +1,188 @@
+"""Encoding, decoding and multiplying, by the native kernels where they are and in torch and numpy where not."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from secateur.core import native
+from secateur.errors import UsageError
+
+if TYPE_CHECKING:
+    from secateur.deploy.sparse.packed import Packed
+
+__all__ = ["Encoded", "bits_of", "decode", "encode", "level", "multiply", "scaled"]
+
+FORM = {"bitmask": 0, "index": 1, "dense": 2}
+KIND = {"float32": 0, "bfloat16": 1, "float16": 2, "int8": 3, "int4": 4}
+ENVIRONMENT = "SECATEUR_ISA"
+LEVELS = ("plain", "avx2")
+ALONE = 1 << 18  # weights below which one thread is faster than waking another
+
+
+class Encoded(NamedTuple):
+    """Bits, stream and counts of a matrix; see `Packed`."""
+
+    mask: Tensor
+    negative: Tensor | None
+    values: Tensor
+    per_group: Tensor
+    count: int
+
+
+def level() -> int:
+    """The instruction set in use: 0 plain, 1 AVX2; `SECATEUR_ISA=plain` takes the plain kernels.
+
+    Raises:
+        UsageError: `SECATEUR_ISA` names none, or one that this machine or library lacks.
+    """
+    library = native.library()
+    best = int(library.secateur_sparse_level()) if library is not None else 0
+    wanted = os.environ.get(ENVIRONMENT, "")
+    if not wanted:
+        return best
+    if wanted not in LEVELS or LEVELS.index(wanted) > best:
+        raise UsageError(f"{ENVIRONMENT}={wanted}: this machine has {', '.join(LEVELS[: best + 1])}")
+    return LEVELS.index(wanted)
+
+
+def encode(weight: Tensor, block: int = 1) -> Encoded:
+    """The bits of a contiguous matrix and its non-zeros, block rows of one column at a time."""
+    rows, columns = weight.shape
+    library = native.library()
+    if block > 1 or library is None:
+        return _encode_in_numpy(weight, block)
+    words, bytes_, signed = -(-columns // 64), weight.element_size(), weight.is_floating_point()
+    per_group = torch.empty(rows, dtype=torch.int64)
+    minus = library.secateur_sparse_count(weight.data_ptr(), rows, columns, bytes_, signed, per_group.data_ptr())
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), per_group.cumsum(0)])
+    mask = torch.empty(rows, words, dtype=torch.int64)
+    negative = torch.empty(rows, words, dtype=torch.int64) if minus else None
+    count = int(offsets[-1])
+    values = torch.empty(count, dtype=weight.dtype)
+    library.secateur_sparse_encode(
+        weight.data_ptr(), rows, columns, bytes_, signed, mask.data_ptr(), _at(negative), values.data_ptr(),
+        offsets.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return Encoded(mask, negative, values, per_group, count)
+
+
+def decode(packed: Packed, first: int = 0, last: int | None = None) -> Tensor:
+    """The rows first..last-1 in the type of the values, int4 as int8, without scales."""
+    last = packed.rows if last is None else last
+    rows = last - first
+    if packed.form == "dense":
+        return packed.values[first * packed.columns : last * packed.columns].view(rows, packed.columns)
+    library = native.library()
+    if library is None or packed.form != "bitmask" or packed.block > 1 or packed.kind == "int4":
+        return _decode_in_numpy(packed)[first:last]
+    assert packed.mask is not None
+    mask, negative = packed.mask[first:last], None if packed.negative is None else packed.negative[first:last]
+    offsets = packed.offsets[first:]
+    dense = torch.empty(rows, packed.columns, dtype=packed.values.dtype)
+    library.secateur_sparse_decode(
+        mask.data_ptr(), _at(negative), packed.values.data_ptr(), offsets.data_ptr(), rows, packed.columns,
+        dense.element_size(), dense.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return dense
+
+
+def scaled(packed: Packed, raw: Tensor, first: int = 0) -> Tensor:
+    """Decoded rows as they count: integers times their scales."""
+    if packed.scale is None:
+        return raw
+    scale = packed.scale[first : first + len(raw)]
+    wide = raw.float().view(len(raw), scale.shape[1], -1)
+    return (wide * scale[..., None]).view(len(raw), packed.columns)
+
+
+def multiply(packed: Packed, x: Tensor, bias: Tensor | None, way: int) -> Tensor | None:
+    """`x w^T + bias` in float32 by the native kernels; None where x holds NaN or Inf, which they leave to torch.
+
+    Args:
+        packed: the matrix; integers of whole rows meet inputs rounded to integers, token by token, where `way` is 0.
+        x: float32 `(batch, columns)`, contiguous.
+        bias: float32 `(rows)`, contiguous, or None.
+        way: 0 straight from the stream, for a batch of at most 4; 1 with tokens side by side, for any.
+    """
+    library = native.library()
+    assert library is not None
+    y = torch.empty(x.shape[0], packed.rows)
+    threads = torch.get_num_threads() if packed.rows * packed.columns > ALONE else 1
+    pointers = (ctypes.c_void_p * 10)(
+        _at(packed.mask), _at(packed.counts), _at(packed.index), packed.values.data_ptr(),
+        packed.offsets.data_ptr(), _at(packed.scale), _at(packed.codebook), x.data_ptr(), _at(bias), y.data_ptr(),
+    )  # fmt: skip
+    numbers = (ctypes.c_int64 * 10)(
+        FORM[packed.form], KIND[packed.kind], packed.block, packed.rows, packed.columns,
+        1 if packed.scale is None else packed.scale.shape[1], x.shape[0], way, threads, level(),
+    )  # fmt: skip
+    return None if library.secateur_sparse_multiply(pointers, numbers) else y
+
+
+def bits_of(mask: Tensor, columns: int) -> np.ndarray:
+    """A bitmask as booleans, `(groups, columns)`."""
+    flat = np.unpackbits(mask.numpy().view(np.uint8), axis=1, bitorder="little")
+    return flat[:, :columns].astype(bool)
+
+
+def _at(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _words(kept: np.ndarray) -> Tensor:
+    groups, columns = kept.shape
+    wide = np.zeros((groups, -(-columns // 64) * 64), dtype=bool)
+    wide[:, :columns] = kept
+    return torch.from_numpy(np.packbits(wide, axis=1, bitorder="little").view(np.int64))
+
+
+def _encode_in_numpy(weight: Tensor, block: int) -> Encoded:
+    rows, columns = weight.shape
+    groups = -(-rows // block)
+    wide = torch.zeros(groups * block, columns, dtype=weight.dtype)
+    wide[:rows] = weight
+    tiles = wide.view(groups, block, columns).transpose(1, 2)
+    kept = (tiles != 0).any(2)
+    negative = None
+    if weight.is_floating_point():
+        cut = ~kept.repeat_interleave(block, 0)[:rows]
+        minus = (weight == 0) & weight.signbit() & cut
+        if bool(minus.any()):
+            negative = _words(minus.numpy())
+    return Encoded(
+        _words(kept.numpy()), negative, tiles[kept].reshape(-1), kept.sum(1), int(kept.sum()) * block
+    )
+
+
+def _decode_in_numpy(packed: Packed) -> Tensor:
+    groups, columns, block = packed.groups, packed.columns, packed.block
+    if packed.form == "index":
+        assert packed.counts is not None and packed.index is not None
+        each = packed.counts.long().flatten()
+        places = torch.repeat_interleave(torch.arange(len(each)), each)
+        spans = packed.counts.shape[1]
+        kept = torch.zeros(groups, columns, dtype=torch.bool)
+        kept[places // spans, places % spans * 256 + packed.index.long()] = True
+    else:
+        assert packed.mask is not None
+        kept = torch.from_numpy(bits_of(packed.mask, columns))
+    values = packed.values[: packed.nonzeros]
+    if packed.kind == "int4":
+        assert packed.codebook is not None
+        both = torch.stack([packed.values & 15, packed.values >> 4], 1).view(-1)
+        size = packed.per_group * block
+        starts = torch.cat([torch.zeros(1, dtype=torch.int64), size.cumsum(0)])[:-1]
+        shift = torch.repeat_interleave(packed.offsets[:-1] - starts, size)
+        values = packed.codebook[both[torch.arange(packed.nonzeros) + shift].long()]
+    dense = torch.zeros(groups, columns, block, dtype=values.dtype)
+    dense[kept] = values.view(-1, block)
+    found = dense.transpose(1, 2).reshape(groups * block, columns)[: packed.rows]
+    if packed.negative is not None:
+        found = torch.where(torch.from_numpy(bits_of(packed.negative, columns)), -0.0, found)
+    return found.contiguous()

@@ -1,0 +1,217 @@
+"""A sparse matrix as a stream: one bit for every weight, and the values of those that are not zero.
+
+Bits lie in 64-bit masks, row after row; where fewer than about one weight in nine is kept, an 8-bit index for each of
+them takes less. The stream of values is in the order of the bits. Offsets into it are never stored: they follow
+from the bits, so a file cannot lie about them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from secateur.deploy.grid import to_grid
+from secateur.deploy.sparse import kernels
+from secateur.errors import UsageError
+
+__all__ = ["BLOCKS", "FORMS", "KINDS", "PADDING", "Packed", "pack", "pack_integers"]
+
+FORMS = ("bitmask", "index", "dense")
+KINDS = ("float32", "bfloat16", "float16", "int8", "int4")
+BLOCKS = (1, 4, 16)  # rows that share an index
+DTYPES = {
+    "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16,
+    "int8": torch.int8, "int4": torch.uint8,
+}  # fmt: skip
+PADDING = 64  # bytes behind the last value that a kernel may read
+WORD, SPAN = 64, 256
+CODEBOOK = torch.tensor([*range(8), 0, *range(-7, 0)], dtype=torch.int8)
+DENSE_ENOUGH = 0.12  # share of non-zeros below which the index form is smaller
+GROUP = 128
+
+
+@dataclass(frozen=True, eq=False)
+class Packed:
+    """A matrix `(rows, columns)` without its zeros.
+
+    Attributes:
+        form: bitmask, index, or dense (int8 only: nothing left out).
+        kind: what a value is.
+        block: rows that are kept or cut together.
+        rows, columns: of the matrix.
+        values: the stream, one-dimensional, and `PADDING` bytes of zeros; int4: two in a byte, the lower half first,
+            each block row of a bitmask starting a new byte.
+        mask: int64 `(rows / block, columns / 64)`, rounded up; for the bitmask form.
+        negative: the same, marking zeros that have a sign; None where no zero has.
+        counts: int16 `(rows / block, columns / 256)`, values in each span; for the index form.
+        index: uint8, columns within the span.
+        scale: float32 `(rows, groups)`, for integers.
+        codebook: int8, 16 values of which the first is 0, for int4.
+    """
+
+    form: str
+    kind: str
+    block: int
+    rows: int
+    columns: int
+    values: Tensor
+    mask: Tensor | None = None
+    negative: Tensor | None = None
+    counts: Tensor | None = None
+    index: Tensor | None = None
+    scale: Tensor | None = None
+    codebook: Tensor | None = None
+
+    @property
+    def groups(self) -> int:
+        """Block rows."""
+        return -(-self.rows // self.block)
+
+    @cached_property
+    def per_group(self) -> Tensor:
+        """Units kept in every block row, int64."""
+        if self.mask is not None:
+            return torch.from_numpy(np.bitwise_count(self.mask.numpy().view(np.uint64)).sum(1, dtype=np.int64))
+        if self.counts is not None:
+            return self.counts.sum(1, dtype=torch.int64)
+        return torch.full((self.groups,), self.columns)
+
+    @cached_property
+    def offsets(self) -> Tensor:
+        """Where every block row starts in the stream, int64, one more than there are."""
+        each = self.per_group * self.block
+        if self.kind == "int4" and self.form == "bitmask":
+            each = each + each % 2
+        return torch.cat([torch.zeros(1, dtype=torch.int64), each.cumsum(0)])
+
+    @property
+    def nonzeros(self) -> int:
+        """Values in the stream, those of kept blocks included."""
+        return int(self.per_group.sum()) * self.block
+
+    @property
+    def density(self) -> float:
+        """Values in the stream as a share of all weights."""
+        return self.nonzeros / max(1, self.rows * self.columns)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of everything that is stored."""
+        held = (self.values, self.mask, self.negative, self.counts, self.index, self.scale, self.codebook)
+        return sum(tensor.nbytes for tensor in held if tensor is not None)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What is stored, by its name here."""
+        names = ("values", "mask", "negative", "counts", "index", "scale", "codebook")
+        return {name: tensor for name in names if (tensor := getattr(self, name)) is not None}
+
+    def dense(self) -> Tensor:
+        """The matrix: floating-point kinds bit for bit in their own type, integers times their scales in float32."""
+        return kernels.scaled(self, kernels.decode(self))
+
+
+def pack(weight: Tensor, kind: str | None = None, *, form: str | None = None, block: int = 1) -> Packed:
+    """Leave a matrix's zeros out.
+
+    Args:
+        weight: `(rows, columns)`, on the CPU.
+        kind: None for what the weight is; int8 with a scale for each row, int4 with one for each 128 columns where
+            they divide the row. Weights that round to zero are zeros then.
+        form: None for the smaller of bitmask and index.
+        block: 1, 4 or 16 rows that share an index; a block that holds a non-zero is stored whole.
+
+    Raises:
+        UsageError: a kind, form or block that is not known, or no matrix.
+        NumericError: NaN or Inf that should become integers.
+
+    Cost: two passes over the weights.
+
+    Example:
+        >>> packed = pack(torch.tensor([[0.0, 2.0, 0.0], [3.0, 0.0, -0.0]]))
+        >>> packed.values[: packed.nonzeros].tolist(), packed.mask.tolist(), packed.dense().tolist()
+        ([2.0, 3.0], [[2], [1]], [[0.0, 2.0, 0.0], [3.0, 0.0, -0.0]])
+    """
+    kind = kind or str(weight.dtype).removeprefix("torch.")
+    _check(weight, kind, form, block)
+    if kind in ("int8", "int4"):
+        columns = weight.shape[1]
+        group = next((g for g in (GROUP, WORD) if columns % g == 0), None) if kind == "int4" else None
+        grid = to_grid(weight[None], 4 if kind == "int4" else 8, group)
+        return pack_integers(grid.integers[0], grid.scale[0], kind, form=form, block=block)
+    return _packed(weight.detach().to(DTYPES[kind]), kind, form, block)
+
+
+def pack_integers(
+    integers: Tensor, scale: Tensor, kind: str = "int8", *, form: str | None = None, block: int = 1
+) -> Packed:
+    """The same of integers that are there already: int8 `(rows, columns)`, scale `(rows, groups)`."""
+    _check(integers, kind, form, block)
+    found = _packed(integers, kind, form, block)
+    codebook = CODEBOOK if kind == "int4" else None
+    return Packed(**{**vars_of(found), "scale": scale.float().contiguous(), "codebook": codebook})
+
+
+def vars_of(packed: Packed) -> dict[str, object]:
+    """The fields alone."""
+    return {name: getattr(packed, name) for name in Packed.__dataclass_fields__}
+
+
+def _check(weight: Tensor, kind: str, form: str | None, block: int) -> None:
+    if kind not in KINDS or (form is not None and form not in FORMS) or block not in BLOCKS:
+        raise UsageError(
+            f"kind={kind!r}, form={form!r}, block={block!r}; expected one of {', '.join(KINDS)}; {', '.join(FORMS)}; "
+            f"{', '.join(map(str, BLOCKS))}"
+        )
+    if weight.dim() != 2 or weight.device.type != "cpu" or 0 in weight.shape:
+        raise UsageError(f"a matrix on the CPU is expected, got {tuple(weight.shape)} on {weight.device}")
+    if (form == "dense" and (kind != "int8" or block > 1)) or (form == "index" and block > 1):
+        raise UsageError(f"form {form} is for {'int8' if form == 'dense' else 'single'} weights alone")
+
+
+def _packed(weight: Tensor, kind: str, form: str | None, block: int) -> Packed:
+    weight = weight.contiguous()
+    rows, columns = weight.shape
+    start = {"kind": kind, "block": block, "rows": rows, "columns": columns}
+    if form == "dense":
+        return Packed("dense", values=padded(weight.reshape(-1)), **start)  # type: ignore[arg-type]
+    found = kernels.encode(weight, block)
+    if form is None:
+        form = "index" if block == 1 and found.count < DENSE_ENOUGH * rows * columns else "bitmask"
+    values = found.values
+    if kind == "int4":
+        values = _nibbles(values, found.per_group * block, whole=form == "bitmask")
+    if form == "bitmask":
+        return Packed("bitmask", values=padded(values), mask=found.mask, negative=found.negative, **start)  # type: ignore[arg-type]
+    counts, index = _spans(found.mask, columns)
+    return Packed(
+        "index", values=padded(values), counts=counts, index=index, negative=found.negative, **start  # type: ignore[arg-type]
+    )
+
+
+def padded(values: Tensor) -> Tensor:
+    """A stream with zeros behind it."""
+    return torch.cat([values, values.new_zeros(PADDING // values.element_size())])
+
+
+def _nibbles(values: Tensor, each: Tensor, *, whole: bool) -> Tensor:
+    """Integers in [-7, 7] as two codes a byte; with `whole` every block row from a whole byte on."""
+    size = each + each % 2 if whole else each
+    starts = torch.cat([torch.zeros(1, dtype=torch.int64), size.cumsum(0)])
+    codes = np.zeros(int(starts[-1] + starts[-1] % 2), dtype=np.uint8)
+    source = torch.cat([torch.zeros(1, dtype=torch.int64), each.cumsum(0)])
+    shift = torch.repeat_interleave(starts[:-1] - source[:-1], each)
+    codes[(torch.arange(len(values)) + shift).numpy()] = values.numpy().view(np.uint8) & 15
+    return torch.from_numpy(codes[0::2] | (codes[1::2] << 4))
+
+
+def _spans(mask: Tensor, columns: int) -> tuple[Tensor, Tensor]:
+    """Counts and columns of a bitmask."""
+    kept = kernels.bits_of(mask, columns)
+    spans = -(-columns // SPAN)
+    counts = np.stack([kept[:, i * SPAN : (i + 1) * SPAN].sum(1) for i in range(spans)], 1)
+    index = (np.nonzero(kept)[1] % SPAN).astype(np.uint8)
+    return torch.from_numpy(counts.astype(np.int16)), torch.from_numpy(index)
