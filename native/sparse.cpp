@@ -121,19 +121,20 @@ bool finite(const float* x, int64_t size) {
 struct Room {
     std::vector<float> plain, paired, packed;
     std::vector<int8_t> integers;
-    std::vector<uint8_t> magnitudes;
     float factor[FEW];
 };
 
-void to_integers(const float* x, int64_t columns, int8_t* out, uint8_t* magnitudes, float* factor) {
+void to_integers(const float* x, int64_t columns, int8_t* out, float* factor) {
     float largest = 0;
     for (int64_t c = 0; c < columns; ++c) largest = std::max(largest, std::fabs(x[c]));
     *factor = largest / 127;
     const float inverse = largest > 1e-30f ? 127 / largest : 0;
     for (int64_t c = 0; c < columns; ++c) {
-        const int32_t q = int32_t(std::nearbyint(x[c] * inverse));
-        out[c] = int8_t(q);
-        magnitudes[c] = uint8_t(q < 0 ? -q : q);
+        // adding 1.5 * 2^23 rounds to the nearest whole number, which is then in the low bits
+        const float shifted = x[c] * inverse + 12582912.0f;
+        int32_t bits;
+        std::memcpy(&bits, &shifted, 4);
+        out[c] = int8_t(bits);
     }
 }
 
@@ -143,13 +144,9 @@ Inputs ready(const Matrix& m, const float* x, int64_t batch, Room& room) {
     const bool whole = (m.kind == I8 || m.kind == I4) && m.block == 1 && m.form != INDEX;
     if (whole) {
         room.integers.assign(batch * in.padded, 0);
-        room.magnitudes.assign(batch * in.padded, 0);
         for (int64_t b = 0; b < batch; ++b)
-            to_integers(
-                x + b * m.columns, m.columns, room.integers.data() + b * in.padded,
-                room.magnitudes.data() + b * in.padded, room.factor + b
-            );
-        in.integers = room.integers.data(), in.magnitudes = room.magnitudes.data(), in.factor = room.factor;
+            to_integers(x + b * m.columns, m.columns, room.integers.data() + b * in.padded, room.factor + b);
+        in.integers = room.integers.data(), in.factor = room.factor;
         return in;
     }
     room.plain.resize(batch * in.padded);

@@ -41,7 +41,6 @@ struct Inputs {
     const float* plain;           // batch x padded
     const float* paired;          // BF16: of every 16 columns the even ones, then the odd ones
     const int8_t* integers;       // I8, I4: batch x padded, in [-127, 127]
-    const uint8_t* magnitudes;    // their absolute values
     const float* factor;          // batch: what an integer stands for
 };
 

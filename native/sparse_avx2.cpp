@@ -83,8 +83,8 @@ ALWAYS __m256i bytes32(const void* a, const void* b, const void* c, const void* 
 // 8 float32 of the stream, put where bits of the mask are
 ALWAYS __m256 expand_words(const float* at, int mask) {
     const __m256i where = _mm256_load_si256((const __m256i*)t.words[mask]);
-    const __m256i put = _mm256_castps_si256(_mm256_permutevar8x32_ps(_mm256_loadu_ps(at), where));
-    return _mm256_castsi256_ps(_mm256_and_si256(put, _mm256_srai_epi32(where, 31)));
+    const __m256 put = _mm256_permutevar8x32_ps(_mm256_loadu_ps(at), where);
+    return _mm256_blendv_ps(_mm256_setzero_ps(), put, _mm256_castsi256_ps(where));
 }
 
 // 16 elements of two bytes
@@ -102,11 +102,13 @@ ALWAYS __m256i expand_halves(const uint16_t*& at, int one, int two) {
 }
 
 // 32 elements of one byte
-ALWAYS __m256i expand_bytes(const int8_t*& at, uint32_t bits) {
-    const int a = bits & 255, b = bits >> 8 & 255, c = bits >> 16 & 255, d = bits >> 24;
-    const int8_t *pb = at + __builtin_popcount(a), *pc = pb + __builtin_popcount(b), *pd = pc + __builtin_popcount(c);
-    const __m256i from = bytes32(at, pb, pc, pd);
-    at = pd + __builtin_popcount(d);
+ALWAYS __m256i expand_bytes(const int8_t*& at, const uint8_t* bits) {
+    const int a = bits[0], b = bits[1], c = bits[2], d = bits[3];
+    uint32_t all;
+    std::memcpy(&all, bits, 4);
+    const int8_t *pb = at + __builtin_popcount(a), *pc = at + __builtin_popcount(all & 0xffff);
+    const __m256i from = bytes32(at, pb, pc, pc + __builtin_popcount(c));
+    at += __builtin_popcount(all);  // one addition from step to step
     return _mm256_shuffle_epi8(from, bytes32(&t.low[a], &t.high[b], &t.low[c], &t.high[d]));
 }
 
@@ -114,16 +116,17 @@ ALWAYS __m256i expand_bytes(const int8_t*& at, uint32_t bits) {
 ALWAYS uint32_t expand_nibbles(const uint8_t* values, int64_t& at, int mask) {
     uint64_t raw;
     std::memcpy(&raw, values + (at >> 1), 8);
+    const int shift = int(at & 1) * 4;
     at += __builtin_popcount(mask);
-    return _pdep_u32(uint32_t(raw >> ((at - __builtin_popcount(mask)) & 1) * 4), t.nibbles[mask]);
+    return _pdep_u32(uint32_t(raw >> shift), t.nibbles[mask]);
 }
 
 // 32 of them, looked up in the codebook
-ALWAYS __m256i expand_codes(const uint8_t* values, int64_t& at, uint32_t bits, __m256i codebook) {
-    uint64_t low = expand_nibbles(values, at, bits & 255);
-    low |= uint64_t(expand_nibbles(values, at, bits >> 8 & 255)) << 32;
-    uint64_t high = expand_nibbles(values, at, bits >> 16 & 255);
-    high |= uint64_t(expand_nibbles(values, at, bits >> 24)) << 32;
+ALWAYS __m256i expand_codes(const uint8_t* values, int64_t& at, const uint8_t* bits, __m256i codebook) {
+    uint64_t low = expand_nibbles(values, at, bits[0]);
+    low |= uint64_t(expand_nibbles(values, at, bits[1])) << 32;
+    uint64_t high = expand_nibbles(values, at, bits[2]);
+    high |= uint64_t(expand_nibbles(values, at, bits[3])) << 32;
     const __m128i packed = _mm_set_epi64x(int64_t(high), int64_t(low)), fifteen = _mm_set1_epi8(15);
     const __m128i even = _mm_and_si128(packed, fifteen), odd = _mm_and_si128(_mm_srli_epi16(packed, 4), fifteen);
     const __m256i codes = _mm256_inserti128_si256(
@@ -133,9 +136,9 @@ ALWAYS __m256i expand_codes(const uint8_t* values, int64_t& at, uint32_t bits, _
 }
 
 // sums of signed bytes times signed bytes, both in [-127, 127], four at a time
-ALWAYS __m256i dot_bytes(__m256i sum, __m256i w, const int8_t* x, const uint8_t* magnitude) {
-    const __m256i turned = _mm256_sign_epi8(w, _mm256_loadu_si256((const __m256i*)x));
-    const __m256i pairs = _mm256_maddubs_epi16(_mm256_loadu_si256((const __m256i*)magnitude), turned);
+ALWAYS __m256i dot_bytes(__m256i sum, __m256i w, const int8_t* at) {
+    const __m256i x = _mm256_loadu_si256((const __m256i*)at);
+    const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(x), _mm256_sign_epi8(w, x));
     return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
 }
 
@@ -147,13 +150,15 @@ ALWAYS void row_in_float(const Matrix& m, const Inputs& in, int64_t group, float
     const float* words = (const float*)base;
     const uint16_t* halves = (const uint16_t*)base;
     const float* x = KIND == BF16 ? in.paired : in.plain;
+    const int64_t padded = in.padded, number = m.words;
     __m256 total[B][2];
     for (int b = 0; b < B; ++b) total[b][0] = total[b][1] = _mm256_setzero_ps();
-    for (int64_t word = 0; word < m.words; ++word) {
-        uint64_t bits = mask[word];
+    for (int64_t word = 0; word < number; ++word) {
+        if (!mask[word]) continue;
+        const uint8_t* bits = (const uint8_t*)(mask + word);  // x86 puts the lowest byte first
         const float* at = x + word * WORD;
-        for (int part = 0; part < 4 && bits; ++part, at += 16, bits >>= 16) {
-            const int one = int(bits & 255), two = int(bits >> 8 & 255);
+        for (int part = 0; part < 4; ++part, at += 16) {
+            const int one = bits[2 * part], two = bits[2 * part + 1];
             __m256 w[2];
             if (KIND == F32) {
                 w[0] = expand_words(words, one);
@@ -171,8 +176,8 @@ ALWAYS void row_in_float(const Matrix& m, const Inputs& in, int64_t group, float
                 }
             }
             for (int b = 0; b < B; ++b) {
-                total[b][0] = _mm256_fmadd_ps(w[0], _mm256_loadu_ps(at + b * in.padded), total[b][0]);
-                total[b][1] = _mm256_fmadd_ps(w[1], _mm256_loadu_ps(at + 8 + b * in.padded), total[b][1]);
+                total[b][0] = _mm256_fmadd_ps(w[0], _mm256_loadu_ps(at + b * padded), total[b][0]);
+                total[b][1] = _mm256_fmadd_ps(w[1], _mm256_loadu_ps(at + 8 + b * padded), total[b][1]);
             }
         }
     }
@@ -187,30 +192,29 @@ ALWAYS void row_in_integers(const Matrix& m, const Inputs& in, int64_t row, floa
     int64_t at = m.offsets[row];
     __m256i codebook = _mm256_setzero_si256();
     if (KIND == I4) codebook = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)m.codebook));
+    const int8_t* inputs = in.integers;
+    const int64_t padded = in.padded, words = m.words;
     const int64_t reach = m.scales == 1 ? m.words : m.columns / m.scales / WORD;
     for (int b = 0; b < B; ++b) out[b] = 0;
-    for (int64_t word = 0, scale = 0; word < m.words; ++scale) {
+    for (int64_t word = 0, scale = 0; word < words; ++scale) {
         __m256i total[B];
         for (int b = 0; b < B; ++b) total[b] = _mm256_setzero_si256();
-        const int64_t stop = word + reach < m.words ? word + reach : m.words;
+        const int64_t stop = word + reach < words ? word + reach : words;
         for (; word < stop; ++word) {
-            uint64_t bits = WHOLE ? 1 : mask[word];
+            if (!WHOLE && !mask[word]) continue;
+            const uint8_t* bits = WHOLE ? nullptr : (const uint8_t*)(mask + word);
             const int64_t x = word * WORD;
-            for (int part = 0; part < 2 && bits; ++part) {
+            for (int part = 0; part < 2; ++part) {
                 __m256i w;
                 if (WHOLE) {
                     w = _mm256_loadu_si256((const __m256i*)(bytes + x + 32 * part));
                 } else if (KIND == I8) {
-                    w = expand_bytes(bytes, uint32_t(bits));
+                    w = expand_bytes(bytes, bits + 4 * part);
                 } else {
-                    w = expand_codes((const uint8_t*)m.values, at, uint32_t(bits), codebook);
+                    w = expand_codes((const uint8_t*)m.values, at, bits + 4 * part, codebook);
                 }
-                if (!WHOLE) bits >>= 32;
                 for (int b = 0; b < B; ++b)
-                    total[b] = dot_bytes(
-                        total[b], w, in.integers + b * in.padded + x + 32 * part,
-                        in.magnitudes + b * in.padded + x + 32 * part
-                    );
+                    total[b] = dot_bytes(total[b], w, inputs + b * padded + x + 32 * part);
             }
         }
         for (int b = 0; b < B; ++b) out[b] += float(sum(total[b])) * m.scale[row * m.scales + scale];
