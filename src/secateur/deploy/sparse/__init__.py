@@ -1,0 +1,7 @@
+"""Compressed weights and the kernels that multiply with them: files that are smaller, models that run faster on a CPU."""
+
+from secateur.deploy.sparse.convert import Sparsified, sparsify_
+from secateur.deploy.sparse.packed import Packed, pack
+from secateur.deploy.sparse.store import load_sparse_, save_sparse
+
+__all__ = ["Packed", "Sparsified", "load_sparse_", "pack", "save_sparse", "sparsify_"]

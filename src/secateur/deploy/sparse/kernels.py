@@ -16,7 +16,7 @@ from secateur.errors import UsageError
 if TYPE_CHECKING:
     from secateur.deploy.sparse.packed import Packed
 
-__all__ = ["Encoded", "bits_of", "decode", "encode", "level", "multiply", "scaled"]
+__all__ = ["Encoded", "Product", "bits_of", "decode", "encode", "level", "scaled"]
 
 FORM = {"bitmask": 0, "index": 1, "dense": 2}
 KIND = {"float32": 0, "bfloat16": 1, "float16": 2, "int8": 3, "int4": 4}
@@ -101,28 +101,45 @@ def scaled(packed: Packed, raw: Tensor, first: int = 0) -> Tensor:
     return (wide * scale[..., None]).view(len(raw), packed.columns)
 
 
-def multiply(packed: Packed, x: Tensor, bias: Tensor | None, way: int) -> Tensor | None:
-    """`x w^T + bias` in float32 by the native kernels; None where x holds NaN or Inf, which they leave to torch.
+class Product:
+    """`x w^T + bias` in float32 by the native kernels, with everything but x looked up once.
 
     Args:
-        packed: the matrix; integers of whole rows meet inputs rounded to integers, token by token, where `way` is 0.
-        x: float32 `(batch, columns)`, contiguous.
-        bias: float32 `(rows)`, contiguous, or None.
-        way: 0 straight from the stream, for a batch of at most 4; 1 with tokens side by side, for any.
+        packed: the matrix; integers of whole rows meet inputs rounded to integers, token by token, where the way is 0.
+        bias: `(rows)`, or None.
     """
-    library = native.library()
-    assert library is not None
-    y = torch.empty(x.shape[0], packed.rows)
-    threads = torch.get_num_threads() if packed.rows * packed.columns > ALONE else 1
-    pointers = (ctypes.c_void_p * 10)(
-        _at(packed.mask), _at(packed.counts), _at(packed.index), packed.values.data_ptr(),
-        packed.offsets.data_ptr(), _at(packed.scale), _at(packed.codebook), x.data_ptr(), _at(bias), y.data_ptr(),
-    )  # fmt: skip
-    numbers = (ctypes.c_int64 * 10)(
-        FORM[packed.form], KIND[packed.kind], packed.block, packed.rows, packed.columns,
-        1 if packed.scale is None else packed.scale.shape[1], x.shape[0], way, threads, level(),
-    )  # fmt: skip
-    return None if library.secateur_sparse_multiply(pointers, numbers) else y
+
+    def __init__(self, packed: Packed, bias: Tensor | None):
+        library = native.library()
+        assert library is not None
+        self.bias = None if bias is None else bias.detach().float().contiguous()
+        self.packed, self.offsets, self._multiply = packed, packed.offsets, library.secateur_sparse_multiply
+        self.rows, self.threaded = packed.rows, packed.rows * packed.columns > ALONE
+        self._pointers = (ctypes.c_void_p * 10)(
+            _at(packed.mask), _at(packed.counts), _at(packed.index), packed.values.data_ptr(),
+            self.offsets.data_ptr(), _at(packed.scale), _at(packed.codebook), None, _at(self.bias), None,
+        )  # fmt: skip
+        self._numbers = (ctypes.c_int64 * 10)(
+            FORM[packed.form], KIND[packed.kind], packed.block, packed.rows, packed.columns,
+            1 if packed.scale is None else packed.scale.shape[1], 0, 0, 1, level(),
+        )  # fmt: skip
+
+    def __call__(self, x: Tensor, way: int) -> Tensor | None:
+        """None where x holds NaN or Inf, which the kernels leave to torch.
+
+        Args:
+            x: float32 `(batch, columns)`, contiguous.
+            way: 0 straight from the stream, for a batch of at most 4; 1 with tokens side by side, for any.
+        """
+        batch = x.shape[0]
+        y = torch.empty(batch, self.rows)
+        pointers = type(self._pointers).from_buffer_copy(self._pointers)  # other threads may call at this moment
+        numbers = type(self._numbers).from_buffer_copy(self._numbers)
+        pointers[7], pointers[9] = x.data_ptr(), y.data_ptr()
+        numbers[6], numbers[7] = batch, way
+        if self.threaded:
+            numbers[8] = torch.get_num_threads()
+        return None if self._multiply(pointers, numbers) else y
 
 
 def bits_of(mask: Tensor, columns: int) -> np.ndarray:

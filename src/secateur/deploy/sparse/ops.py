@@ -6,6 +6,7 @@ gradient.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 
 import torch
@@ -16,7 +17,7 @@ from secateur.core import native
 from secateur.deploy.sparse import kernels
 from secateur.deploy.sparse.packed import FORMS, KINDS, Packed
 
-__all__ = ["BATCHES", "STREAM", "TILES", "UNPACK", "bucket", "sparse_linear"]
+__all__ = ["BATCHES", "STREAM", "TILES", "UNPACK", "bucket", "product_of", "sparse_linear", "usual_ways"]
 
 STREAM, TILES, UNPACK = 0, 1, 2  # ways: straight from the stream; tokens in the lanes; rows unpacked for torch's product
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)  # a way is chosen for each up to these, and one beyond
@@ -38,7 +39,7 @@ def bucket(batch: int) -> int:
         >>> [bucket(n) for n in (1, 3, 128, 129)]
         [0, 2, 7, 8]
     """
-    return next((i for i, most in enumerate(BATCHES) if batch <= most), len(BATCHES))
+    return bisect_left(BATCHES, batch)
 
 
 def _sparse_linear(
@@ -50,16 +51,26 @@ def _sparse_linear(
         FORMS[form], KINDS[kind], block, rows, columns, values, mask, None, counts, index, scale, codebook
     )
     packed.__dict__["offsets"] = offsets
-    flat = x.reshape(-1, columns)
+    return product_of(packed, x, bias, ways, None)
+
+
+def product_of(
+    packed: Packed, x: Tensor, bias: Tensor | None, ways: Sequence[int], product: kernels.Product | None
+) -> Tensor:
+    """The operator itself; `product` is one of this matrix that was made before."""
+    rows, columns = packed.rows, packed.columns
+    flat = x if x.dim() == 2 else x.reshape(-1, columns)
     batch = flat.shape[0]
+    if flat.shape[1] != columns:
+        raise RuntimeError(f"inputs of {flat.shape[1]} columns meet a matrix of {columns}")
     way = ways[bucket(batch)]
     if way != UNPACK and batch and native.library() is not None:
         if way == STREAM and (batch > FEW or columns > INTEGER_COLUMNS):
             way = TILES
-        wide = None if bias is None else bias.float()
-        y = kernels.multiply(packed, flat.float().contiguous(), wide, way)
+        wide = flat if flat.dtype == torch.float32 else flat.float()
+        y = (product or kernels.Product(packed, bias))(wide.contiguous(), way)
         if y is not None:
-            return y.to(x.dtype).view(*x.shape[:-1], rows)
+            return (y if x.dtype == torch.float32 else y.to(x.dtype)).view(*x.shape[:-1], rows)
     return _unpacked(packed, flat, bias).view(*x.shape[:-1], rows)
 
 

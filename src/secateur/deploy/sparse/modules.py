@@ -1,0 +1,160 @@
+"""Layers that compute with a packed weight: linear, convolution and embedding."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from secateur.core import native
+from secateur.deploy.sparse.kernels import Product
+from secateur.deploy.sparse.ops import product_of, sparse_linear, usual_ways
+from secateur.deploy.sparse.packed import Packed
+
+__all__ = ["SparseConv2d", "SparseEmbedding", "SparseLayer", "SparseLinear"]
+
+_PARTS = ("values", "mask", "negative", "counts", "index", "scale", "codebook")
+
+
+class SparseLayer(nn.Module):
+    """A layer without a dense weight; what is packed are its buffers. For inference.
+
+    Attributes:
+        packed: the weight as a matrix `(rows, columns)`.
+        dtype: the type the weight had.
+    """
+
+    bias: nn.Parameter | None
+    ways: tuple[int, ...] | None
+    values: Tensor
+    scale: Tensor
+    offsets: Tensor
+
+    bias: nn.Parameter | None
+    ways: tuple[int, ...] | None
+    values: Tensor
+    scale: Tensor
+    offsets: Tensor
+
+    def __init__(self, packed: Packed, dtype: torch.dtype):
+        super().__init__()
+        self._shape = (packed.form, packed.kind, packed.block, packed.rows, packed.columns)
+        self.dtype = dtype
+        for name in _PARTS:
+            self.register_buffer(name, getattr(packed, name))
+        self.register_buffer("offsets", packed.offsets, persistent=False)
+
+    @property
+    def packed(self) -> Packed:
+        """The weight, packed."""
+        found = Packed(*self._shape, **{name: getattr(self, name) for name in _PARTS})
+        found.__dict__["offsets"] = self.offsets
+        return found
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight as the layer had it, made anew at every call: for code that looks at it."""
+        return self.packed.dense().to(self.dtype)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> SparseLayer:
+        """A model's `to(dtype)` and `half()` leave the stream as it is."""
+        bits = {name: getattr(self, name) for name in (*_PARTS, "offsets")}
+        for name in bits:
+            setattr(self, name, None)
+        super()._apply(fn, recurse)
+        probe = fn(torch.empty(0))
+        for name, tensor in bits.items():
+            setattr(self, name, tensor if tensor is None else tensor.to(probe.device))
+        self.__dict__.pop("_product", None)
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and stored modules look their pointers up again."""
+        return {name: value for name, value in self.__dict__.items() if name != "_product"}
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """`x w^T + bias`: the operator where something traces, else what it does without the way through torch."""
+        if type(x) is not Tensor or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+            return sparse_linear(self.packed, x, self.bias, ways=self.ways)
+        held = self.__dict__.get("_product")
+        if held is None or held[0] != (self.values.data_ptr(), native.library()):
+            packed = self.packed
+            made = Product(packed, self.bias) if native.library() is not None else None
+            held = (self.values.data_ptr(), native.library()), packed, made
+            self.__dict__["_product"] = held
+        ways = self.ways or usual_ways(held[1])
+        return product_of(held[1], x, self.bias, ways, held[2])
+
+    def extra_repr(self) -> str:
+        """For printing."""
+        form, kind, block, rows, columns = self._shape
+        return f"{columns} -> {rows}, {kind} {form}" + (f", blocks of {block}" if block > 1 else "")
+
+
+class SparseLinear(SparseLayer):
+    """`nn.Linear`, or transformers' `Conv1D`, with a packed weight."""
+
+    def __init__(
+        self, packed: Packed, bias: Tensor | None, dtype: torch.dtype, ways: Sequence[int] | None = None
+    ):
+        super().__init__(packed, dtype)
+        self.in_features, self.out_features = packed.columns, packed.rows
+        self.nf, self.nx = packed.rows, packed.columns
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        self.ways = None if ways is None else tuple(ways)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The layer's product."""
+        return self.multiply(x)
+
+
+class SparseConv2d(SparseLayer):
+    """A convolution of one group as a product with patches of the input."""
+
+    def __init__(self, packed: Packed, like: nn.Conv2d, ways: Sequence[int] | None = None):
+        super().__init__(packed, like.weight.dtype)
+        self.kernel_size, self.stride, self.dilation = like.kernel_size, like.stride, like.dilation
+        self.in_channels, self.out_channels = like.in_channels, like.out_channels
+        self.padding, self.padding_mode, self.groups = like.padding, like.padding_mode, 1
+        self._around, self.stored = list(like._reversed_padding_repeated_twice), tuple(like.weight.shape)
+        self.bias = None if like.bias is None else nn.Parameter(like.bias.detach(), requires_grad=False)
+        self.ways = None if ways is None else tuple(ways)
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight as the layer had it."""
+        return super().weight.view(self.stored)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Patches, product, and channels in front again."""
+        single = x.dim() == 3
+        x = F.pad(x[None] if single else x, self._around)
+        spans = [d * (k - 1) for d, k in zip(self.dilation, self.kernel_size, strict=True)]
+        height, width = (
+            (size - span - 1) // step + 1
+            for size, span, step in zip(x.shape[2:], spans, self.stride, strict=True)
+        )
+        if self.kernel_size == (1, 1):
+            patches = x[:, :, :: self.stride[0], :: self.stride[1]].flatten(2)
+        else:
+            patches = F.unfold(x, self.kernel_size, self.dilation, 0, self.stride)
+        y = self.multiply(patches.transpose(1, 2))
+        y = y.transpose(1, 2).reshape(x.shape[0], self.out_channels, height, width)
+        return y[0] if single else y
+
+
+class SparseEmbedding(SparseLayer):
+    """An embedding whose rows are integers; nothing is left out, so a row is found at once."""
+
+    def __init__(self, packed: Packed, like: nn.Embedding):
+        super().__init__(packed, like.weight.dtype)
+        self.num_embeddings, self.embedding_dim = packed.rows, packed.columns
+        self.padding_idx = like.padding_idx
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """The rows of the ids."""
+        rows = self.values[: self.num_embeddings * self.embedding_dim].view(self.num_embeddings, -1)
+        return (F.embedding(ids, rows).float() * F.embedding(ids, self.scale)).to(self.dtype)

@@ -1,0 +1,300 @@
+"""A model with packed weights as one safetensors file: tensors alone, and in the header which names are tied.
+
+What a weight is lies beside it as whole numbers, `NAME:packed`: format, form, kind, block, rows, columns. A form or a kind
+is a place in a table here; nothing in a file is looked up by name. Everything is checked before a kernel sees it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from secateur.core.matrix import Layout
+from secateur.deploy.quantize import layouts_of
+from secateur.deploy.sparse.convert import can_hold, install_sparse_, packed_of
+from secateur.deploy.sparse.kernels import bits_of
+from secateur.deploy.sparse.packed import BLOCKS, DTYPES, FORMS, KINDS, PADDING, SPAN, WORD, Packed, pack
+from secateur.errors import InputError, UsageError, nearest
+
+__all__ = ["FORMAT", "checked", "load_sparse_", "read_sparse", "save_sparse", "sparse_header"]
+
+FORMAT = "secateur.sparse.v1"
+VERSION = 1
+NUMBERS = "packed"
+_PARTS = ("values", "mask", "negative", "counts", "index", "scale", "codebook")
+_NEEDED = {"bitmask": ("mask",), "index": ("counts", "index"), "dense": ()}
+LARGEST = 1 << 40  # weights of a matrix
+
+
+def save_sparse(model: nn.Module, path: str | Path, *, pack_rest: bool = True) -> None:
+    """Write a model, each matrix in the smallest form: what `sparsify_` packed as it is, others bit for bit.
+
+    Args:
+        model: not changed.
+        path: a file; written beside and renamed.
+        pack_rest: also pack floating-point matrices that `sparsify_` left, where that is smaller.
+    """
+    from safetensors.torch import save_file
+
+    held = packed_of(model)
+    inside = {f"{name.removesuffix('weight')}{part}" for name in held for part in _PARTS}
+    state = {
+        name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if name not in inside
+    }
+    tied: dict[str, str] = {}
+    tensors: dict[str, Tensor] = {}
+    seen: dict[int, str] = {}
+    for name, layer in held.items():
+        first = seen.setdefault(layer.values.data_ptr(), name)
+        if first != name:
+            tied[name] = first
+        else:
+            tensors |= named(name, layer.packed)
+    places = layouts_of(model) if pack_rest else {}
+    groups: dict[tuple, list[str]] = defaultdict(list)
+    for name, tensor in state.items():
+        place = (tensor.data_ptr(), tuple(tensor.shape), tensor.dtype) if tensor.numel() else (name,)
+        groups[place].append(name)
+    for name, *aliases in groups.values():
+        tied |= dict.fromkeys(aliases, name)
+        tensors |= _smallest(name, state[name].detach().cpu(), places.get(name))
+    header = json.dumps({"format": FORMAT, "tied": tied}, sort_keys=True)
+    path = Path(path)
+    beside = path.with_name(f".{path.name}.tmp")
+    try:
+        save_file(tensors, beside, metadata={"secateur": header})
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def named(name: str, packed: Packed) -> dict[str, Tensor]:
+    """The tensors that stand for one weight, under their names in a file."""
+    numbers = [VERSION, FORMS.index(packed.form), KINDS.index(packed.kind), packed.block, packed.rows, packed.columns]
+    found = {f"{name}:{part}": tensor.contiguous() for part, tensor in packed.tensors().items()}
+    return {f"{name}:{NUMBERS}": torch.tensor(numbers), **found}
+
+
+def sparse_header(path: str | Path) -> dict[str, str] | None:
+    """Alias -> name of tied tensors in a file that `save_sparse` wrote; None for any other file."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), "pt") as file:
+            found = json.loads((file.metadata() or {}).get("secateur", "null"))
+    except (SafetensorError, OSError, ValueError, RecursionError):
+        return None
+    if not isinstance(found, dict) or found.get("format") != FORMAT:
+        return None
+    tied = found.get("tied")
+    if not isinstance(tied, dict) or not all(isinstance(name, str) for name in tied.values()):
+        raise InputError(f"{path}: the table of tied names in its header was altered")
+    return tied
+
+
+def read_sparse(path: str | Path) -> tuple[dict[str, Packed], dict[str, Tensor], dict[str, str]]:
+    """Packed weights, other tensors, and tied names, each checked.
+
+    Packed weights keep pointing into the memory-mapped file where its numbers are aligned.
+
+    Raises:
+        InputError: no such file, or one whose content was altered; names the tensor.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    tied = sparse_header(path)
+    if tied is None:
+        raise InputError(f"{path}: no file of packed weights ({FORMAT}), or one whose header is damaged")
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        raise InputError(f"{path}: not a sound safetensors file ({' '.join(str(error).split())[:200]})") from error
+    names = [name.removesuffix(f":{NUMBERS}") for name in tensors if name.endswith(f":{NUMBERS}")]
+    packed = {name: checked(f"{path}: {name}", _taken(name, tensors)) for name in names}
+    strange = [name for name in tensors if ":" in name]
+    if strange:
+        raise InputError(f"{path}: {strange[0]} belongs to no packed weight")
+    for alias, kept in tied.items():
+        if (kept not in packed and kept not in tensors) or alias in packed or alias in tensors:
+            raise InputError(f"{path}: {alias} is said to be {kept}; one is missing, or both are there")
+    return packed, tensors, tied
+
+
+@torch.no_grad()
+def load_sparse_(model: nn.Module, path: str | Path, *, dense: bool = False) -> nn.Module:
+    """Fill a model of the same architecture, as it is built, with what `save_sparse` wrote; returns the model.
+
+    Args:
+        model: whatever its weights.
+        path: the file.
+        dense: give every layer an ordinary weight; otherwise linear layers, convolutions and embeddings that were packed
+            run packed.
+
+    Raises:
+        InputError: no such file, altered content, or another architecture.
+    """
+    packed, tensors, tied = read_sparse(path)
+    for alias, kept in tied.items():
+        if kept in packed:
+            packed[alias] = packed[kept]
+        else:
+            tensors[alias] = tensors[kept]
+    places = layouts_of(model)
+    state = model.state_dict(keep_vars=True)
+    for words, names in {
+        "missing in the file": state.keys() - packed.keys() - tensors.keys(),
+        "unknown to the model": (packed.keys() | tensors.keys()) - state.keys(),
+    }.items():
+        if names:
+            raise InputError(f"{path} does not fit the model: {words}: {', '.join(sorted(names)[:5])}")
+    for name, each in packed.items():
+        _check_fits(path, name, each, places)
+    for name, tensor in tensors.items():
+        if state[name].shape != tensor.shape:
+            raise InputError(
+                f"{path} does not fit the model: {name} is {tuple(tensor.shape)} in the file, {tuple(state[name].shape)} "
+                "in the model"
+            )
+    for name, tensor in tensors.items():
+        state[name].copy_(tensor)
+    for name, each in packed.items():
+        module = model.get_submodule(name.rpartition(".")[0])
+        looks_up = type(module) is nn.Embedding and each.form == "dense"
+        if not dense and (can_hold(module) or looks_up) and name.endswith("weight"):
+            install_sparse_(model, (name,), each)
+        else:
+            places[name]  # checked above
+            state[name].copy_(places[name].from_matrices(each.dense().view(places[name].shape)))
+    return model
+
+
+def checked(name: str, packed: Packed) -> Packed:
+    """A packed weight as a file gives it, if kernels can trust it.
+
+    Raises:
+        InputError: parts that contradict each other; names the weight.
+    """
+    rows, columns, block = packed.rows, packed.columns, packed.block
+    extra = PADDING // packed.values.element_size()
+    groups = -(-rows // block)
+    wrong = ""
+    if packed.mask is not None and _wants(packed.mask, torch.int64, (groups, -(-columns // WORD))):
+        wrong = "the mask has another shape or type"
+    elif packed.mask is not None and _beyond(packed.mask, columns):
+        wrong = "bits are set behind the last column"
+    elif packed.counts is not None and packed.index is not None:
+        wrong = _wrong_index(packed.counts, packed.index, groups, columns)
+    if not wrong:
+        size = -(-int(packed.offsets[-1]) // 2) if packed.kind == "int4" else int(packed.offsets[-1])
+        if _wants(packed.values, DTYPES[packed.kind], (size + extra,)):
+            wrong = f"{packed.nonzeros:,} weights are kept, and the stream of values has another length or type"
+        elif packed.negative is not None and (
+            _wants(packed.negative, torch.int64, (rows, -(-columns // WORD))) or _beyond(packed.negative, columns)
+        ):
+            wrong = "the signs of zeros have another shape or type, or stand behind the last column"
+        else:
+            wrong = _wrong_scale(packed)
+    if wrong:
+        raise InputError(f"{name}: {wrong}; the file was altered")
+    return packed
+
+
+def _taken(name: str, tensors: dict[str, Tensor]) -> Packed:
+    """The parts of one weight, taken out of `tensors`."""
+    numbers = tensors.pop(f"{name}:{NUMBERS}")
+    if numbers.dtype != torch.int64 or numbers.shape != (6,):
+        raise InputError(f"{name}: what it is stands in no 6 whole numbers; the file was altered")
+    version, form, kind, block, rows, columns = numbers.tolist()
+    if version != VERSION:
+        raise InputError(f"{name}: packed in version {version} of the format; this secateur reads {VERSION}")
+    known = 0 <= form < len(FORMS) and 0 <= kind < len(KINDS) and block in BLOCKS
+    if not known or not (0 < rows < LARGEST and 0 < columns < LARGEST and rows * columns < LARGEST):
+        raise InputError(f"{name}: numbers {numbers.tolist()} name no matrix; the file was altered")
+    parts = {part: tensors.pop(f"{name}:{part}") for part in _PARTS if f"{name}:{part}" in tensors}
+    needed = {"values", *_NEEDED[FORMS[form]]}
+    needed |= {"scale"} if KINDS[kind].startswith("int") else set()
+    needed |= {"codebook"} if KINDS[kind] == "int4" else set()
+    simple = FORMS[form] == "bitmask" or (block == 1 and (FORMS[form] == "index" or KINDS[kind] == "int8"))
+    optional = {"negative"} if not KINDS[kind].startswith("int") else set()
+    if not simple or not needed <= parts.keys() <= needed | optional:
+        raise InputError(f"{name}: parts {', '.join(sorted(parts))} make no {FORMS[form]} of {KINDS[kind]}")
+    return Packed(FORMS[form], KINDS[kind], block, rows, columns, **parts)
+
+
+def _wants(tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> bool:
+    return tensor.dtype != dtype or tuple(tensor.shape) != shape
+
+
+def _beyond(mask: Tensor, columns: int) -> bool:
+    last = mask[:, -1].numpy().view(np.uint64)
+    return columns % WORD != 0 and bool((last >> np.uint64(columns % WORD)).any())
+
+
+def _wrong_index(counts: Tensor, index: Tensor, groups: int, columns: int) -> str:
+    spans = -(-columns // SPAN)
+    if _wants(counts, torch.int16, (groups, spans)) or bool((counts < 0).any()) or bool((counts > SPAN).any()):
+        return "the counts have another shape or type, or are more than a span holds"
+    each = counts.long().flatten()
+    if _wants(index, torch.uint8, (int(each.sum()),)):
+        return "the columns have another number or type than the counts say"
+    places = torch.repeat_interleave(torch.arange(len(each)), each)
+    where = places % spans * SPAN + index.long()
+    rising = (where[1:] > where[:-1]) | (places[1:] // spans != places[:-1] // spans)
+    inside = not len(where) or int(where.max()) < columns
+    return "" if inside and bool(rising.all()) else "columns are out of range or out of order"
+
+
+def _wrong_scale(packed: Packed) -> str:
+    scale, codebook = packed.scale, packed.codebook
+    if scale is None:
+        return ""
+    groups = scale.shape[1] if scale.dim() == 2 else 0
+    wide = packed.columns // groups if groups and packed.columns % groups == 0 else 0
+    if _wants(scale, torch.float32, (packed.rows, groups)) or not wide or (groups > 1 and wide % WORD):
+        return "the scales have another shape or type"
+    if packed.kind == "int8" and groups != 1:
+        return "8-bit integers have one scale a row"
+    if not bool(((scale > 0) & scale.isfinite()).all()):
+        return "scales are not positive numbers"
+    if packed.kind == "int8" and packed.nonzeros and int(packed.values.min()) < -127:
+        return "an integer is below -127"
+    if codebook is not None and (_wants(codebook, torch.int8, (16,)) or int(codebook[0]) or int(codebook.min()) < -127):
+        return "the codebook is no 16 integers of which the first is 0"
+    return ""
+
+
+def _check_fits(path: str | Path, name: str, packed: Packed, places: Mapping[str, Layout]) -> None:
+    if name not in places:
+        raise InputError(f"{path} does not fit the model: it has no matrix {name}; {nearest(name, places)}")
+    part, out, columns = places[name].shape
+    if (part * out, columns) != (packed.rows, packed.columns):
+        raise InputError(
+            f"{path} does not fit the model: {name} is {packed.rows} x {packed.columns} in the file, "
+            f"{part * out} x {columns} in the model"
+        )
+
+
+def _smallest(name: str, tensor: Tensor, place: Layout | None) -> dict[str, Tensor]:
+    """A tensor as it is, or packed where it is a matrix with enough zeros."""
+    kind = str(tensor.dtype).removeprefix("torch.")
+    if place is not None and kind in KINDS[:3] and tensor.numel():
+        packed = pack(place.to_matrices(tensor).reshape(-1, place.shape[2]))
+        if packed.nbytes < tensor.nbytes:
+            return named(name, packed)
+    if tensor.layout != torch.strided:
+        raise UsageError(f"{name} is no dense tensor; it cannot be stored")
+    return {name: tensor.contiguous().clone()}
+
+
+def kept_of(packed: Packed) -> Tensor:
+    """Which weights are in the stream of a bitmask, as booleans."""
+    assert packed.mask is not None
+    return torch.from_numpy(bits_of(packed.mask, packed.columns))
