@@ -1,4 +1,4 @@
-"""Compressed weights and the kernels that multiply with them: files that are smaller, models that run faster on a CPU."""
+"""Compressed weights, and kernels that multiply with them: smaller files, faster models on a CPU."""
 
 from secateur.deploy.sparse.convert import Sparsified, sparsify_
 from secateur.deploy.sparse.packed import Packed, pack

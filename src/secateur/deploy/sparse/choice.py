@@ -1,7 +1,7 @@
 """Which way to multiply is fastest here: measured once a machine for each kind of matrix, and kept in a file.
 
-A way is chosen by the kind of the values, the share of non-zeros in tenths, the block, the type of the dense layer and the
-number of threads; for each batch of `BATCHES` the candidates are timed in turns with the dense product.
+A way is chosen by the kind of the values, the share of zeros in tenths, the block, the type of the dense layer and
+the number of threads; for each batch of `BATCHES` the candidates are timed in turns with the dense product.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import os
 import platform
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -86,7 +87,7 @@ def _times(packed: Packed, dense: Tensor, x: Tensor) -> list[float]:
     runs: dict[int, Callable[[], Tensor]] = {-1: lambda: F.linear(x, dense)}
     for way in (STREAM, TILES, UNPACK):
         if way != STREAM or len(x) <= FEW:
-            runs[way] = lambda way=way: sparse_linear(packed, x, ways=[way] * (len(BATCHES) + 1))
+            runs[way] = partial(sparse_linear, packed, x, ways=[way] * (len(BATCHES) + 1))
     # one thread's own time does not count what other processes take from it
     clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
     best = dict.fromkeys((-1, STREAM, TILES, UNPACK), 1e9)
@@ -109,7 +110,9 @@ def _machine() -> str:
 
 def _file() -> Path:
     place = os.environ.get(CACHE)
-    base = Path(place) if place else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "secateur"
+    base = (
+        Path(place) if place else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "secateur"
+    )
     return base / "sparse.json"
 
 

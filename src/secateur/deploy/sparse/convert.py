@@ -76,8 +76,8 @@ def sparsify_(
 
     Args:
         model: pruned; its masks do not apply to the packed weights any more.
-        kind: how kept weights are held: float32, bfloat16, float16, int8 (a scale for each row; batches of at most 4 are
-            multiplied in integers) or int4 (a scale for each 128 columns). None: as they are.
+        kind: how kept weights are held: float32, bfloat16, float16, int8 (a scale for each row; at most 4 tokens
+            are multiplied in integers) or int4 (a scale for each 128 columns). None: as they are.
         outer: "int8" holds embeddings and output heads as dense integers, tied ones once; None leaves them alone.
         block: rows that share an index: what `Blocks(block, 1)` pruned; 1, 4 or 16.
         only, skip: which layers, as for `prune_`; default every `nn.Linear`, `Conv1D` and `nn.Conv2d` of one group.
@@ -127,9 +127,8 @@ def sparsify_(
                 continue
         plan.append((layer, packed, ways))
     if not plan:
-        raise UsageError(
-            f"no layer to pack{''.join(f'; {name}: {why}' for name, why in left[:3])}. Prune first, or choose others"
-        )
+        reasons = "".join(f"; {name}: {why}" for name, why in left[:-4:-1])
+        raise UsageError(f"no layer to pack{reasons}. Prune first, or choose others")
     done = tuple(_report(layer, packed) for layer, packed, _ in plan)
     for layer, packed, ways in plan:
         install_sparse_(model, (layer.name, *layer.tied), packed, ways)
@@ -194,8 +193,7 @@ def _reason(layer: Layer, outer: str | None) -> str:
 
 
 def _looks_up(module: nn.Module) -> bool:
-    plain = type(module) is nn.Embedding and module.max_norm is None
-    return plain and module.embedding_dim * module.num_embeddings > 0  # type: ignore[operator]
+    return type(module) is nn.Embedding and module.max_norm is None
 
 
 def _report(layer: Layer, packed: Packed) -> SparsifiedLayer:

@@ -32,7 +32,7 @@ class Encoded(NamedTuple):
     negative: Tensor | None
     values: Tensor
     per_group: Tensor
-    count: int
+    size: int
 
 
 def level() -> int:
@@ -59,7 +59,9 @@ def encode(weight: Tensor, block: int = 1) -> Encoded:
         return _encode_in_numpy(weight, block)
     words, bytes_, signed = -(-columns // 64), weight.element_size(), weight.is_floating_point()
     per_group = torch.empty(rows, dtype=torch.int64)
-    minus = library.secateur_sparse_count(weight.data_ptr(), rows, columns, bytes_, signed, per_group.data_ptr())
+    minus = library.secateur_sparse_count(
+        weight.data_ptr(), rows, columns, bytes_, signed, per_group.data_ptr()
+    )
     offsets = torch.cat([torch.zeros(1, dtype=torch.int64), per_group.cumsum(0)])
     mask = torch.empty(rows, words, dtype=torch.int64)
     negative = torch.empty(rows, words, dtype=torch.int64) if minus else None
@@ -133,7 +135,9 @@ class Product:
         """
         batch = x.shape[0]
         y = torch.empty(batch, self.rows)
-        pointers = type(self._pointers).from_buffer_copy(self._pointers)  # other threads may call at this moment
+        pointers = type(self._pointers).from_buffer_copy(
+            self._pointers
+        )  # other threads may call at this moment
         numbers = type(self._numbers).from_buffer_copy(self._numbers)
         pointers[7], pointers[9] = x.data_ptr(), y.data_ptr()
         numbers[6], numbers[7] = batch, way
@@ -180,7 +184,8 @@ def _encode_in_numpy(weight: Tensor, block: int) -> Encoded:
 def _decode_in_numpy(packed: Packed) -> Tensor:
     groups, columns, block = packed.groups, packed.columns, packed.block
     if packed.form == "index":
-        assert packed.counts is not None and packed.index is not None
+        assert packed.counts is not None
+        assert packed.index is not None
         each = packed.counts.long().flatten()
         places = torch.repeat_interleave(torch.arange(len(each)), each)
         spans = packed.counts.shape[1]

@@ -33,12 +33,6 @@ class SparseLayer(nn.Module):
     scale: Tensor
     offsets: Tensor
 
-    bias: nn.Parameter | None
-    ways: tuple[int, ...] | None
-    values: Tensor
-    scale: Tensor
-    offsets: Tensor
-
     def __init__(self, packed: Packed, dtype: torch.dtype):
         super().__init__()
         self._shape = (packed.form, packed.kind, packed.block, packed.rows, packed.columns)

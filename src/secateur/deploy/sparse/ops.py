@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +20,7 @@ from secateur.deploy.sparse.packed import FORMS, KINDS, Packed
 
 __all__ = ["BATCHES", "STREAM", "TILES", "UNPACK", "bucket", "product_of", "sparse_linear", "usual_ways"]
 
-STREAM, TILES, UNPACK = 0, 1, 2  # ways: straight from the stream; tokens in the lanes; rows unpacked for torch's product
+STREAM, TILES, UNPACK = 0, 1, 2  # straight from the stream; tokens in lanes; rows unpacked for torch
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)  # a way is chosen for each up to these, and one beyond
 FEW = 4
 INTEGER_COLUMNS = 1 << 17  # whose products a 32-bit sum holds
@@ -27,8 +28,9 @@ PANEL = 1 << 22  # weights that are unpacked at a time
 
 _library = torch.library.Library("secateur", "DEF")
 _library.define(
-    "sparse_linear(Tensor x, Tensor values, Tensor offsets, Tensor? mask, Tensor? counts, Tensor? index, Tensor? scale, "
-    "Tensor? codebook, Tensor? bias, int rows, int columns, int form, int kind, int block, int[] ways) -> Tensor"
+    "sparse_linear(Tensor x, Tensor values, Tensor offsets, Tensor? mask, Tensor? counts, Tensor? index, "
+    "Tensor? scale, Tensor? codebook, Tensor? bias, int rows, int columns, int form, int kind, "
+    "int block, int[] ways) -> Tensor"
 )
 
 
@@ -91,7 +93,7 @@ def _unpacked(packed: Packed, flat: Tensor, bias: Tensor | None) -> Tensor:
 
 
 @torch.library.register_fake("secateur::sparse_linear", lib=_library)
-def _fake(x: Tensor, values: Tensor, *rest: object) -> Tensor:
+def _fake(x: Tensor, values: Tensor, *rest: Any) -> Tensor:
     return x.new_empty(*x.shape[:-1], rest[7])
 
 
@@ -105,8 +107,8 @@ def sparse_linear(
 
     Args:
         packed: the matrix `(rows, columns)`.
-        x: `(..., columns)`, any floating-point type. Sums are float32, the result has the type of x. Where int8 and int4
-            matrices of whole rows meet at most 4 tokens, these are rounded to 8 bits, each token by its own scale.
+        x: `(..., columns)`, any floating-point type. Sums are float32, the result has the type of x. Where int8 and
+            int4 matrices of whole rows meet at most 4 tokens, these are rounded to 8 bits, each token by its own scale.
             NaN and Inf reach every row, as in a dense product.
         bias: `(rows)`.
         ways: how, for each of `BATCHES` and beyond; None for the usual choice.
@@ -125,4 +127,4 @@ def sparse_linear(
 
 def usual_ways(packed: Packed) -> tuple[int, ...]:
     """The stream for few tokens, tiles for more."""
-    return tuple(STREAM if most <= FEW else TILES for most in BATCHES) + (TILES,)
+    return (*(STREAM if most <= FEW else TILES for most in BATCHES), TILES)

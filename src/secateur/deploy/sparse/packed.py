@@ -7,7 +7,7 @@ from the bits, so a file cannot lie about them.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -151,13 +151,8 @@ def pack_integers(
     """The same of integers that are there already: int8 `(rows, columns)`, scale `(rows, groups)`."""
     _check(integers, kind, form, block)
     found = _packed(integers, kind, form, block)
-    codebook = CODEBOOK if kind == "int4" else None
-    return Packed(**{**vars_of(found), "scale": scale.float().contiguous(), "codebook": codebook})
-
-
-def vars_of(packed: Packed) -> dict[str, object]:
-    """The fields alone."""
-    return {name: getattr(packed, name) for name in Packed.__dataclass_fields__}
+    codebook = CODEBOOK.clone() if kind == "int4" else None
+    return replace(found, scale=scale.float().contiguous(), codebook=codebook)
 
 
 def _check(weight: Tensor, kind: str, form: str | None, block: int) -> None:
@@ -180,7 +175,7 @@ def _packed(weight: Tensor, kind: str, form: str | None, block: int) -> Packed:
         return Packed("dense", values=padded(weight.reshape(-1)), **start)  # type: ignore[arg-type]
     found = kernels.encode(weight, block)
     if form is None:
-        form = "index" if block == 1 and found.count < DENSE_ENOUGH * rows * columns else "bitmask"
+        form = "index" if block == 1 and found.size < DENSE_ENOUGH * rows * columns else "bitmask"
     values = found.values
     if kind == "int4":
         values = _nibbles(values, found.per_group * block, whole=form == "bitmask")
@@ -188,7 +183,12 @@ def _packed(weight: Tensor, kind: str, form: str | None, block: int) -> Packed:
         return Packed("bitmask", values=padded(values), mask=found.mask, negative=found.negative, **start)  # type: ignore[arg-type]
     counts, index = _spans(found.mask, columns)
     return Packed(
-        "index", values=padded(values), counts=counts, index=index, negative=found.negative, **start  # type: ignore[arg-type]
+        "index",
+        values=padded(values),
+        counts=counts,
+        index=index,
+        negative=found.negative,
+        **start,  # type: ignore[arg-type]
     )
 
 

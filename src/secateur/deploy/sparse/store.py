@@ -1,7 +1,7 @@
 """A model with packed weights as one safetensors file: tensors alone, and in the header which names are tied.
 
-What a weight is lies beside it as whole numbers, `NAME:packed`: format, form, kind, block, rows, columns. A form or a kind
-is a place in a table here; nothing in a file is looked up by name. Everything is checked before a kernel sees it.
+What a weight is lies beside it as whole numbers, `NAME:packed`: format, form, kind, block, rows, columns. A form or
+a kind is a place in a table here; nothing in a file is looked up by name. All is checked before a kernel sees it.
 """
 
 from __future__ import annotations
@@ -45,9 +45,7 @@ def save_sparse(model: nn.Module, path: str | Path, *, pack_rest: bool = True) -
 
     held = packed_of(model)
     inside = {f"{name.removesuffix('weight')}{part}" for name in held for part in _PARTS}
-    state = {
-        name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if name not in inside
-    }
+    state = {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if name not in inside}
     tied: dict[str, str] = {}
     tensors: dict[str, Tensor] = {}
     seen: dict[int, str] = {}
@@ -77,7 +75,14 @@ def save_sparse(model: nn.Module, path: str | Path, *, pack_rest: bool = True) -
 
 def named(name: str, packed: Packed) -> dict[str, Tensor]:
     """The tensors that stand for one weight, under their names in a file."""
-    numbers = [VERSION, FORMS.index(packed.form), KINDS.index(packed.kind), packed.block, packed.rows, packed.columns]
+    numbers = [
+        VERSION,
+        FORMS.index(packed.form),
+        KINDS.index(packed.kind),
+        packed.block,
+        packed.rows,
+        packed.columns,
+    ]
     found = {f"{name}:{part}": tensor.contiguous() for part, tensor in packed.tensors().items()}
     return {f"{name}:{NUMBERS}": torch.tensor(numbers), **found}
 
@@ -116,7 +121,9 @@ def read_sparse(path: str | Path) -> tuple[dict[str, Packed], dict[str, Tensor],
     try:
         tensors = load_file(path)
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        raise InputError(f"{path}: not a sound safetensors file ({' '.join(str(error).split())[:200]})") from error
+        raise InputError(
+            f"{path}: not a sound safetensors file ({' '.join(str(error).split())[:200]})"
+        ) from error
     names = [name.removesuffix(f":{NUMBERS}") for name in tensors if name.endswith(f":{NUMBERS}")]
     packed = {name: checked(f"{path}: {name}", _taken(name, tensors)) for name in names}
     strange = [name for name in tensors if ":" in name]
@@ -135,8 +142,8 @@ def load_sparse_(model: nn.Module, path: str | Path, *, dense: bool = False) -> 
     Args:
         model: whatever its weights.
         path: the file.
-        dense: give every layer an ordinary weight; otherwise linear layers, convolutions and embeddings that were packed
-            run packed.
+        dense: give every layer an ordinary weight; otherwise linear layers, convolutions and embeddings that were
+            packed run packed.
 
     Raises:
         InputError: no such file, altered content, or another architecture.
@@ -160,8 +167,8 @@ def load_sparse_(model: nn.Module, path: str | Path, *, dense: bool = False) -> 
     for name, tensor in tensors.items():
         if state[name].shape != tensor.shape:
             raise InputError(
-                f"{path} does not fit the model: {name} is {tuple(tensor.shape)} in the file, {tuple(state[name].shape)} "
-                "in the model"
+                f"{path} does not fit the model: {name} is {tuple(tensor.shape)} in the file, "
+                f"{tuple(state[name].shape)} in the model"
             )
     for name, tensor in tensors.items():
         state[name].copy_(tensor)
@@ -197,7 +204,8 @@ def checked(name: str, packed: Packed) -> Packed:
         if _wants(packed.values, DTYPES[packed.kind], (size + extra,)):
             wrong = f"{packed.nonzeros:,} weights are kept, and the stream of values has another length or type"
         elif packed.negative is not None and (
-            _wants(packed.negative, torch.int64, (rows, -(-columns // WORD))) or _beyond(packed.negative, columns)
+            _wants(packed.negative, torch.int64, (rows, -(-columns // WORD)))
+            or _beyond(packed.negative, columns)
         ):
             wrong = "the signs of zeros have another shape or type, or stand behind the last column"
         else:
@@ -266,7 +274,9 @@ def _wrong_scale(packed: Packed) -> str:
         return "scales are not positive numbers"
     if packed.kind == "int8" and packed.nonzeros and int(packed.values.min()) < -127:
         return "an integer is below -127"
-    if codebook is not None and (_wants(codebook, torch.int8, (16,)) or int(codebook[0]) or int(codebook.min()) < -127):
+    if codebook is not None and (
+        _wants(codebook, torch.int8, (16,)) or int(codebook[0]) or int(codebook.min()) < -127
+    ):
         return "the codebook is no 16 integers of which the first is 0"
     return ""
 

@@ -1,0 +1,198 @@
+"""Layers replaced in a model: the same outputs, what is left out is said, compiled and exported whole."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from secateur import Blocks, magnitude, prune_
+from secateur.deploy.sparse import choice, sparsify_
+from secateur.deploy.sparse.modules import SparseConv2d, SparseEmbedding, SparseLinear
+from secateur.deploy.sparse.ops import BATCHES, STREAM, TILES, UNPACK
+from secateur.deploy.sparse.packed import pack
+from secateur.errors import UsageError
+
+from ...language import Tiny
+
+DENSE, SLOW = 1.0, 9.0
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """A cache of one's own."""
+    monkeypatch.setenv(choice.CACHE, str(tmp_path))
+    monkeypatch.setattr(choice, "_known", {})
+
+
+def gpt2():
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        n_layer=2, n_embd=64, n_head=4, vocab_size=211, n_positions=64, bos_token_id=0, eos_token_id=0
+    )
+    return transformers.GPT2LMHeadModel(config).eval()
+
+
+@torch.no_grad()
+def test_gpt2_computes_the_same_with_its_conv1d_replaced(fast):
+    model = gpt2()
+    prune_(model, 0.6)
+    ids = torch.randint(0, 211, (2, 9))
+    expected = model(ids).logits
+    done = sparsify_(model, measure=False)
+    assert len(done.layers) == 8
+    assert ("transformer.wte.weight", "outer=None leaves embeddings and what is tied to them") in done.left_out
+    assert isinstance(model.transformer.h[0].mlp.c_fc, SparseLinear)
+    assert torch.allclose(model(ids).logits, expected, atol=1e-5)
+    assert str(done).startswith("8 weights packed as float32: ")
+    again = model.generate(
+        ids[:1], attention_mask=torch.ones(1, 9), max_new_tokens=3, do_sample=False, pad_token_id=0
+    )
+    assert again.shape == (1, 12)
+
+
+@torch.no_grad()
+def test_a_tied_head_and_embedding_are_one_table_of_integers(fast):
+    model = gpt2()
+    prune_(model, 0.6)
+    ids = torch.randint(0, 211, (2, 9))
+    expected = model(ids).logits
+    sparsify_(model, "int8", outer="int8", measure=False)
+    head, embedding = model.lm_head, model.transformer.wte
+    assert isinstance(embedding, SparseEmbedding)
+    assert head.values.data_ptr() == embedding.values.data_ptr()
+    close = (model(ids).logits - expected).abs().max() / expected.abs().max()
+    assert float(close) < 0.05
+
+
+@torch.no_grad()
+def test_convolutions_of_all_kinds(path):
+    for options in (
+        {"kernel_size": 1}, {"kernel_size": 1, "stride": 2}, {"kernel_size": 3, "padding": 1},
+        {"kernel_size": 3, "stride": 2, "padding": "valid", "dilation": 2}, {"kernel_size": (3, 1), "padding": (1, 0)},
+        {"kernel_size": 3, "padding": "same"},
+    ):  # fmt: skip
+        model = nn.Sequential(nn.Conv2d(32, 31, bias=False, **options))
+        prune_(model, 0.5)
+        x = torch.randn(2, 32, 12, 13)
+        expected, one = model(x), model(x[0])
+        sparsify_(model, measure=False)
+        assert isinstance(model[0], SparseConv2d)
+        assert torch.allclose(model(x), expected, atol=1e-5)
+        assert torch.allclose(model(x[0]), one, atol=1e-5)
+        assert model[0].weight.shape == (31, 32, *model[0].kernel_size)
+    grouped = nn.Sequential(nn.Conv2d(4, 4, 3, groups=2), nn.Linear(64, 64))
+    prune_(grouped, 0.5)
+    assert (
+        "Conv2d is not one that can be packed" in dict(sparsify_(grouped, measure=False).left_out)["0.weight"]
+    )
+
+
+@torch.no_grad()
+def test_compile_and_export_take_the_operator_whole(fast):
+    model = nn.Sequential(nn.Linear(40, 30), nn.ReLU(), nn.Linear(30, 20)).eval()
+    prune_(model, 0.6, only="all")
+    sparsify_(model, measure=False)
+    x = torch.randn(3, 40)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x), model(x))
+    program = torch.export.export(model, (x,))
+    assert sum("sparse_linear" in str(node.target) for node in program.graph.nodes) == 2
+    assert torch.equal(program.module()(x), model(x))
+    arguments = (x, model[0].values, model[0].offsets, model[0].mask, *[None] * 5, 30, 40, 0, 0, 1, [TILES] * 9)
+    torch.library.opcheck(
+        torch.ops.secateur.sparse_linear.default,
+        arguments,
+        test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"),
+    )
+
+
+@torch.no_grad()
+def test_a_layer_is_copied_cast_and_stored_like_any_other(fast):
+    model = nn.Sequential(nn.Linear(40, 30))
+    prune_(model, 0.6)
+    sparsify_(model, measure=False)
+    x = torch.randn(2, 40)
+    expected = model(x)
+    assert torch.equal(copy.deepcopy(model)(x), expected)
+    assert torch.equal(pickle.loads(pickle.dumps(model))(x), expected)
+    model.bfloat16()
+    assert model[0].values.dtype == torch.float32
+    assert model[0].bias.dtype == torch.bfloat16
+    assert model(x.bfloat16()).dtype == torch.bfloat16
+    assert model.float()(x).allclose(expected, atol=1e-2)
+    assert "40 -> 30, float32 bitmask" in repr(model)
+
+
+@torch.no_grad()
+def test_blocks_are_packed_as_blocks(fast):
+    model = nn.Sequential(nn.Linear(64, 32))
+    prune_(model, 0.5, replace(magnitude, pattern=Blocks(4, 1)))
+    x = torch.randn(7, 64)
+    expected = model(x)
+    done = sparsify_(model, block=4, measure=False)
+    assert done.layers[0].block == 4
+    assert done.layers[0].sparsity == 0.5
+    assert torch.allclose(model(x), expected, atol=1e-5)
+
+
+def table(**fastest):
+    """A measurement in which a way is fastest at every batch."""
+    row = [DENSE, *(fastest.get(way, SLOW) for way in ("stream", "tiles", "unpack"))]
+    return [row] * (len(BATCHES) + 1)
+
+
+def test_the_measured_way_is_taken_and_slower_layers_stay_dense(fast, monkeypatch):
+    found = pack(torch.eye(64), form="bitmask")
+    monkeypatch.setattr(choice, "_measure", lambda *_: table(tiles=0.5))
+    assert choice.ways_for(found, torch.float32) == (TILES,) * 9
+    choice._known.clear()
+    assert choice.ways_for(found, torch.float32) == (TILES,) * 9  # from the file
+    monkeypatch.setattr(choice, "_measure", lambda *_: table(unpack=1.2))
+    monkeypatch.setattr(choice, "_known", {})
+    choice._file().write_text("garbled")
+    assert choice.ways_for(found, torch.float32) is None
+    model = nn.Sequential(nn.Linear(64, 64))
+    prune_(model, 0.98)
+    monkeypatch.setattr(choice, "_known", {})
+    choice._file().write_text('{"a": [[1.0]]}')
+    with pytest.raises(UsageError, match="slower without them than with them"):
+        sparsify_(model)
+
+
+def test_measuring_really_measures(fast, monkeypatch):
+    monkeypatch.setattr(choice, "SIZE", 64)
+    rows = choice.measured(pack(torch.eye(64), form="bitmask"), torch.float32)
+    assert len(rows) == len(BATCHES) + 1
+    assert all(0 < row[0] < 10 and 0 < row[2] < 10 and 0 < row[3] < 10 for row in rows)
+    assert [row[1 + STREAM] < 10 for row in rows] == [True] * 3 + [False] * 6
+    assert choice._file().is_file()
+
+
+def test_without_kernels_rows_are_unpacked(monkeypatch):
+    monkeypatch.setattr(choice.native, "library", lambda: None)
+    assert choice.ways_for(pack(torch.eye(4)), torch.float32) == (UNPACK,) * 9
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"kind": "int9"}, "'int9' is not known here; nearest: int8, int4"),
+        ({"outer": "float16"}, "'float16' is not known here"),
+        ({"block": 2}, "block is 2; expected one of 1, 4, 16"),
+        ({"only": "embedding"}, "no layer to pack; embed.weight: outer=None leaves embeddings"),
+    ],
+)
+def test_mistakes_are_said(options, words):
+    with pytest.raises(UsageError, match=words):
+        sparsify_(Tiny(), **options, measure=False)
+
+
+def test_a_dense_layer_is_left_as_it_is(fast):
+    with pytest.raises(UsageError, match=r"0% zeros: larger without them than with them\. Prune first"):
+        sparsify_(nn.Sequential(nn.Linear(64, 64)), measure=False)
