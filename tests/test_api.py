@@ -105,6 +105,7 @@ NAMES = [
     "slice_optimizer_",
     "snip",
     "sparsegpt",
+    "sparsify_",
     "sparsity",
     "taylor",
     "threshold",

@@ -103,6 +103,7 @@ _HOME = {
     "slice_optimizer_": "secateur.deploy",
     "snip": "secateur.recipes",
     "sparsegpt": "secateur.recipes",
+    "sparsify_": "secateur.deploy.sparse",
     "sparsity": "secateur.core.counts",
     "taylor": "secateur.recipes",
     "threshold": "secateur.recipes",
@@ -206,6 +207,7 @@ __all__ = [
     "slice_optimizer_",
     "snip",
     "sparsegpt",
+    "sparsify_",
     "sparsity",
     "taylor",
     "threshold",
@@ -238,6 +240,7 @@ if TYPE_CHECKING:
         slice_like_,
         slice_optimizer_,
     )
+    from secateur.deploy.sparse import sparsify_
     from secateur.depth import choose_blocks
     from secateur.evaluate import Measurement
     from secateur.pattern import NM, Blocks, Columns, Layers, Rows, Weights
