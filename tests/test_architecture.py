@@ -31,6 +31,7 @@ HEAVY = {
     "torchao",
     "matplotlib",
     "wandb",
+    "ray",
 }
 SMALL = {"torch", "numpy", "jaxtyping", "safetensors", "secateur", *sys.stdlib_module_names}
 

@@ -16,6 +16,7 @@ __all__ = [
     "NumericError",
     "ResourceError",
     "SecateurError",
+    "SweepError",
     "UsageError",
     "nearest",
 ]
@@ -55,6 +56,12 @@ class FolderInUseError(SecateurError, RuntimeError):
     """Another process works in this folder."""
 
     exit_code = 7
+
+
+class SweepError(SecateurError, RuntimeError):
+    """Points of a sweep failed; the others are done."""
+
+    exit_code = 5
 
 
 class InterruptedRunError(SecateurError, RuntimeError):

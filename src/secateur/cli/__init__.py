@@ -23,6 +23,7 @@ from secateur.cli import (  # noqa: F401
     resume,
     run,
     study,
+    sweep,
     verify,
 )
 from secateur.cli.options import app

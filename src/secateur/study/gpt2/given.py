@@ -51,12 +51,12 @@ class Plan:
     groups: tuple[int, ...] = (2, 4, 6, 8, 10)
     nonzero: int | None = None
     tokens: int = 16_384
-    train_tokens: int = 49_152
+    train_tokens: int = 32_768
     context: int = 256
-    reviews: int = 600
-    judged_reviews: int = 400
-    tuned_reviews: int = 240
-    articles: int = 96
+    reviews: int = 400
+    judged_reviews: int = 300
+    tuned_reviews: int = 160
+    articles: int = 64
     judged_articles: int = 40
     new_tokens: int = 32
     lr: float = 3e-4
