@@ -100,6 +100,7 @@ NAMES = [
     "save",
     "save_quantized",
     "shrink",
+    "shrink_checkpoint",
     "shrunk",
     "slice_like_",
     "slice_optimizer_",

@@ -98,6 +98,7 @@ _HOME = {
     "save": "secateur.saving",
     "save_quantized": "secateur.deploy",
     "shrink": "secateur.deploy",
+    "shrink_checkpoint": "secateur.stream",
     "shrunk": "secateur.deploy",
     "slice_like_": "secateur.deploy",
     "slice_optimizer_": "secateur.deploy",
@@ -202,6 +203,7 @@ __all__ = [
     "save",
     "save_quantized",
     "shrink",
+    "shrink_checkpoint",
     "shrunk",
     "slice_like_",
     "slice_optimizer_",
@@ -295,7 +297,7 @@ if TYPE_CHECKING:
     from secateur.saving import load, save
     from secateur.schedule import constant, cubic, exponential, geometric, linear, points
     from secateur.score import RIA
-    from secateur.stream import prune_checkpoint
+    from secateur.stream import prune_checkpoint, shrink_checkpoint
     from secateur.training import Gradual, LightningCallback, RigL, Thresholding, trainer_callback
 
 

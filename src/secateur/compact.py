@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from secateur import pretrained
 from secateur.checkpoint import Checkpoint, look_through, read_object, read_state
-from secateur.deploy import shrunk
+from secateur.deploy import Shrunk, shrunk
 from secateur.deploy.cuts import cut, from_json, to_json
 from secateur.deploy.twin import built_empty, differences
 from secateur.errors import InputError, UsageError
@@ -33,6 +33,7 @@ __all__ = [
     "FORMAT",
     "Compact",
     "cast_",
+    "compact_text",
     "is_compact",
     "open_compact",
     "read_compact",
@@ -96,19 +97,39 @@ def write_compact(
     saved = model.state_dict(keep_vars=True)
     apart = {n: b for n, b in model.named_buffers(remove_duplicate=False) if n not in saved}
     save_state(model, folder / WEIGHTS, dtype, apart)
-    text = {
-        "format": FORMAT,
-        "source": dict(source or {}),
-        "weights": {WEIGHTS: sha256(folder / WEIGHTS)},
-        "stored_apart": sorted(apart),
-        "cuts": cuts,
-        "cuts_sha256": _digest(cuts),
-    }
-    write_json(folder / COMPACT, text)
+    weights = {WEIGHTS: sha256(folder / WEIGHTS)}
+    write_json(folder / COMPACT, _text(cuts, weights, sorted(apart), source or {}))
     generation: Any = getattr(model, "generation_config", None)
     if cuts["config"] is not None and generation is not None:
         with pretrained.quiet():
             generation.save_pretrained(folder)
+
+
+def compact_text(
+    note: Shrunk, weights: Mapping[str, str], apart: Sequence[str], source: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What compact.json says of cuts and of files that are written.
+
+    Args:
+        note: what was cut.
+        weights: file -> SHA-256.
+        apart: names of buffers that are in no state.
+        source: what is known of the model it was made from.
+    """
+    return _text(to_json(note), weights, apart, source)
+
+
+def _text(
+    cuts: Any, weights: Mapping[str, str], apart: Sequence[str], source: Mapping[str, Any]
+) -> dict[str, Any]:
+    return {
+        "format": FORMAT,
+        "source": dict(source),
+        "weights": dict(weights),
+        "stored_apart": list(apart),
+        "cuts": cuts,
+        "cuts_sha256": _digest(cuts),
+    }
 
 
 def _digest(cuts: Any) -> str:

@@ -10,6 +10,7 @@ import copy
 import json
 import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -79,16 +80,31 @@ def built_empty(kind: type[nn.Module], config: Any, *, buffers: bool = False) ->
         config: its configuration, which the model keeps.
         buffers: compute them.
 
-    Cost: no memory; with `buffers` that of one parameter at a time, and the time to make each.
+    Cost: no memory; with `buffers` one parameter at a time is given memory that is not written to.
     """
     place = (
         hooks.register_module_parameter_registration_hook(_without_values)  # type: ignore[arg-type]
         if buffers
         else torch.device("meta")
     )
-    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), place:
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), place, _uninitialized(buffers):
         warnings.simplefilter("ignore")
         return kind(config)
+
+
+@contextmanager
+def _uninitialized(wanted: bool) -> Iterator[None]:
+    """Torch's own layers draw no numbers: nobody reads them."""
+    init = torch.nn.init
+    names = [name for name in init.__all__ if name.endswith("_") and hasattr(init, name)] if wanted else []
+    before = {name: getattr(init, name) for name in names}
+    try:
+        for name in names:
+            setattr(init, name, lambda tensor, *args, **kwargs: tensor)
+        yield
+    finally:
+        for name, function in before.items():
+            setattr(init, name, function)
 
 
 def _without_values(owner: nn.Module, name: str, parameter: Tensor | None) -> nn.Parameter | None:

@@ -2,5 +2,6 @@
 
 from secateur.stream.job import Outcome, prune_checkpoint
 from secateur.stream.journal import asked_before
+from secateur.stream.shrinking import shrink_checkpoint
 
-__all__ = ["Outcome", "asked_before", "prune_checkpoint"]
+__all__ = ["Outcome", "asked_before", "prune_checkpoint", "shrink_checkpoint"]
