@@ -105,7 +105,7 @@ def plan_cuts(
         for slot, old in numbers_of(model).items()
         if (new := _read(small, slot)) not in (None, old)
     }
-    return replace(note, numbers=changed | note.numbers)
+    return replace(note, numbers={**changed, **note.numbers})
 
 
 @contextmanager
