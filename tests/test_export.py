@@ -15,7 +15,7 @@ from secateur.core.example import analysis_of
 from secateur.pattern import Heads, Neurons
 from secateur.recipes import Recipe, magnitude
 
-from .tiny import OWN, Folders, Secateur
+from .tiny import OWN, Folders, Secateur, text
 
 pytest.importorskip("transformers")
 
@@ -190,3 +190,23 @@ def test_what_cannot_be_exported_is_refused_by_name(secateur, folders, gpt2: Pat
     assert "transformer.h.0." in words
     assert not (tmp_path / "a").exists()
     assert isinstance(Masks.load(tmp_path / "run" / "run" / "masks.safetensors"), Masks)
+
+
+def test_prune_writes_the_smaller_model_at_once(secateur, folders, tmp_path: Path) -> None:
+    given = ("--pattern", "neurons", "--method", "magnitude", "--sparsity", 0.4, "--homogeneous", "--shrink")
+    (tmp_path / "story.txt").write_text(text())
+    judged = ("--evaluate", tmp_path / "story.txt", "--evaluate-tokens", 64)
+    said = secateur("prune", folders["llama"], *given, *judged, "--out", tmp_path / "small", "--offline")
+    assert said.code == 0, said.err
+    assert f"written  {tmp_path / 'small'} (smaller, plain)" in said.out
+    from transformers import AutoModelForCausalLM
+
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
+    assert found.model.layers[0].mlp.up_proj.weight.shape[0] < 64
+    assert secateur("verify", tmp_path / "small").code == 0
+    assert "# `llama`, smaller" in (tmp_path / "small" / "README.md").read_text()
+    assert Masks.load(tmp_path / "small" / "run" / "masks-before.safetensors").zeros
+    words = secateur.refused(
+        2, "prune", folders["llama"], "--sparsity", 0.5, "--shrink", "--out", tmp_path / "b"
+    )
+    assert words.startswith("--shrink belongs to patterns of whole units")

@@ -56,7 +56,7 @@ def depth_card(loaded: Loaded, said: str, measurements: Mapping[str, Sequence[Me
 
 
 def shrunk_card(
-    loaded: Loaded, form: str, note: Shrunk, measurements: Mapping[str, Sequence[Measurement]]
+    loaded: Loaded, form: str, note: Shrunk, measurements: Mapping[str, Sequence[Measurement]], plan: str = ""
 ) -> str:
     """The same for a model whose pruned units are gone."""
     said = str(note).splitlines()
@@ -65,6 +65,7 @@ def shrunk_card(
         "",
         f"{plain(said[0])}, made by secateur {__version__}; {plain(said[-1])}.",
         "",
+        *([f"Cut by {plain(plan)}.", ""] if plan else []),
         *(f"* {plain(line)}" for line in said[1:-1]),
         "",
         "| measurement | " + " | ".join(measurements) + " |",

@@ -151,6 +151,7 @@ class PruneRequest(BaseModel):
     minimum: Annotated[int, Field(ge=1)] = 1
     multiple: Annotated[int, Field(ge=1)] = 1
     homogeneous: bool = False
+    shrink: bool = False  # write the model without the units that went
     mend: Literal["none", "bias", "least-squares"] | None = None  # the method's own
     allocate: Literal["per-row", "per-layer", "global"] | None = None
     only: Annotated[tuple[str, ...], BeforeValidator(_words)] = ()
@@ -276,7 +277,14 @@ def check_target(asked: PruneRequest) -> None:
 def _check_units(asked: PruneRequest) -> None:
     """What belongs to whole units, and what does not go with them."""
     if not cuts_units(asked):
-        settings = {"target": None, "minimum": 1, "multiple": 1, "homogeneous": False, "mend": None}
+        settings = {
+            "target": None,
+            "minimum": 1,
+            "multiple": 1,
+            "homogeneous": False,
+            "shrink": False,
+            "mend": None,
+        }
         for name, default in settings.items():
             if getattr(asked, name) != default:
                 raise UsageError(

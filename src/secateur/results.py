@@ -17,14 +17,16 @@ from typing import Any
 
 import torch
 import yaml
+from torch import nn
 
 from secateur import __version__, evaluate, report
 from secateur.apply import Applied
-from secateur.card import model_card
+from secateur.card import model_card, shrunk_card
 from secateur.core.counts import Sparsity, sparsity
 from secateur.core.forward import dtype_of
 from secateur.core.masks import Masks
 from secateur.core.where import Layer
+from secateur.deploy import shrunk
 from secateur.evaluate import Measurement
 from secateur.folder import write_json, write_text
 from secateur.model import Loaded
@@ -34,6 +36,7 @@ from secateur.request import PruneRequest, cuts_units, pattern_of, spec_name
 __all__ = ["SPECS", "Result", "as_csv", "as_yaml", "circumstances", "layer_lines", "write_results"]
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "plotly", "pydantic")
+MASKS_BEFORE = "masks-before.safetensors"  # of a model whose units are gone: they fit the one before
 SPECS = ("model", "data", "evaluate", "labelled")  # settings that may hold a path
 
 
@@ -48,6 +51,8 @@ class Result:
         notes: sentences that a reader of the results needs.
         inputs: digests of the calibration data and of the text or batches judged by.
         seconds: of each step.
+        small: the model without the units that went, None where there is none.
+        form: in which that was written; "" where it was not.
     """
 
     measurements: dict[str, list[Measurement]]
@@ -56,6 +61,8 @@ class Result:
     notes: tuple[str, ...] = ()
     inputs: Mapping[str, str] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    small: nn.Module | None = None
+    form: str = ""
 
     @property
     def masks(self) -> Masks:
@@ -83,16 +90,19 @@ def write_results(asked: PruneRequest, loaded: Loaded, todo: Plan, result: Resul
     plain = {variant: [m.to_dict() for m in found] for variant, found in result.measurements.items()}
     run = folder / "run"
     run.mkdir(exist_ok=True)
-    result.masks.save(run / "masks.safetensors")
+    result.masks.save(run / (MASKS_BEFORE if result.form else "masks.safetensors"))
     write_json(run / "metrics.json", plain)
     write_text(run / "results.csv", as_csv(plain))
     write_json(run / "layers.json", _layers(todo, result.masks, counted))
     write_text(run / "recipe.yaml", as_yaml(asked.model_dump(mode="json", exclude_unset=True)))
     write_text(run / "recipe.resolved.yaml", as_yaml(_resolved(asked, loaded, todo, result.applied)))
     write_json(run / "run.json", circumstances(asked, loaded, result.inputs, result.seconds))
-    write_text(
-        folder / "README.md", model_card(loaded, _said(todo, result.applied), result.measurements, result.masks)
-    )
+    said = _said(todo, result.applied)
+    if result.form and result.small is not None:
+        card = shrunk_card(loaded, result.form, shrunk(result.small), result.measurements, said)
+    else:
+        card = model_card(loaded, said, result.measurements, result.masks)
+    write_text(folder / "README.md", card)
     html = report.page(
         name,
         summary=_sentence(asked, result.applied),

@@ -132,13 +132,28 @@ def carry_out(run: Run, folder: Path, tell: Tell = _silent) -> Result:
     result = _prune(run, tell)
     tell("writing", 0, 1)
     loaded = run.loaded
-    models.save(loaded.model, loaded.tokenizer, folder, source=loaded.folder, dtype=stored_dtype(loaded))
-    result.measurements["pruned"] += measuring.weight_files(folder)
+    if run.asked.shrink:
+        result = _save_small(run, result, folder)
+    else:
+        models.save(loaded.model, loaded.tokenizer, folder, source=loaded.folder, dtype=stored_dtype(loaded))
+        result.measurements["pruned"] += measuring.weight_files(folder)
     if loaded.folder is not None:
         result.measurements["dense"] += measuring.weight_files(loaded.folder)
     write_results(run.asked, loaded, run.plan, result, folder)
     tell("writing", 1, 1)
     return result
+
+
+def _save_small(run: Run, result: Result, folder: Path) -> Result:
+    """Write the model without the units that went, plain where a config can say it, else compact."""
+    loaded = run.loaded
+    if result.small is None:
+        raise UsageError(f"--shrink: {result.notes[-1]} Leave --shrink out to write the zeros")
+    made_from = {"name": spec_name(loaded.spec), "sha256": loaded.fingerprint}
+    options: dict[str, Any] = {"source": loaded.folder, "dtype": stored_dtype(loaded), "made_from": made_from}
+    form = models.save(result.small, loaded.tokenizer, folder, **options)
+    result.measurements["shrunk"] += measuring.weight_files(folder)
+    return replace(result, form=form)
 
 
 def check_apart(model: str, out: str | Path) -> None:
@@ -172,7 +187,7 @@ def _prune(run: Run, tell: Tell) -> Result:
         found["pruned"] = measuring.measure(model, by, says)
         compared = measuring.same_predictions(model, dense, by)
         found["pruned"] += compared or measuring.same_answers(says, said)
-    variants, notes = {"dense": dense, "pruned": model}, run.notes
+    variants, notes, small = {"dense": dense, "pruned": model}, run.notes, None
     if run.plan.analysis is not None:
         with _timed(seconds, "shrink"):
             small, said_of_it = smaller(model, applied.masks, run.plan)
@@ -186,7 +201,7 @@ def _prune(run: Run, tell: Tell) -> Result:
     for name, data in (("text judged by", by.text), ("batches judged by", by.labelled)):
         if data is not None:
             inputs[name] = digest(data)
-    return Result(found, applied, tuple(stages), notes, inputs, seconds)
+    return Result(found, applied, tuple(stages), notes, inputs, seconds, small)
 
 
 def _applied(run: Run, tell: Tell) -> tuple[Applied, dict[str, str]]:

@@ -71,7 +71,8 @@ def save_shrunk(
             if to == "hf":
                 raise
             for left in folder.iterdir():  # of a plain checkpoint that computed something else
-                left.unlink()
+                if left.is_file():
+                    left.unlink()
     if to == "padded":
         _plain(model, padded(model), None, tokenizer, folder, dtype, source)
         return to

@@ -79,6 +79,12 @@ def prune(
     homogeneous: Annotated[
         bool, typer.Option("--homogeneous", help="for units: axes of one kind and size keep equally many")
     ] = False,
+    shrink: Annotated[
+        bool,
+        typer.Option(
+            "--shrink", help="for units: write the model without them, plain or compact (see secateur export)"
+        ),
+    ] = False,
     mend: Annotated[
         str | None,
         typer.Option(
@@ -136,7 +142,8 @@ def prune(
         "model": model, "method": method, "sparsity": sparsity, "tau": tau, "percentile": percentile,
         "nonzero": nonzero, "target": target, "pattern": pattern, "mend": mend,
         "multiple": multiple if multiple != 1 else None, "minimum": minimum if minimum != 1 else None,
-        "homogeneous": homogeneous or None, "allocate": allocate, "only": listed(only), "skip": listed(skip),
+        "homogeneous": homogeneous or None, "shrink": shrink or None,
+        "allocate": allocate, "only": listed(only), "skip": listed(skip),
         "data": data, "samples": samples, "context": context, "evaluate": evaluate, "labelled": labelled,
         "evaluate_tokens": evaluate_tokens, "seed": seed, "dtype": dtype, "device": device,
         "stream": stream or None, "max_ram": max_ram,
@@ -187,4 +194,5 @@ def prune(
     show_measurements(result.measurements)
     for note in (*result.notes, *result.applied.notes) if run.plan.analysis is not None else ():
         typer.echo(f"note     {note}")
-    typer.echo(f"written  {out}\nreport   {out}/run/report.html")
+    form = {"compact": " (compact: secateur.load reads it)", "hf": " (smaller, plain)"}.get(result.form, "")
+    typer.echo(f"written  {out}{form}\nreport   {out}/run/report.html")
