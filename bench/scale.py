@@ -40,7 +40,9 @@ def gpt2(tell: Any) -> None:
     keep = {u.name: range(0, u.size, 2) for u in analysis.units if u.kind in ("head", "feed-forward unit")}
     small = shrink(model, keep, given, analysis=analysis)
     before, after = shrunk(small).parameters
-    tell(f"shrunk from {before:,} to {after:,} parameters, {shrunk(small).difference:.0e} from the masked model")
+    tell(
+        f"shrunk from {before:,} to {after:,} parameters, {shrunk(small).difference:.0e} from the masked model"
+    )
 
 
 def llama(name: str, tell: Any) -> None:
@@ -49,7 +51,9 @@ def llama(name: str, tell: Any) -> None:
     from secateur.core.units import analyse
 
     with torch.device("meta"):
-        model = LlamaForCausalLM(LlamaConfig(vocab_size=32000, attn_implementation="eager", **LLAMA[name])).eval()
+        model = LlamaForCausalLM(
+            LlamaConfig(vocab_size=32000, attn_implementation="eager", **LLAMA[name])
+        ).eval()
         ids = torch.zeros(2, 13, dtype=torch.long)
     tell(f"built, {sum(p.numel() for p in model.parameters()) / 1e9:.1f} billion parameters")
     kwargs = {"use_cache": False, "attention_mask": torch.zeros(2, 1, 13, 13, device="meta")}
@@ -68,7 +72,10 @@ def child(name: str) -> None:
     def tell(words: str) -> None:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         now = time.process_time() - spent
-        print(f"{name}: {words}: {now:.1f} CPU-s, {time.perf_counter() - started:.1f} s, {peak:,.0f} MB", flush=True)
+        print(
+            f"{name}: {words}: {now:.1f} CPU-s, {time.perf_counter() - started:.1f} s, {peak:,.0f} MB",
+            flush=True,
+        )
 
     tell("libraries loaded")
     with torch.no_grad():

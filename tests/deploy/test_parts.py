@@ -1,4 +1,4 @@
-"""Models that cannot be exported as a whole: their parts are made smaller, their borders stay, and nothing is guessed."""
+"""Models that cannot be exported as a whole: their parts are made smaller, and their borders stay."""
 
 from __future__ import annotations
 
@@ -25,11 +25,7 @@ class Branching(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.first(x)
-        if x.sum() > 0:
-            x = x - self.second(x)
-        else:
-            x = x + self.second(x)
-        return self.last(x)
+        return self.last(x - self.second(x) if x.sum() > 0 else x + self.second(x))
 
 
 class Stubborn(nn.Module):
