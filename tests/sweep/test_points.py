@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -120,3 +121,12 @@ def test_too_many_points_and_no_stage():
     with pytest.raises(UsageError, match="no stage is left"):
         sweep({"model": "a", "stages": ["fine-tune"], "sweep": {"epochs": [0]}})
     assert "seed" in AXES
+
+
+@pytest.mark.parametrize(("name", "number"), [("sparsity", 15), ("methods", 9), ("layers", 12), ("epochs", 12)])
+def test_the_classic_experiments(name, number):
+    found = read_sweep(Path(__file__).parents[2] / "examples" / "sweeps" / f"{name}.yaml")
+    assert len(found.points) == number
+    for point in found.points:
+        assert all(axis in AXES for axis in point.at)
+        assert point.experiment.stages[0].name == "train"
