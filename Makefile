@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FL
 SHARED_TEXT := $(wildcard ../shared/data/lm/wikitext2_raw_test.txt ../shared/data/lm/tinystories_test.txt)
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test test-slow lint types examples bench clean
+.PHONY: demo test test-slow test-quantize lint types examples bench clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed-all
@@ -23,6 +23,12 @@ test: $(VENV)/.installed-dev
 test-slow: $(VENV)/.installed-dev
 	SECATEUR_EXAMPLES=200 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(THREADS) --dist loadfile -m slow
 
+# transformers imports torchao wherever it is installed, slowly and noisily: so it lives in an environment of its own
+# that sees the packages of the other one
+test-quantize: $(VENV)-quantize/.installed
+	OMP_NUM_THREADS=1 $(VENV)-quantize/bin/python -m pytest tests/deploy/test_quantize.py tests/deploy/test_exported.py \
+		tests/pipeline/test_quantized.py
+
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -32,6 +38,8 @@ types: $(VENV)/.installed-dev
 
 examples: $(VENV)/.installed-dev
 	set -e; for file in examples/*.py; do echo "$$file"; OMP_NUM_THREADS=$(THREADS) $(BIN)/python "$$file" > /dev/null; done
+	rm -rf $(VENV)/experiment
+	OMP_NUM_THREADS=1 $(BIN)/secateur run examples/experiment.yaml --out $(VENV)/experiment --allow-code --json > /dev/null
 
 # torch first and pinned, so that nothing else chooses a build of it
 $(VENV)/.installed-torch: constraints.txt
@@ -44,5 +52,13 @@ $(VENV)/.installed-%: $(VENV)/.installed-torch pyproject.toml hatch_build.py $(w
 	$(PIP) --editable '.[$*]'
 	touch $@
 
+$(VENV)-quantize/.installed: $(VENV)/.installed-dev
+	$(PYTHON) -m venv $(VENV)-quantize
+	$(BIN)/python -c "import site; print(site.getsitepackages()[0])" > "$$($(VENV)-quantize/bin/python \
+		-c 'import site; print(site.getsitepackages()[0])')/beside.pth"
+	echo "$(CURDIR)/src" >> "$$($(VENV)-quantize/bin/python -c 'import site; print(site.getsitepackages()[0])')/beside.pth"
+	$(VENV)-quantize/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --constraint constraints.txt torchao
+	touch $@
+
 clean:
-	rm -rf $(VENV) secateur-demo
+	rm -rf $(VENV) $(VENV)-quantize secateur-demo
