@@ -66,6 +66,11 @@ def test_gradual_is_magnitude_with_a_cubic_schedule():
     assert of("model: m\nstages:\n- prune: {sparsity: 0.5}").stages[0].settings.gradually is None
 
 
+def test_structured_is_a_short_word_for_whole_units():
+    (pruned,) = of("model: m\nstages:\n- prune: {method: structured, sparsity: 0.5}").stages
+    assert (pruned.settings.asked.method, pruned.settings.gradually) == ("l2", None)
+
+
 def test_words_of_the_schema_are_those_of_the_library():
     from secateur.deploy.quantize import SCHEMES
 
