@@ -142,8 +142,14 @@ def removed(model: nn.Module, pruner: Any) -> dict[tuple[str, int], set[int]]:
     """Prune, and note (parameter, dimension) -> positions that go, as the tool's groups say."""
     names = {parameter: name for name, parameter in model.named_parameters()}
     paths = {module: path for path, module in model.named_modules()}
-    gone: dict[tuple[str, int], set[int]] = {}
-    for group in pruner.step(interactive=True):
+    left = {
+        (name, dim): list(range(size))
+        for name, p in model.named_parameters()
+        for dim, size in enumerate(p.shape)
+    }
+    sizes = {key: len(positions) for key, positions in left.items()}
+    for group in pruner.step(interactive=True):  # positions of a group are those of what earlier groups left
+        gone: dict[tuple[str, int], set[int]] = {}
         for dep, idxs in list(group):
             target, handler = dep.target.module, dep.handler.__name__
             if isinstance(target, nn.Parameter):
@@ -158,9 +164,12 @@ def removed(model: nn.Module, pruner: Any) -> dict[tuple[str, int], set[int]]:
                 if at is not None:
                     name = f"{paths[target]}.{key}".lstrip(".")
                     gone.setdefault((name, at), set()).update(idxs)
+        for key, positions in gone.items():
+            left[key] = [at for number, at in enumerate(left[key]) if number not in positions]
         group.prune()
         names = {parameter: name for name, parameter in model.named_parameters()}
-    return gone
+    lost = {key: set(range(size)) - set(left[key]) for key, size in sizes.items()}
+    return {key: positions for key, positions in lost.items() if positions}
 
 
 def dimension(module: nn.Module, parameter: Tensor, handler: str) -> int | None:
