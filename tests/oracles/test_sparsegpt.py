@@ -27,8 +27,8 @@ def correlated(out: int, columns: int, tokens: int, seed: int) -> tuple[torch.Te
     return torch.randn(out, columns, generator=draw, dtype=torch.float64), inputs.t() @ inputs
 
 
-def oracle(weight, moment, *, block, zeros=None, n=None, m=None):
-    """Weights and mask by explicit elimination; `zeros` of every block, or n of m kept."""
+def oracle(weight, moment, *, block, zeros=None, rows=False, n=None, m=None):
+    """Weights and mask by explicit elimination; `zeros` of every block, or of every row of it, or n of m kept."""
     damped = moment + 0.01 * moment.diagonal().mean() * torch.eye(len(moment), dtype=torch.float64)
     weight, keep = weight.clone(), torch.ones_like(weight, dtype=torch.bool)
     columns = weight.shape[1]
@@ -36,8 +36,8 @@ def oracle(weight, moment, *, block, zeros=None, n=None, m=None):
         here = slice(start, min(start + (m or block), columns))
         price = torch.stack([torch.linalg.inv(damped[j:, j:])[0, 0] for j in range(here.start, here.stop)])
         score = weight[:, here].square() / price
-        if m:
-            order = score.sort(dim=1, stable=True).indices[:, : m - n]
+        if m or rows:
+            order = score.sort(dim=1, stable=True).indices[:, : m - n if m else zeros]
             keep[:, here] = keep[:, here].scatter(1, order, False)
         else:
             flat = torch.ones(score.numel(), dtype=torch.bool)
@@ -63,6 +63,46 @@ def test_unstructured_blocks_of_128(seed):
     assert torch.equal(found.mask, keep)
     torch.testing.assert_close(found.weight, expected, rtol=1e-8, atol=1e-9)
     assert [int((~found.mask[:, :128]).sum()), int((~found.mask[:, 128:]).sum())] == [24 * 128 * 6 // 10] * 2
+
+
+@pytest.mark.parametrize("block", [16, 32, 96])
+def test_rows_that_compete_for_themselves(block):
+    """Nothing but another allocator: each row gives up equally many weights in every block of columns."""
+    weight, moment = correlated(12, 96, 500, block)
+    expected, keep = oracle(weight, moment, block=block, zeros=block * 5 // 8, rows=True)
+    choose = choice((12, 96), torch.full((12,), 96 - 96 * 5 // 8), allocate=per_row)
+    found = SparseGPT(block, normalise=False)(weight, choose, moment)
+    assert torch.equal(found.mask, keep)
+    torch.testing.assert_close(found.weight, expected, rtol=1e-8, atol=1e-9)
+    among_all = SparseGPT(block, normalise=False)(weight, choice((12, 96), choose.counts.sum()[None]), moment)
+    assert len(set(among_all.mask.sum(1).tolist())) > 1  # which is another choice than the layer's
+
+
+def test_the_whole_layer_at_once_is_one_block():
+    weight, moment = correlated(12, 96, 500, 5)
+    expected, keep = oracle(weight, moment, block=96, zeros=700)
+    found = SparseGPT(96, normalise=False)(weight, choice((12, 96), torch.tensor([12 * 96 - 700])), moment)
+    assert torch.equal(found.mask, keep)
+    torch.testing.assert_close(found.weight, expected, rtol=1e-8, atol=1e-9)
+
+
+def test_the_published_threshold_takes_one_more_of_every_block():
+    """`<=` the element at index `int(n S)` of the sorted scores; with that many zeros asked for, ours are theirs."""
+    weight, moment = correlated(10, 64, 400, 9)
+    damped = moment + 0.01 * moment.diagonal().mean() * torch.eye(64, dtype=torch.float64)
+    upper = torch.linalg.cholesky(torch.linalg.inv(damped), upper=True)
+    theirs, keep = weight.clone(), torch.ones_like(weight, dtype=torch.bool)
+    for start in (0, 32):
+        here = slice(start, start + 32)
+        score = theirs[:, here].square() / upper.diagonal()[here].square()
+        keep[:, here] = score > score.flatten().sort().values[int(320 * 0.5)]
+        for j in range(start, start + 32):
+            error = torch.where(keep[:, j], 0, theirs[:, j]) / upper[j, j]
+            theirs[:, j:] -= error[:, None] * upper[j, j:]
+    assert (~keep).sum() == 2 * (160 + 1)
+    found = SparseGPT(32, normalise=False)(weight, choice((10, 64), torch.tensor([640 - 2 * 161])), moment)
+    assert torch.equal(found.mask, keep)
+    torch.testing.assert_close(found.weight, theirs * keep, rtol=1e-8, atol=1e-9)
 
 
 @pytest.mark.parametrize(("n", "m"), [(2, 4), (4, 8), (1, 3)])
