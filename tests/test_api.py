@@ -83,6 +83,7 @@ NAMES = [
     "per_layer",
     "per_row",
     "percentile",
+    "permute_channels_",
     "plan",
     "points",
     "prune_",

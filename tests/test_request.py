@@ -299,3 +299,9 @@ def test_reading_a_request_needs_no_torch():
 def test_the_schema_is_closed():
     assert PruneRequest.model_config["extra"] == "forbid"
     assert Path(sys.modules[PruneRequest.__module__].__file__).name == "request.py"
+
+
+def test_permuting_belongs_to_n_of_m():
+    assert build_recipe(request({"model": "m", "pattern": "2:4", "permute": True})).pattern == NM(2, 4)
+    with pytest.raises(UsageError, match=r"--permute puts channels in order for N:M.* got pattern rows"):
+        build_recipe(request({"model": "m", "sparsity": 0.5, "pattern": "rows", "permute": True}))

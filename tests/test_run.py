@@ -179,6 +179,25 @@ def test_the_recipe_runs_again_to_the_same_bytes(finished, tmp_path):
     assert circumstances[0]["inputs"] == circumstances[1]["inputs"]
 
 
+def test_channels_are_put_in_order_first_where_that_is_asked(prune, models, story):
+    asked = {
+        "method": "ria",
+        "pattern": "2:4",
+        "data": str(story),
+        "samples": 4,
+        "context": 16,
+        "only": ["ffn"],
+    }
+    folder = prune(models["gpt2"], permute=True, **asked)
+    resolved = yaml.safe_load((folder / "run/recipe.resolved.yaml").read_text())
+    assert resolved["permute"] is True
+    assert "input channels put in order on 2 axes" in (folder / "run/report.html").read_text()
+    name = "transformer.h.0.mlp.c_fc.weight"
+    kept, dense = weights(folder)[name], weights(models["gpt2"])[name]
+    assert not set(kept[kept != 0].tolist()) - set(dense.flatten().tolist())
+    assert not torch.equal(kept, torch.where(kept != 0, dense, 0))  # columns of c_fc stand elsewhere
+
+
 def test_the_resolved_recipe_says_every_default(finished, models):
     resolved = yaml.safe_load((finished / "run/recipe.resolved.yaml").read_text())
     assert resolved["resolved"]["score"] == "wanda"

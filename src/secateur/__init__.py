@@ -81,6 +81,7 @@ _HOME = {
     "per_layer": "secateur.allocate",
     "per_row": "secateur.allocate",
     "percentile": "secateur.recipes",
+    "permute_channels_": "secateur.channels",
     "plan": "secateur.prune",
     "points": "secateur.schedule",
     "prune_": "secateur.prune",
@@ -186,6 +187,7 @@ __all__ = [
     "per_layer",
     "per_row",
     "percentile",
+    "permute_channels_",
     "plan",
     "points",
     "prune_",
@@ -224,6 +226,7 @@ if TYPE_CHECKING:
     from secateur import align
     from secateur.allocate import OWL, Percentile, Shares, Slope, Threshold, globally, per_layer, per_row
     from secateur.best import Best, best_
+    from secateur.channels import permute_channels_
     from secateur.core.counts import sparsity
     from secateur.core.hold import hold_
     from secateur.core.masks import Masks, undo_

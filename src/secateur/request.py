@@ -155,6 +155,7 @@ class PruneRequest(BaseModel):
     homogeneous: bool = False
     shrink: bool = False  # write the model without the units that went
     mend: Literal["none", "bias", "least-squares"] | None = None  # the method's own
+    permute: bool = False  # input channels into the order in which N:M keeps most
     allocate: Literal["per-row", "per-layer", "global"] | None = None
     only: Annotated[tuple[str, ...], BeforeValidator(_words)] = ()
     skip: Annotated[tuple[str, ...], BeforeValidator(_words)] = ()
@@ -245,6 +246,10 @@ def check_target(asked: PruneRequest) -> None:
     if asked.max_ram is not None and not asked.stream:
         raise UsageError("--max-ram belongs to --stream; give both or neither")
     _check_units(asked)
+    if asked.permute and not re.fullmatch(r"\d+:\d+", pattern_of(asked)):
+        raise UsageError(
+            f"--permute puts channels in order for N:M, as --pattern 2:4; got pattern {pattern_of(asked)}"
+        )
     method = asked.method or "best or magnitude, as no --method is given"
     decisive = {
         **_DECISIVE,

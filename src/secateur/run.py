@@ -215,7 +215,7 @@ def _applied(run: Run, tell: Tell) -> tuple[Applied, dict[str, str]]:
         data = measuring.counted(batches, "calibration", tell)
     calibrating = nullcontext() if data is None else measuring.running_on("the calibration data")
     with calibrating:
-        return apply_(run.asked, run.plan, run.loaded.model, data, tell), inputs
+        return apply_(run.asked, run.plan, run.loaded.model, data, tell, example=run.by.example), inputs
 
 
 def _copied(model: torch.nn.Module, spec: str) -> torch.nn.Module:

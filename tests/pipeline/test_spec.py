@@ -106,6 +106,7 @@ WRONG = [
     ("- model", "line 1: an experiment is a mapping with model and stages"),
     ("model: m\nstages:\n- prune: {sparsity: 0.5, seed: 1}", "line 3: seed holds for the whole experiment"),
     ("model: m\nstages:\n- prune: {sparsity: 0.5, stream: true}", "line 3: stream is no setting here"),
+    ("model: m\nstages:\n- prune: {pattern: '2:4', permute: true}", "line 3: permute is no setting here"),
     (
         "model: m\nstages:\n- prune:\n    sparsity: 0.5\n    epochs: 2",
         "line 5: epochs belongs to pruning while the model trains; give schedule: cubic",

@@ -95,6 +95,7 @@ SLIPS = [
     (["--method", "wanda", "--data", "python-docs"], "this model has no tokenizer and reads no text"),
     (["--if-exists", "perhaps"], "expected fail or overwrite or resume"),
     (["--method", "best", "--data", "a.txt"], "best compares whole models in memory.* --method alps"),
+    (["--permute", "--pattern", "2:4"], "--permute does not go with --stream.* run without --stream"),
     (["--max-ram", "much"], "expected an amount such as"),
 ]
 

@@ -91,6 +91,9 @@ def prune(
             help="for units: none, bias or least-squares; what stays takes over; default: the method's"
         ),
     ] = None,
+    permute: Annotated[
+        bool, typer.Option("--permute", help="for N:M: first put input channels in the order that keeps most")
+    ] = False,
     allocate: Annotated[
         str | None, typer.Option(help="per-row, per-layer or global; default: the method's own")
     ] = None,
@@ -146,7 +149,7 @@ def prune(
         "allocate": allocate, "only": listed(only), "skip": listed(skip),
         "data": data, "samples": samples, "context": context, "evaluate": evaluate, "labelled": labelled,
         "evaluate_tokens": evaluate_tokens, "seed": seed, "dtype": dtype, "device": device,
-        "stream": stream or None, "max_ram": max_ram,
+        "stream": stream or None, "max_ram": max_ram, "permute": permute or None,
     }  # fmt: skip
     given = {key: value for key, value in given.items() if value is not None and value != ()}
     more = {"schedule": schedule, "epochs": fine_tune_epochs, "lr": lr, "scheme": quantize, "train": train}
