@@ -16,9 +16,9 @@ from secateur.core.example import Example, analysis_of, main_output
 from secateur.core.forward import undisturbed
 from secateur.core.where import Layer, Only, select
 from secateur.errors import NumericError, UsageError
+from secateur.ordering import channel_order, kept_score
 from secateur.pattern import NM
 from secateur.pattern.axis import columns_of
-from secateur.pattern.order import channel_order, kept_score
 from secateur.recipes import Recipe
 from secateur.scoring import Statistics, gather_for, scored, statistics_of
 from secateur.target import shape_of
@@ -75,7 +75,7 @@ def permute_channels_(
         data: calibration batches, where the score needs them.
         example: one input to follow through the model; default: the first batch of the data.
         only, skip: which matrices are going to be pruned; as in `prune_`. What computes their inputs may be any.
-        block: see `pattern.order.channel_order`.
+        block: see `ordering.channel_order`.
         seed: of random scores.
 
     Raises:

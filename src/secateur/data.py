@@ -15,7 +15,7 @@ from secateur.documents import PYTHON_DOCS, read_text
 from secateur.errors import NumericError, UsageError
 from secateur.pretrained import is_pretrained
 
-__all__ = ["PYTHON_DOCS", "read_batches", "read_text", "self_generated", "stream", "tokens"]
+__all__ = ["PYTHON_DOCS", "batched", "read_batches", "read_text", "self_generated", "stream", "tokens"]
 
 _POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len")
 
@@ -79,7 +79,7 @@ def tokens(
             f"({count:,} tokens in {len(texts)} documents). Ask for fewer or shorter ones, or give more text."
         )
     _check(model, max(map(max, chosen)), context)
-    return _batched(chosen, tokenizer, batch)
+    return batched(chosen, tokenizer, batch)
 
 
 def stream(
@@ -167,7 +167,7 @@ def self_generated(
     finally:
         for module, mode in modes.items():
             module.training = mode
-    return _batched(sequences, tokenizer, batch)
+    return batched(sequences, tokenizer, batch)
 
 
 def read_batches(spec: str, *, seed: int = 0, limit: int | None = None) -> list[Any]:
@@ -259,7 +259,7 @@ def _until(row: list[int], end: int | None) -> list[int]:
     return row[: row.index(end, 1) + 1] if end in row[1:] else row
 
 
-def _batched(sequences: list[list[int]], tokenizer: Any, batch: int) -> list[dict[str, Tensor]]:
+def batched(sequences: list[list[int]], tokenizer: Any, batch: int) -> list[dict[str, Tensor]]:
     """Pad on the right to the longest sequence of each batch."""
     known = (getattr(tokenizer, name, None) for name in ("pad_token_id", "eos_token_id"))
     padding = next((i for i in known if i is not None), 0)

@@ -29,15 +29,30 @@ from secateur.core.where import Layer
 from secateur.deploy import shrunk
 from secateur.evaluate import Measurement
 from secateur.folder import write_json, write_text
+from secateur.mixes import mix_name
 from secateur.model import Loaded
 from secateur.prune import Plan
 from secateur.request import PruneRequest, cuts_units, pattern_of, spec_name
 
-__all__ = ["SPECS", "Result", "as_csv", "as_yaml", "circumstances", "layer_lines", "write_results"]
+__all__ = [
+    "SPECS",
+    "Result",
+    "as_csv",
+    "as_yaml",
+    "circumstances",
+    "layer_lines",
+    "without_path",
+    "write_results",
+]
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "plotly", "pydantic")
 MASKS_BEFORE = "masks-before.safetensors"  # of a model whose units are gone: they fit the one before
 SPECS = ("model", "data", "evaluate", "labelled")  # settings that may hold a path
+
+
+def without_path(setting: str, spec: str) -> str:
+    """What a setting that may hold a path, or for data several, is called in results."""
+    return mix_name(spec) if setting in ("data", "train") else spec_name(spec)
 
 
 @dataclass(frozen=True)
@@ -170,7 +185,7 @@ def _resolved(asked: PruneRequest, loaded: Loaded, todo: Plan, applied: Applied)
     """The request with every default, and what it resolved to."""
     settings = asked.model_dump(mode="json")
     for key in SPECS:
-        settings[key] = settings[key] and spec_name(settings[key])
+        settings[key] = settings[key] and without_path(key, settings[key])
     settings["pattern"] = pattern_of(asked)
     settings["dtype"] = dtype_of(loaded.model)
     settings["resolved"] = {

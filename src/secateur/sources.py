@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from secateur import data, own
+from secateur import data, mixes, own
 from secateur.core.digest import digest
 from secateur.core.forward import call, undisturbed
 from secateur.errors import UsageError
@@ -168,7 +168,7 @@ def _without_perplexity(
         if not asked.data:
             notes.append("No --data was given, so the batches of --labelled served for calibration as well.")
     elif asked.data and given is None:
-        data.read_text(asked.data)  # a name that is wrong is told even where the text is not needed
+        mixes.read_texts(asked.data)  # a name that is wrong is told even where the text is not needed
         notes.append(f"Method {asked.method} needs no data, so those of --data were not used.")
     example = loaded.example
     if example is None and (batches := labelled or given):
@@ -193,19 +193,18 @@ def _with_perplexity(
     mine = bool(asked.data) and own.is_own(asked.data or "")
     given: list[Any] | None = None
     if asked.data:
-        given = _own_batches(asked) if mine else data.read_text(asked.data)
-    if asked.evaluate:
-        held_out, name = data.read_text(asked.evaluate), spec_name(asked.evaluate)
-    elif given is not None and not mine:
-        given, held_out = split(given)
-        name = f"held-out fifth of {spec_name(asked.data or '')}"
+        given = _own_batches(asked) if mine else mixes.read_texts(asked.data)
+    held_out: Any = asked.evaluate or data.PYTHON_DOCS
+    if given is not None and not mine and not asked.evaluate:
+        given, held_out = mixes.cut_each(given, split)
+        name = f"held-out fifth of {mixes.mix_name(asked.data or '')}"
     else:
-        held_out, name = data.read_text(data.PYTHON_DOCS), data.PYTHON_DOCS
+        held_out, name = [(mixes.Share(held_out, 1.0), data.read_text(held_out))], spec_name(held_out)
     calibration = _calibration(asked, loaded, given, None, tell) if needs_data else None
     notes = []
     if needs_data and given is None:
         notes.append("No calibration text was given (--data), so text that the model itself writes is used.")
-    ids = data.stream(held_out, loaded.tokenizer, model=loaded.model)[: asked.evaluate_tokens]
+    ids = _judged(held_out, loaded, asked.evaluate_tokens)
     by = Yardstick(
         text=ids,
         text_name=name,
@@ -216,6 +215,15 @@ def _with_perplexity(
         tell=tell,
     )
     return Sources(calibration, by, tuple(notes))
+
+
+def _judged(texts: Sequence[tuple[mixes.Share, Sequence[str]]], loaded: Loaded, most: int) -> Tensor:
+    """The tokens to judge by: of each text of a mix the first, in its share."""
+    rows = []
+    for part, documents in texts:
+        row = data.stream(documents, loaded.tokenizer, model=loaded.model)
+        rows.append(row[: max(2, round(part.share * most))])
+    return torch.cat(rows)
 
 
 def _own_batches(asked: Asked) -> list[Any]:
@@ -252,15 +260,14 @@ def _calibration(
         inputs = [input_of(batch) for batch in given]
         return Calibration(f"{len(inputs)} batches of {spec_name(asked.data)}", lambda: inputs)
     if asked.data:
-        texts = given if given is not None else data.read_text(asked.data)
+        texts = given if given is not None else mixes.read_texts(asked.data)
         tell("calibration text", 0, 1)
-        drawn = data.tokens(
+        drawn, said = mixes.drawn_from(
             texts, tokenizer, context=context, samples=asked.samples, seed=asked.seed, model=model
         )
         tell("calibration text", 1, 1)
         ready = [_inputs(model, batch["input_ids"], attention_mask=batch["attention_mask"]) for batch in drawn]
-        said = f"{len(ready)} windows of at most {context} tokens of {spec_name(asked.data)}"
-        return Calibration(said, lambda: ready)
+        return Calibration(f"{said}, at most {context} tokens each", lambda: ready)
     if labelled is not None:
         taken = [input_of(batch) for batch in labelled[: asked.samples]]
         return Calibration(f"{len(taken)} batches of {spec_name(asked.labelled or '')}", lambda: taken)

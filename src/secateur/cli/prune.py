@@ -100,9 +100,10 @@ def prune(
     only: Only = None,
     skip: Skip = None,
     data: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(
-            help="calibration: .txt, .jsonl:field, .parquet:column, folder, python-docs, file.py:function"
+            help="calibration: .txt, .jsonl:field, .parquet:column, folder, python-docs, file.py:function; several "
+            "texts, as A:0.75 and B, are mixed"
         ),
     ] = None,
     samples: Annotated[int, typer.Option(help="calibration sequences or batches")] = 128,
@@ -147,8 +148,8 @@ def prune(
         "multiple": multiple if multiple != 1 else None, "minimum": minimum if minimum != 1 else None,
         "homogeneous": homogeneous or None, "shrink": shrink or None,
         "allocate": allocate, "only": listed(only), "skip": listed(skip),
-        "data": data, "samples": samples, "context": context, "evaluate": evaluate, "labelled": labelled,
-        "evaluate_tokens": evaluate_tokens, "seed": seed, "dtype": dtype, "device": device,
+        "data": ",".join(data) if data else None, "samples": samples, "context": context, "evaluate": evaluate,
+        "labelled": labelled, "evaluate_tokens": evaluate_tokens, "seed": seed, "dtype": dtype, "device": device,
         "stream": stream or None, "max_ram": max_ram, "permute": permute or None,
     }  # fmt: skip
     given = {key: value for key, value in given.items() if value is not None and value != ()}

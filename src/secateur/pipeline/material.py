@@ -5,13 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from secateur import data, own
+from secateur import data, mixes, own
 from secateur.core.digest import digest
 from secateur.errors import UsageError
 from secateur.measure import Tell
 from secateur.model import Loaded
 from secateur.pipeline.spec import Common
-from secateur.request import spec_name
 from secateur.sources import context_of, split, writes_text
 
 __all__ = ["Material", "material"]
@@ -54,9 +53,9 @@ def material(common: Common, loaded: Loaded, tell: Tell) -> Material:
     else:
         batches = _windows(common, loaded, source, tell)
     if len(batches) < 2:
-        return Material(spec_name(source), batches, None)
+        return Material(mixes.mix_name(source), batches, None)
     cut = len(batches) - max(1, len(batches) // 10)
-    return Material(spec_name(source), batches[:cut], batches[cut:])
+    return Material(mixes.mix_name(source), batches[:cut], batches[cut:])
 
 
 def _windows(common: Common, loaded: Loaded, source: str, tell: Tell) -> list[Any]:
@@ -65,11 +64,11 @@ def _windows(common: Common, loaded: Loaded, source: str, tell: Tell) -> list[An
             f"{source} is a text, and this model does not learn from text alone; give train: file.py:function, "
             "which returns batches (inputs, labels)"
         )
-    texts = data.read_text(source)
+    texts = mixes.read_texts(source)
     if source == common.data and common.evaluate is None:
-        texts, _ = split(texts)  # the rest is what the model is judged by
+        texts, _ = mixes.cut_each(texts, split)  # the rest is what the model is judged by
     tell("training text", 0, 1)
-    drawn = data.tokens(
+    drawn, _ = mixes.drawn_from(
         texts,
         loaded.tokenizer,
         context=context_of(common, loaded),

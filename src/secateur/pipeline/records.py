@@ -19,8 +19,7 @@ from secateur.core.masks import Masks
 from secateur.errors import InputError, UsageError
 from secateur.folder import write_json, write_text
 from secateur.pipeline.spec import Experiment
-from secateur.request import spec_name
-from secateur.results import SPECS, as_csv
+from secateur.results import SPECS, as_csv, without_path
 
 __all__ = ["Journal", "public"]
 
@@ -142,7 +141,7 @@ def public(experiment: Experiment) -> dict[str, Any]:
     plain = experiment.plain()
     for key in (*SPECS, "train"):
         if plain.get(key):
-            plain[key] = spec_name(plain[key])
+            plain[key] = without_path(key, plain[key])
     return plain
 
 

@@ -18,7 +18,7 @@ from secateur.checkpoint import Checkpoint
 from secateur.core.digest import digest
 from secateur.folder import write_json, write_text
 from secateur.request import spec_name
-from secateur.results import SPECS
+from secateur.results import SPECS, without_path
 from secateur.stream.journal import Journal
 from secateur.stream.tensors import Work
 
@@ -106,7 +106,9 @@ def _layers(work: Work, journal: Journal) -> list[dict[str, Any]]:
 def _resolved(work: Work, settings: Mapping[str, Any]) -> dict[str, Any]:
     """The request with every default, and what it resolved to; no path of this machine."""
     todo = work.todo
-    told = {key: spec_name(value) if key in SPECS and value else value for key, value in settings.items()}
+    told = {
+        key: without_path(key, value) if key in SPECS and value else value for key, value in settings.items()
+    }
     told["resolved"] = {
         **todo.recipe.describe(),
         "layers": [layer.name for layer in todo.layers],

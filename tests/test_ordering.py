@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from secateur.errors import NumericError, UsageError
-from secateur.pattern.order import channel_order, kept_score
+from secateur.ordering import channel_order, kept_score
 
 seeds = st.integers(0, 2**16)
 
