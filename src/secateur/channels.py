@@ -19,6 +19,7 @@ from secateur.errors import NumericError, UsageError
 from secateur.ordering import channel_order, kept_score
 from secateur.pattern import NM
 from secateur.pattern.axis import columns_of
+from secateur.prune import _check_weights
 from secateur.recipes import Recipe
 from secateur.scoring import Statistics, gather_for, scored, statistics_of
 from secateur.target import shape_of
@@ -105,6 +106,7 @@ def permute_channels_(
     chosen = {layer.name: layer for layer in select(model, only, skip).chosen}
     for layer in chosen.values():
         shape_of(recipe, layer)  # a layer narrower than m is told before anything runs
+    _check_weights(chosen.values())
     analysis, inputs = analysis_of(model, batches[0] if example is None and batches else example)
     axes, left_out = _axes(analysis.units, chosen, recipe.pattern.m)
     readers = list({layer.name: layer for _, found in axes for layer, _ in found}.values())
