@@ -1,4 +1,4 @@
-"""Bad weights, bad data and demands that cannot be met, for every way to prune and mend: a layer is named, nothing changes.
+"""Bad weights, bad data and demands that cannot be met, for every score and update: a layer is named, nothing changes.
 
 Files are treated in tests/stream (truncated shards, full disks) and tests/test_folder.py.
 """
