@@ -301,6 +301,18 @@ def test_the_schema_is_closed():
     assert Path(sys.modules[PruneRequest.__module__].__file__).name == "request.py"
 
 
+def test_evolution_belongs_to_best():
+    assert (
+        build_recipe(request({"model": "m", "sparsity": 0.5, "method": "best", "evolution": True}))
+        == recipes.alps
+    )
+    for other in ({"method": "wanda", "sparsity": 0.5}, {"pattern": "2:4"}):
+        with pytest.raises(
+            UsageError, match="--evolution searches a share for each layer; it belongs to method best"
+        ):
+            build_recipe(request({"model": "m", "evolution": True, **other}))
+
+
 def test_permuting_belongs_to_n_of_m():
     assert build_recipe(request({"model": "m", "pattern": "2:4", "permute": True})).pattern == NM(2, 4)
     with pytest.raises(UsageError, match=r"--permute puts channels in order for N:M.* got pattern rows"):

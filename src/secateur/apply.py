@@ -149,7 +149,9 @@ def planned(asked: PruneRequest, model: nn.Module, example: Any = None) -> Plan:
 def _best(asked: PruneRequest, todo: Plan, model: nn.Module, given: dict[str, Any], tell: Tell) -> Applied:
     from secateur.best import best_
 
-    found = best_(model, asked.sparsity, pattern=todo.recipe.pattern, tell=tell, **given)
+    found = best_(
+        model, asked.sparsity, pattern=todo.recipe.pattern, evolution=asked.evolution, tell=tell, **given
+    )
     details = {
         "reconstructed": found.reconstructed,
         "tried": [
@@ -178,7 +180,7 @@ def intention(asked: PruneRequest, typed: PruneRequest) -> tuple[str, ...]:
     tries = (
         "Method best starts at this recipe, tries shares that differ by depth where the pattern leaves a choice, "
         "reconstructs attention and feed-forward of every block, and keeps of it what lowers the divergence from "
-        "the dense model on held-out calibration data. It takes a few times as long as alps."
+        "the dense model on held-out calibration data. It takes many times as long as alps."
     )
     if typed.method is not None:
         return (tries,)

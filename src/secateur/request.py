@@ -156,6 +156,7 @@ class PruneRequest(BaseModel):
     shrink: bool = False  # write the model without the units that went
     mend: Literal["none", "bias", "least-squares"] | None = None  # the method's own
     permute: bool = False  # input channels into the order in which N:M keeps most
+    evolution: bool = False  # best also searches a share for each layer
     allocate: Literal["per-row", "per-layer", "global"] | None = None
     only: Annotated[tuple[str, ...], BeforeValidator(_words)] = ()
     skip: Annotated[tuple[str, ...], BeforeValidator(_words)] = ()
@@ -249,6 +250,10 @@ def check_target(asked: PruneRequest) -> None:
     if asked.permute and not re.fullmatch(r"\d+:\d+", pattern_of(asked)):
         raise UsageError(
             f"--permute puts channels in order for N:M, as --pattern 2:4; got pattern {pattern_of(asked)}"
+        )
+    if asked.evolution and (asked.method not in (None, "best") or pattern_of(asked) != "weights"):
+        raise UsageError(
+            "--evolution searches a share for each layer; it belongs to method best and single weights"
         )
     method = asked.method or "best or magnitude, as no --method is given"
     decisive = {

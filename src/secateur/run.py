@@ -31,7 +31,7 @@ from secateur.request import PruneRequest, build_recipe, check_target, cuts_unit
 from secateur.results import Result, layer_lines, write_results
 from secateur.scoring import statistics_of
 from secateur.smaller import smaller
-from secateur.sources import Calibration, digest, sources, writes_text
+from secateur.sources import Calibration, Sources, digest, sources, writes_text
 
 __all__ = ["Run", "carry_out", "check_apart", "prepare", "prune_to", "stored_dtype"]
 
@@ -107,8 +107,19 @@ def prepare(
         tell("axes of the model", 0, 1)
         todo = planned(asked, loaded.model, given.by.example)
         tell("axes of the model", 1, 1)
-    notes = [*intention(asked, typed), *given.notes, *_rounding(loaded)]
+    notes = [*intention(asked, typed), *_long(asked, loaded, todo, given), *given.notes, *_rounding(loaded)]
     return Run(asked, loaded, todo, given.calibration, given.by, tuple(notes))
+
+
+def _long(asked: PruneRequest, loaded: models.Loaded, todo: Plan, given: Sources) -> list[str]:
+    """A warning where method best takes minutes or more."""
+    tokens = given.calibration.tokens if given.calibration is not None else None
+    if asked.method != "best" or tokens is None or given.by.example is None:
+        return []
+    from secateur.estimate import estimate, warning
+
+    said = warning(estimate(loaded.model, given.by.example, tokens, todo))
+    return [said] if said else []
 
 
 def prune_to(run: Run, out: str | Path, *, if_exists: str = "fail", tell: Tell = _silent) -> Result:

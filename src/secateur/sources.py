@@ -59,10 +59,11 @@ class Asked(Protocol):
 
 @dataclass(frozen=True)
 class Calibration:
-    """Data for the statistics: a name for people, and how to get the batches, which may take a while."""
+    """Data for the statistics: a name for people, how to get the batches, which may take a while, and their tokens."""
 
     name: str
     batches: Callable[[], Sequence[Any]]
+    tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -267,7 +268,8 @@ def _calibration(
         )
         tell("calibration text", 1, 1)
         ready = [_inputs(model, batch["input_ids"], attention_mask=batch["attention_mask"]) for batch in drawn]
-        return Calibration(f"{said}, at most {context} tokens each", lambda: ready)
+        counted = sum(int(batch["attention_mask"].sum()) for batch in ready)
+        return Calibration(f"{said}, at most {context} tokens each", lambda: ready, counted)
     if labelled is not None:
         taken = [input_of(batch) for batch in labelled[: asked.samples]]
         return Calibration(f"{len(taken)} batches of {spec_name(asked.labelled or '')}", lambda: taken)
@@ -282,4 +284,8 @@ def _calibration(
     def write() -> list[Any]:
         return data.self_generated(model, tokenizer, context=shorter, samples=asked.samples, seed=asked.seed)
 
-    return Calibration(f"{asked.samples} texts of {shorter} tokens that the model writes itself", write)
+    return Calibration(
+        f"{asked.samples} texts of {shorter} tokens that the model writes itself",
+        write,
+        asked.samples * shorter,
+    )

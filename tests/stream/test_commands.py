@@ -96,6 +96,7 @@ SLIPS = [
     (["--if-exists", "perhaps"], "expected fail or overwrite or resume"),
     (["--method", "best", "--data", "a.txt"], "best compares whole models in memory.* --method alps"),
     (["--permute", "--pattern", "2:4"], "--permute does not go with --stream.* run without --stream"),
+    (["--evolution"], "--evolution does not go with --stream.* belongs to method best"),
     (["--max-ram", "much"], "expected an amount such as"),
 ]
 

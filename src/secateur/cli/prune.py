@@ -94,6 +94,9 @@ def prune(
     permute: Annotated[
         bool, typer.Option("--permute", help="for N:M: first put input channels in the order that keeps most")
     ] = False,
+    evolution: Annotated[
+        bool, typer.Option("--evolution", help="for best: also search a share for each layer; slower")
+    ] = False,
     allocate: Annotated[
         str | None, typer.Option(help="per-row, per-layer or global; default: the method's own")
     ] = None,
@@ -151,6 +154,7 @@ def prune(
         "data": ",".join(data) if data else None, "samples": samples, "context": context, "evaluate": evaluate,
         "labelled": labelled, "evaluate_tokens": evaluate_tokens, "seed": seed, "dtype": dtype, "device": device,
         "stream": stream or None, "max_ram": max_ram, "permute": permute or None,
+        "evolution": evolution or None,
     }  # fmt: skip
     given = {key: value for key, value in given.items() if value is not None and value != ()}
     more = {"schedule": schedule, "epochs": fine_tune_epochs, "lr": lr, "scheme": quantize, "train": train}

@@ -23,6 +23,7 @@ _REFUSED = {
     "evaluate": "measure the result afterwards with `secateur evaluate OUT`",
     "evaluate_tokens": "measure the result afterwards with `secateur evaluate OUT`",
     "labelled": "measure the result afterwards with `secateur evaluate OUT --labelled`",
+    "evolution": "it belongs to method best, which compares whole models in memory",
     "permute": "the order of channels is found in the whole model's computation; run without --stream",
     "dtype": "weights keep the types in which they are stored, and are computed with in float32",
 }
