@@ -163,6 +163,21 @@ def test_a_folder_that_another_process_works_in(tmp_path):
     assert [line.status for line in lines(given, tmp_path)] == ["waiting", "done"]
 
 
+def test_the_reference_is_the_model_right_before_it_is_pruned(tmp_path):
+    plain = asked(sparsity=[0.5], epochs=[0]).points[0].experiment.plain()
+    del plain["stages"][0]["prune"]["sparsity"]
+    given = sweep(
+        {**plain, "stages": [{"train": {"epochs": 1}}, *plain["stages"]], "sweep": {"sparsity": [0.5]}}
+    )
+    carry_out(given.points, tmp_path, allowed=CODE)
+    (line,) = lines(given, tmp_path)
+    told = json.loads((tmp_path / "points" / line.folder / "run" / "results.json").read_text())["stages"]
+    assert [stage["name"] for stage in told] == ["load", "train", "prune"]
+    assert line.dense["nonzeros"].to_dict() in told[1]["measurements"]
+    assert line.dense["accuracy"].to_dict() in told[1]["measurements"]
+    assert line.found["accuracy"].to_dict() in told[2]["measurements"]
+
+
 def test_means_and_spreads_are_over_seeds(whole):
     given, out, _ = whole
     found = lines(given, out)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from secateur import report
@@ -13,7 +14,12 @@ from secateur.sweep.table import Group, Line, columns, groups
 
 __all__ = ["write_report"]
 
-QUALITY = ("perplexity", "accuracy", "f1", "kl_divergence", "top1_agreement")
+QUALITY = {
+    "perplexity": "Perplexity",
+    "accuracy": "Accuracy",
+    "f1": "F1",
+    "kl_divergence": "KL divergence from the model as loaded",
+}
 
 
 def write_report(title: str, sweep: Sweep, found: Sequence[Line], out: Path) -> None:
@@ -39,7 +45,7 @@ def write_report(title: str, sweep: Sweep, found: Sequence[Line], out: Path) -> 
         + ", ".join(f"{len(v)} x {axis}" for axis, v in sweep.axes.items()),
         tradeoffs=_charts(sweep, same, found),
         tables=tables,
-        highlights=[report.Highlight(word, str(count[word])) for word in count if count[word]],
+        highlights=[report.Highlight(f"points {word}", str(count[word])) for word in count if count[word]],
         notes=[
             "A point is the mean over seeds; its bar goes from the least to the largest seed.",
             "Measured after the last stage of each point. The folder of a point holds its model and all that was said.",
@@ -93,15 +99,16 @@ def _charts(sweep: Sweep, same: Sequence[Group], found: Sequence[Line]) -> list[
             held.setdefault(", ".join(where) or "all points", []).append(
                 report.Point(x, group.mean(name), low, high, ", ".join(f"{a} {v}" for a, v in group.at.items()))
             )
-        dense = next((line.dense[name].value for line in found if name in line.dense), None)
+        before = [line.dense[name].value for line in found if name in line.dense]
         sign: Any = "higher" if name in HIGHER else "lower"
         charts.append(
             report.Tradeoff(
-                f"{name} against {along}",
+                f"{QUALITY[name]} against {along}",
                 "epochs of fine-tuning" if epochs else "sparsity of the pruned layers",
-                f"{name} ({sign} is better)",
+                f"{QUALITY[name]} ({sign} is better)",
                 held,
-                reference=dense,
+                reference=fmean(before) if before else None,
+                reference_name="before pruning",
                 x_percent=not epochs,
                 log_y=name == "perplexity",
                 better=("lower" if epochs else "higher", sign),

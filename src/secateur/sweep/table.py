@@ -30,7 +30,7 @@ class Line:
         at: axis -> its value.
         status: done, failed or waiting.
         found: name -> what was measured after the last stage.
-        dense: the same before the first.
+        dense: the same right before the first pruning.
         error: why it failed.
         folder: its name below `points`.
     """
@@ -80,8 +80,10 @@ def _line(point: Any, out: Path) -> Line:
         path = folder / "run" / "results.json"
         try:
             stages = json.loads(path.read_text(encoding="utf-8"))["stages"]
+            first = next((at for at, stage in enumerate(stages) if stage["name"] == "prune"), 1)
             dense, found = (
-                {m["name"]: Measurement.from_dict(m) for m in stages[at]["measurements"]} for at in (0, -1)
+                {m["name"]: Measurement.from_dict(m) for m in stage["measurements"]}
+                for stage in (stages[first - 1], stages[-1])
             )
         except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
             raise InputError(f"{path}: cannot be read ({error}); remove the folder to do it again") from None
