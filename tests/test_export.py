@@ -106,6 +106,7 @@ def test_a_run_is_written_compact_and_all_verbs_read_it(secateur, gpt2: Path, tm
     assert "compact.json: the cuts are not those that were written (their SHA-256 differs)" in words
 
 
+@pytest.mark.slow
 def test_equal_widths_are_plain(secateur, folders, tmp_path: Path) -> None:
     run = run_folder(str(folders["llama"]), tmp_path / "run", tokens(), Neurons(homogeneous=True))
     said = secateur("export", "--no-speed", run, "--to", "hf", "--out", tmp_path / "small")

@@ -226,6 +226,7 @@ def test_what_is_loaded_is_the_model_bit_for_bit(tmp_path: Path, gpt2, net, code
     assert torch.equal(again(x), net.eval()(x))
 
 
+@pytest.mark.slow
 def test_a_loaded_model_shrinks_further_and_is_saved_again(tmp_path: Path, gpt2) -> None:
     save(gpt2, tmp_path / "a")
     first = load(tmp_path / "a")
@@ -238,6 +239,7 @@ def test_a_loaded_model_shrinks_further_and_is_saved_again(tmp_path: Path, gpt2)
     assert len(shrunk(load(tmp_path / "b")).axes) == len(shrunk(gpt2).axes) + 1
 
 
+@pytest.mark.slow
 def test_blocks_dropped_first_and_training_between(tmp_path: Path) -> None:
     model = build("gpt2", 3)
     inputs = example(model)
@@ -276,7 +278,7 @@ def slow(*values: Any) -> Any:
     ("kind", "kinds", "field", "value"),
     [
         ("gpt2", ("feed-forward unit",), "n_inner", 48),
-        ("llama", WIDTHS, "num_key_value_heads", 1),
+        slow("llama", WIDTHS, "num_key_value_heads", 1),
         slow("bert", ("feed-forward unit", "head", "hidden"), "num_attention_heads", 2),
         slow("t5", WIDTHS, "num_heads", 2),
         slow("convnext", ("channel", "hidden", "feed-forward unit"), "hidden_sizes", [4, 6]),
