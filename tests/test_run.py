@@ -198,6 +198,20 @@ def test_channels_are_put_in_order_first_where_that_is_asked(prune, models, stor
     assert not torch.equal(kept, torch.where(kept != 0, dense, 0))  # columns of c_fc stand elsewhere
 
 
+def test_two_texts_are_mixed_and_both_are_held_out(prune, models, story, tmp_path_factory):
+    other = tmp_path_factory.mktemp("other") / "other.txt"
+    other.write_text(story.read_text()[::-1])
+    asked = {"model": str(models["gpt2"]), "method": "wanda", "sparsity": 0.5, "data": f"{story}:0.75,{other}"}
+    run = prepare(request({**asked, "samples": 8, "context": 16, "evaluate_tokens": 100}), offline=True)
+    assert run.calibration.name == (
+        "6 windows (96 tokens) of story.txt and 2 windows (32 tokens) of other.txt, at most 16 tokens each"
+    )
+    assert run.calibration.tokens == 128
+    assert run.by.text_name == "held-out fifth of 75% story.txt and 25% other.txt"
+    assert len(run.by.text) == 100
+    assert len(run.calibration.batches()) == 8
+
+
 def test_the_resolved_recipe_says_every_default(finished, models):
     resolved = yaml.safe_load((finished / "run/recipe.resolved.yaml").read_text())
     assert resolved["resolved"]["score"] == "wanda"
