@@ -2,9 +2,10 @@
 
     OMP_NUM_THREADS=1 python bench/recovery.py --work runs/recovery
 
-A CIFAR-10 ResNet-20 and the repository's own language model, three seeds each (of the order of batches, and of the
-windows drawn). Every point is one JSON line in WORK/points.jsonl; points that are there are not computed again. The
-table is printed at the end, or alone with --table. Needs the folder of real data, pyarrow, pillow and torchao.
+A CIFAR-10 ResNet-20, a bag of embeddings that classifies SST-2 sentences, the repository's own language model; three
+seeds each (of the order of batches, and of the windows drawn). Every point is one JSON line in WORK/points.jsonl;
+points that are there are not computed again. The table is printed at the end, or alone with --table. Needs the folder of
+real data, pyarrow, pillow and torchao.
 """
 
 from __future__ import annotations
@@ -15,14 +16,15 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 import torch
+import when
 from cifar import ResNet, images
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from secateur import data, distill_, evaluate, finetune_, load_quantized_, prune_, quantize_, save_quantized
@@ -32,6 +34,7 @@ from secateur.documents import read_text
 from secateur.recipes import global_magnitude, magnitude
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
+NAMES = ["ResNet-20", "Bag", "gpt2_3m"]
 WAYS = ("fine-tuned 1", "fine-tuned 3", "fine-tuned 5", "distilled 5")
 
 
@@ -48,6 +51,7 @@ class Subject:
     batches: Callable[[int], tuple[list[Any], list[Any]]]  # seed -> to train on, to choose the epoch by
     judge: Callable[[nn.Module], float]
     higher: bool
+    only: list[str] | None = None
 
 
 def resnet(train: int, test: int) -> Subject:
@@ -94,6 +98,29 @@ def language(windows: int, tokens: int) -> Subject:
     )
 
 
+def classifier(work: Path) -> Subject:
+    """The text classifier of when.py, trained for 600 steps on all but the last 640 sentences."""
+    learned = when.text(SHARED)
+    inputs, labels = learned.train
+    dense = learned.make(0)
+    when.fit(dense, replace(learned, train=(inputs[:-640], labels[:-640])), 600, 0)
+    file = work / "bag.safetensors"
+    save_file(dense.eval().state_dict(), file)
+    pairs = list(zip(inputs.split(128), labels.split(128), strict=True))
+    return Subject(
+        dense,
+        file,
+        0.9,
+        (0.6, "int8", "int8"),
+        magnitude,
+        {"lr": 2e-3},
+        lambda seed: (pairs[:-6], pairs[-5:]),
+        lambda model: when.measured(model, learned.test),
+        True,
+        learned.only,
+    )
+
+
 def train(subject: Subject, model: nn.Module, masks: Any, way: str, seed: int) -> Any:
     """One way of recovery; the epoch is chosen by held-out training data, never by what is judged at the end."""
     kind, epochs = way.split()
@@ -107,12 +134,12 @@ def train(subject: Subject, model: nn.Module, masks: Any, way: str, seed: int) -
 def points(subject: Subject, seeds: list[int], work: Path, name: str) -> Iterator[tuple[str, int, Callable]]:
     def pruned() -> tuple[float, dict]:
         model = copy.deepcopy(subject.dense)
-        prune_(model, subject.sparsity, subject.recipe)
+        prune_(model, subject.sparsity, subject.recipe, only=subject.only)
         return subject.judge(model), {}
 
     def recovered(way: str, seed: int) -> tuple[float, dict]:
         model = copy.deepcopy(subject.dense)
-        masks = prune_(model, subject.sparsity, subject.recipe)
+        masks = prune_(model, subject.sparsity, subject.recipe, only=subject.only)
         tuned = train(subject, model, masks, way, seed)
         assert all(not model.get_parameter(key)[~mask].any() for key, mask in masks.items())
         return subject.judge(model), {"kept epoch": tuned.best}
@@ -121,7 +148,7 @@ def points(subject: Subject, seeds: list[int], work: Path, name: str) -> Iterato
         """Pruned, distilled and quantized; judged after it was written and read again into a fresh model."""
         sparsity, scheme, outer = subject.small
         model = copy.deepcopy(subject.dense)
-        masks = prune_(model, sparsity, subject.recipe)
+        masks = prune_(model, sparsity, subject.recipe, only=subject.only)
         train(subject, model, masks, "distilled 3", seed)
         before = subject.judge(model)
         quantized = quantize_(model, scheme, outer=outer)
@@ -144,6 +171,7 @@ def run(args: argparse.Namespace, file: Path) -> None:
     done = {(p["model"], p["way"], p["seed"]) for p in read(file)}
     built = {
         "ResNet-20": lambda: resnet(args.images, args.test),
+        "Bag": lambda: classifier(args.work),
         "gpt2_3m": lambda: language(args.windows, args.tokens),
     }
     for name in args.models:
@@ -209,9 +237,7 @@ def _shown(value: float) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("runs/recovery"))
-    parser.add_argument(
-        "--models", nargs="+", default=["ResNet-20", "gpt2_3m"], choices=["ResNet-20", "gpt2_3m"]
-    )
+    parser.add_argument("--models", nargs="+", default=NAMES, choices=NAMES)
     parser.add_argument("--images", type=int, default=2000, help="to train on")
     parser.add_argument("--test", type=int, default=2000, help="test images")
     parser.add_argument("--windows", type=int, default=64, help="of 256 tokens to train on")
