@@ -217,7 +217,10 @@ def test_the_command(given, files, monkeypatch, capsys, tmp_path):
     secateur, out = Secateur(monkeypatch, capsys), tmp_path / "out"
     base = ("study", "gpt2", "--model", loaded.folder, "--smaller", loaded.folder, "--out", out, "--offline")
     sized = ("--groups", "2", "--tokens", 128, "--train-tokens", 128, "--context", 48)
-    said = secateur(*base, *sized, "--no-pictures")
+    for name, word in (("judged", "cat"), ("known", "dog")):
+        (tmp_path / f"{name}.txt").write_text(f"the {word} sat on the mat " * 200)
+    texts = ("--text", tmp_path / "judged.txt", "--train", tmp_path / "known.txt")
+    said = secateur(*base, *sized, *texts, "--no-pictures")
     assert said.code == 0, said
     assert "| compressed_2 |" in said.out
     told = json.loads((out / "study.json").read_text())
@@ -255,9 +258,13 @@ def test_plans_that_make_no_sense(change, said):
 def test_data_that_do_not_fit(given, files):
     loaded, plan, _ = given
 
+    for name, word in (("judged", "cat"), ("known", "dog")):
+        (files / f"{name}.txt").write_text(f"the {word} sat on the mat " * 200)
+    texts = {"text": f"{files}/judged.txt", "train": f"{files}/known.txt"}
+
     def refused(**sources):
         with pytest.raises((UsageError, InputError)) as error:
-            read(Sources(**sources), plan, loaded.tokenizer, loaded.model)
+            read(Sources(**texts | sources), plan, loaded.tokenizer, loaded.model)
         return str(error.value)
 
     (files / "odd.jsonl").write_text('{"text": "a", "label": "new"}\n')
