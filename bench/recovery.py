@@ -4,8 +4,8 @@
 
 A CIFAR-10 ResNet-20, a bag of embeddings that classifies SST-2 sentences, the repository's own language model; three
 seeds each (of the order of batches, and of the windows drawn). Every point is one JSON line in WORK/points.jsonl;
-points that are there are not computed again. The table is printed at the end, or alone with --table. Needs the folder of
-real data, pyarrow, pillow and torchao.
+points that are there are not computed again. The table is printed at the end, or alone with --table. Needs the folder
+of real data, pyarrow, pillow and torchao.
 """
 
 from __future__ import annotations
