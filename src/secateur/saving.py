@@ -14,6 +14,7 @@ from secateur import own
 from secateur.compact import is_compact, open_compact, read_compact
 from secateur.errors import UsageError
 from secateur.folder import new_folder
+from secateur.packed_folder import is_packed, load_packed
 from secateur.shrunken import check_form
 
 __all__ = ["load", "save"]
@@ -78,7 +79,8 @@ def load(
     """The model of a folder that `save` or the command line wrote, in eval mode; no code in a file is ever run.
 
     Args:
-        folder: plain, padded or compact.
+        folder: plain, padded, compact, or packed by `secateur export --to sparse`: then layers run packed, on the CPU
+            and in the type they were stored in.
         build: for a module of one's own: a function without arguments, or `file.py:function`, that builds it as it
             was before it was shrunk, with any weights.
         dtype: of the floating-point parameters; "auto" is what the files hold.
@@ -91,6 +93,10 @@ def load(
     Cost: memory for the model as it is stored.
     """
     place = Path(folder).expanduser()
+    if is_packed(place):
+        given = own.split(build)[:2] if isinstance(build, str) else None
+        code = (lambda: own.call(f"{given[0]}:{given[1]}", seed=0)) if given else build
+        return load_packed(place, code)  # type: ignore[arg-type]
     if isinstance(build, str):
         path, function, _ = own.split(build)
         return models.load(f"{path}:{function}@{place}", dtype=dtype, device=device, offline=True).model

@@ -27,12 +27,19 @@ def export(
         str,
         typer.Option(
             help="hf: plain and smaller, where a config can say the widths; padded: zeros up to what a config can say; "
-            "compact: for secateur.load; auto: hf, else compact"
+            "compact: for secateur.load; auto: hf, else compact; sparse: single zeros left out, for secateur.load"
         ),
     ] = "auto",
     data: Annotated[
         str | None, typer.Option(help="file.py:function giving batches, where inputs cannot be made up")
     ] = None,
+    kind: Annotated[
+        str | None, typer.Option(help="for sparse: float32, bfloat16, float16, int8 or int4; default as stored")
+    ] = None,
+    outer: Annotated[
+        str | None, typer.Option(help="for sparse: int8 holds embeddings and heads in 8 bits")
+    ] = None,
+    block: Annotated[int, typer.Option(help="for sparse: rows of a block, 1, 4 or 16")] = 1,
     speed: Annotated[bool, typer.Option(help="also latency, beside the masked model")] = True,
     seed: Annotated[int, typer.Option(min=0, help="of made-up inputs")] = 0,
     device: Device = "cpu",
@@ -47,6 +54,19 @@ def export(
     if if_exists not in ("fail", "overwrite"):
         raise UsageError(f"--if-exists {if_exists!r} is not known; expected fail or overwrite")
     use_threads(threads)
+    if to == "sparse":
+        how: dict[str, Any] = {
+            "kind": kind,
+            "outer": outer,
+            "block": block,
+            "if_exists": if_exists,
+            "seed": seed,
+        }
+        how |= {"offline": offline, "trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle}
+        _pack(folder, out, json_, how)
+        return
+    if kind is not None or outer is not None or block != 1:
+        raise UsageError("--kind, --outer and --block belong to --to sparse")
     from secateur.export import export_to
     from secateur.terminal import progress, show_measurements
 
@@ -67,3 +87,19 @@ def export(
     show_measurements(found.measurements)
     how = {"hf": "plain", "padded": "padded: a plain checkpoint with zeros up to sizes that its config can say"}
     typer.echo(f"written  {out} ({how.get(found.form, 'compact: secateur.load reads it')})")
+
+
+def _pack(folder: str, out: Path, json_: bool, how: dict[str, Any]) -> None:
+    """The form sparse."""
+    from secateur.packed_folder import export_packed
+    from secateur.terminal import progress
+
+    with progress() as tell:
+        done, before, after = export_packed(folder, out, tell=tell, **how)
+    if json_:
+        layers = [vars(layer) for layer in done.layers]
+        typer.echo(json.dumps({"out": str(out), "form": "sparse", "bytes": [before, after], "layers": layers}))
+        return
+    typer.echo(
+        f"{done}\nthe weights are {after / before:.1%} of {before:,} bytes\nwritten  {out} (secateur.load reads it)"
+    )

@@ -1,0 +1,136 @@
+"""Sparse products beside torch, the best dense kernel of the same type, and 8-bit dense, in turns in one process.
+
+    OMP_NUM_THREADS=1 python bench/kernels.py
+    OMP_NUM_THREADS=2 python bench/kernels.py
+
+Three ratios a line: against torch's `F.linear` of the same type (int8: torch's dynamic 8-bit product); against the best
+dense kernel of that type (`F.linear`, oneDNN with packed weights, for int8 secateur's own dense kernel); against the best
+8-bit dense one. Times are medians; the spread is the interquartile range as a share of it. The last column is the
+stream's bytes by the time, as a share of what a reader of 256 MB reaches here. Weights are random with a uniform mask.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from secateur.deploy.sparse.ops import STREAM, TILES, UNPACK, sparse_linear
+from secateur.deploy.sparse.packed import Packed, pack
+
+KINDS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.float32, "int4": torch.float32}
+
+
+def timed(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of every run, in turns."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for number in range(rounds + 1):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            if number:
+                times[name].append(time.perf_counter() - start)
+    return times
+
+
+def dense_runs(weight: Tensor, x: Tensor) -> dict[str, Callable[[], Any]]:
+    """Dense competitors by name."""
+    rows, columns = weight.shape
+    half, half_x = weight.bfloat16(), x.bfloat16()
+    linear = nn.Linear(columns, rows, bias=False).eval()
+    linear.weight.data.copy_(weight)
+    packed_8 = pack(weight, "int8", form="dense")
+    runs: dict[str, Callable[[], Any]] = {
+        "float32 torch": lambda: F.linear(x, weight),
+        "bfloat16 torch": lambda: F.linear(half_x, half),
+        "int8 own": lambda: sparse_linear(packed_8, x),
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        holder = nn.Sequential(linear)
+        dynamic = torch.ao.quantization.quantize_dynamic(holder, {nn.Linear})
+        runs["int8 torch"] = lambda: dynamic(x)
+        from torch.utils import mkldnn
+
+        onednn = mkldnn.to_mkldnn(linear)
+        x_onednn = x.to_mkldnn()
+        runs["float32 oneDNN"] = lambda: onednn(x_onednn)
+    return runs
+
+
+def line(
+    name: str, mine: list[float], times: dict[str, list[float]], kind: str, packed: Packed, speed: float
+) -> str:
+    """One row of the table."""
+    middle = {key: statistics.median(value) for key, value in times.items()}
+    own, family = statistics.median(mine), "int8" if kind == "int4" else kind
+    low, _, high = statistics.quantiles(mine, n=4)
+    best = min(value for key, value in middle.items() if key.startswith(family))
+    best_8 = min(value for key, value in middle.items() if key.startswith("int8"))
+    return (
+        f"| {name} | {own * 1e3:.2f} | {(high - low) / own:.0%} | {middle[f'{family} torch'] / own:.2f} | "
+        f"{best / own:.2f} | {best_8 / own:.2f} | {packed.nbytes / 1e6:.1f} | {packed.nbytes / own / speed:.0%} |"
+    )
+
+
+def bandwidth() -> float:
+    """Bytes a second that a sum over 256 MB reads, the best of ten."""
+    many = torch.ones(1 << 26)
+    return max(many.nbytes / min(timed({"sum": many.sum}, 1)["sum"]) for _ in range(10))
+
+
+def main() -> None:
+    """Print a table for each batch."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--size", type=int, default=4096)
+    parser.add_argument("--batch", type=int, nargs="*", default=[1, 16, 64])
+    parser.add_argument("--sparsity", type=float, nargs="*", default=[0.5, 0.7, 0.9])
+    parser.add_argument("--rounds", type=int, default=15)
+    given = parser.parse_args()
+    torch.manual_seed(0)
+    speed = bandwidth()
+    print(f"{torch.get_num_threads()} threads, a sum reads {speed / 1e9:.1f} GB/s, {given.size} x {given.size}")
+    weight = torch.randn(given.size, given.size)
+    for batch in given.batch:
+        x = torch.randn(batch, given.size)
+        runs, held = dense_runs(weight, x), {}
+        for sparsity in given.sparsity:
+            for block in (1, 4):
+                cut = torch.rand(given.size // block, given.size) < sparsity
+                pruned = weight.masked_fill(cut.repeat_interleave(block, 0), 0)
+                for kind, dtype in KINDS.items():
+                    if block > 1 and kind != "float32":
+                        continue
+                    packed = pack(pruned.to(dtype), kind if kind.startswith("int") else None, block=block)
+                    inputs = x.to(dtype)
+                    ways = (
+                        [STREAM, TILES]
+                        if batch <= 4
+                        else [TILES, *([UNPACK] if block == 1 and kind != "int4" else [])]
+                    )
+                    for way in ways:
+                        shape = " 4x1" if block > 1 else ""
+                        name = f"{kind}{shape} {sparsity:.0%} {('stream', 'tiles', 'unpack')[way]}"
+                        held[name] = (kind, packed)
+                        runs[name] = lambda p=packed, i=inputs, w=way: sparse_linear(p, i, ways=[w] * 9)
+        times = timed(runs, given.rounds)
+        print(f"\nbatch {batch}, dense ms: ", end="")
+        print(", ".join(f"{k} {statistics.median(v) * 1e3:.2f}" for k, v in times.items() if k not in held))
+        print(
+            "\n| | ms | spread | x torch | x best dense | x 8-bit dense | MB | of bandwidth |\n"
+            + "|---" * 8
+            + "|"
+        )
+        for name, (kind, packed) in held.items():
+            print(line(name, times[name], times, kind, packed, speed), flush=True)
+
+
+if __name__ == "__main__":
+    main()

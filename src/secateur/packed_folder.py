@@ -1,0 +1,143 @@
+"""`secateur export DIR --to sparse`: a pruned model in a folder without its zeros, which `secateur.load` runs packed."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from secateur import model as models
+from secateur import own, pretrained
+from secateur.checkpoint import TOKENIZER_FILES, Checkpoint, look_through, read_object
+from secateur.deploy.sparse import Sparsified, load_sparse_, save_sparse, sparsify_
+from secateur.deploy.twin import configuration
+from secateur.errors import UsageError
+from secateur.folder import new_folder, write_json, write_text
+from secateur.measure import Tell
+from secateur.request import spec_name
+from secateur.run import check_apart
+
+__all__ = ["FILE", "export_packed", "is_packed", "load_packed"]
+
+FILE = "model.sparse.safetensors"
+_OTHER = ("generation_config.json", "preprocessor_config.json", "processor_config.json")
+
+
+def export_packed(
+    spec: str,
+    out: str | Path,
+    *,
+    kind: str | None = None,
+    outer: str | None = None,
+    block: int = 1,
+    if_exists: str = "fail",
+    seed: int = 0,
+    tell: Tell,
+    **loading: Any,
+) -> tuple[Sparsified, int, int]:
+    """Load a pruned model, pack it, and write it with a manifest of checksums.
+
+    Args:
+        spec: a run's folder, or `file.py:function@FOLDER/model.safetensors`.
+        out: the folder to write.
+        kind, outer, block: see `sparsify_`. Every layer that is smaller packed is packed; which way it multiplies, and
+            whether it had better be dense, is for the machine that loads it.
+        if_exists: "fail" or "overwrite".
+        seed: of everything random.
+        tell: progress.
+        loading: `offline`, `trust_remote_code`, `allow_pickle`.
+
+    Returns:
+        What was packed, and the bytes of the weights before and after.
+
+    Raises:
+        UsageError: nothing to pack.
+    """
+    check_apart(spec.partition("@")[2] if own.is_own(spec) else spec, out)
+    with new_folder(out, if_exists) as folder:
+        tell("loading the model", 0, 1)
+        loaded = models.load(spec, dtype=None if own.is_own(spec) else "auto", seed=seed, **loading)
+        tell("packing", 0, 1)
+        before = sum(tensor.nbytes for tensor in {id(p): p for p in loaded.model.parameters()}.values())
+        config = configuration(loaded.model)
+        done = sparsify_(loaded.model, kind, outer=outer, block=block, measure=False)
+        save_sparse(loaded.model, folder / FILE)
+        if config is not None:
+            write_json(folder / "config.json", config)
+        for name in (*TOKENIZER_FILES, *_OTHER):
+            if loaded.folder is not None and (loaded.folder / name).is_file():
+                shutil.copyfile(loaded.folder / name, folder / name)
+        after = (folder / FILE).stat().st_size
+        write_text(folder / "README.md", _card(spec_name(spec), done, before, after))
+        tell("packing", 1, 1)
+    return done, before, after
+
+
+def is_packed(folder: str | Path) -> bool:
+    """Whether `export_packed` wrote this folder."""
+    return (Path(folder) / FILE).is_file()
+
+
+def load_packed(folder: Path, build: Callable[[], Any] | None = None) -> nn.Module:
+    """The model of such a folder in eval mode, its packed layers running packed.
+
+    Args:
+        folder: written by `export_packed`.
+        build: for a module of one's own: gives the architecture with any weights.
+
+    Raises:
+        UsageError: a module of one's own without `build`.
+        InputError: a file is altered, or does not fit.
+    """
+    described = (folder / "config.json").is_file()
+    if build is None and not described:
+        raise UsageError(
+            f"{folder}: holds a model of your own code; say what builds it: secateur.load(folder, build)."
+        )
+    config = read_object(folder / "config.json") if described else {}
+    checkpoint = look_through(folder, config, [folder / FILE], [])
+    if build is None:
+        model = _of_config(checkpoint)
+    else:
+        built = build()
+        model = copy.deepcopy(built[0] if isinstance(built, tuple) else built)
+    return load_sparse_(model, folder / FILE).eval()
+
+
+def _of_config(checkpoint: Checkpoint) -> nn.Module:
+    """A model of transformers as its config builds it."""
+    pretrained.import_transformers()
+    with pretrained.quiet(), own.seeded(0):
+        model_class, config = pretrained._class_and_config(checkpoint, False)
+        whole = replace(checkpoint, elements=2**60)  # what is packed holds fewer numbers than the model
+        with (
+            pretrained._told(checkpoint, f"cannot be built as {model_class.__name__}"),
+            pretrained._bounded(whole),
+        ):
+            model = model_class(config)
+        dtype = models._DTYPES.get(str(config.dtype).removeprefix("torch."))
+        model = model if dtype is None else model.to(dtype)
+        generation = checkpoint.folder / "generation_config.json"
+        if generation.is_file():
+            with pretrained._told(checkpoint, "makes no config of generation", generation.name):
+                kind: Any = pretrained.import_transformers().GenerationConfig
+                model.generation_config = kind.from_dict(read_object(generation))
+    return model
+
+
+def _card(name: str, done: Sparsified, before: int, after: int) -> str:
+    rows = "\n".join(
+        f"| {layer.name} | {layer.kind} {layer.form} | {layer.sparsity:.1%} | {layer.dense_bytes:,} | "
+        f"{layer.packed_bytes:,} |"
+        for layer in done.layers
+    )
+    return (
+        f"# {name}, packed\n\nThe weights of {name} without their zeros, written by secateur: {before:,} bytes are "
+        f"{after:,}.\n\n```python\nimport secateur\n\nmodel = secateur.load('THIS FOLDER')\n```\n\n"
+        f"| weight | held as | zeros | bytes | packed |\n|---|---|---|---|---|\n{rows}\n"
+    )

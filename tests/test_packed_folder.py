@@ -1,0 +1,74 @@
+"""A folder of packed weights: written by the command line, run by `secateur.load`, altered files found."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import secateur
+from secateur import model as models
+from secateur import prune_
+from secateur.deploy.sparse.modules import SparseLinear
+from secateur.errors import InputError, UsageError
+from secateur.packed_folder import FILE, load_packed
+
+from .tiny import run
+
+
+def build():
+    return nn.Sequential(nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 64))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A tiny GPT-2, pruned, in a folder."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        n_layer=2, n_embd=64, n_head=4, vocab_size=211, n_positions=64, bos_token_id=0, eos_token_id=0
+    )
+    model = transformers.GPT2LMHeadModel(config).eval()
+    prune_(model, 0.7)
+    (tmp_path / "pruned").mkdir()
+    models.save(model, None, tmp_path / "pruned")
+    return tmp_path / "pruned", model
+
+
+@torch.no_grad()
+def test_export_and_load(folder, tmp_path):
+    place, model = folder
+    done = run("export", str(place), "--to", "sparse", "--out", str(tmp_path / "packed"), "--json")
+    said = json.loads(done.out if hasattr(done, "out") else done.stdout)
+    assert said["form"] == "sparse"
+    assert said["bytes"][1] < 0.8 * said["bytes"][0]
+    again = secateur.load(tmp_path / "packed")
+    ids = torch.randint(0, 211, (2, 9))
+    assert torch.allclose(again(ids).logits, model(ids).logits, atol=1e-5)
+    assert isinstance(again.transformer.h[0].mlp.c_fc, SparseLinear)
+    content = bytearray((tmp_path / "packed" / FILE).read_bytes())
+    content[-70] ^= 1
+    (tmp_path / "packed" / FILE).write_bytes(content)
+    with pytest.raises(InputError, match="is altered since the run wrote it"):
+        secateur.load(tmp_path / "packed")
+
+
+@torch.no_grad()
+def test_a_module_of_ones_own_needs_what_builds_it(tmp_path):
+    from secateur.deploy.sparse import save_sparse
+
+    model = build()
+    prune_(model, 0.6, only="all")
+    save_sparse(model, tmp_path / FILE)
+    with pytest.raises(UsageError, match="say what builds it"):
+        secateur.load(tmp_path)
+    x = torch.randn(3, 64)
+    assert torch.allclose(load_packed(tmp_path, build)(x), model(x), atol=1e-5)
+    assert torch.allclose(secateur.load(tmp_path, build)(x), model(x), atol=1e-5)
+
+
+def test_options_of_the_form_belong_to_it(folder, tmp_path):
+    done = run("export", str(folder[0]), "--kind", "int8", "--out", str(tmp_path / "x"))
+    assert "--kind, --outer and --block belong to --to sparse" in (
+        done.err if hasattr(done, "err") else done.stderr
+    )
