@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FL
 SHARED_TEXT := $(wildcard ../shared/data/lm/wikitext2_raw_test.txt ../shared/data/lm/tinystories_test.txt)
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test test-slow test-quantize lint types examples bench clean
+.PHONY: demo test test-slow test-quantize test-sanitized lint types examples bench clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed-all
@@ -28,6 +28,13 @@ test-slow: $(VENV)/.installed-dev
 test-quantize: $(VENV)-quantize/.installed
 	OMP_NUM_THREADS=1 $(VENV)-quantize/bin/python -m pytest tests/deploy/test_quantize.py tests/deploy/test_exported.py \
 		tests/pipeline/test_quantized.py
+
+# the tests of the sparse kernels against a library built with AddressSanitizer and UndefinedBehaviorSanitizer
+test-sanitized: $(VENV)/.installed-dev
+	CXX="g++ -fsanitize=address,undefined -fno-sanitize-recover=undefined -g" SECATEUR_SANITIZED=1 \
+		LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
+		ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/deploy/sparse/test_kernels.py \
+		tests/deploy/sparse/test_packed.py tests/deploy/sparse/test_store.py
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -4,8 +4,8 @@
     OMP_NUM_THREADS=2 python bench/kernels.py
 
 Three ratios a line: against torch's `F.linear` of the same type (int8: torch's dynamic 8-bit product); against the best
-dense kernel of that type (`F.linear`, oneDNN with packed weights, for int8 secateur's own dense kernel); against the best
-8-bit dense one. Times are medians; the spread is the interquartile range as a share of it. The last column is the
+dense kernel of that type (`F.linear`, oneDNN with packed weights, for int8 secateur's own dense kernel); against the
+best 8-bit dense one. Times are medians; the spread is the interquartile range as a share of it. The last column is the
 stream's bytes by the time, as a share of what a reader of 256 MB reaches here. Weights are random with a uniform mask.
 """
 

@@ -13,7 +13,12 @@ from secateur.deploy.sparse.modules import SparseLinear
 from secateur.errors import InputError, UsageError
 from secateur.packed_folder import FILE, load_packed
 
-from .tiny import run
+from .tiny import Secateur
+
+
+@pytest.fixture
+def command(monkeypatch, capsys) -> Secateur:
+    return Secateur(monkeypatch, capsys)
 
 
 def build():
@@ -36,10 +41,9 @@ def folder(tmp_path):
 
 
 @torch.no_grad()
-def test_export_and_load(folder, tmp_path):
+def test_export_and_load(folder, command, tmp_path):
     place, model = folder
-    done = run("export", str(place), "--to", "sparse", "--out", str(tmp_path / "packed"), "--json")
-    said = json.loads(done.out if hasattr(done, "out") else done.stdout)
+    said = command("export", place, "--to", "sparse", "--out", tmp_path / "packed", "--json").json
     assert said["form"] == "sparse"
     assert said["bytes"][1] < 0.8 * said["bytes"][0]
     again = secateur.load(tmp_path / "packed")
@@ -67,8 +71,6 @@ def test_a_module_of_ones_own_needs_what_builds_it(tmp_path):
     assert torch.allclose(secateur.load(tmp_path, build)(x), model(x), atol=1e-5)
 
 
-def test_options_of_the_form_belong_to_it(folder, tmp_path):
-    done = run("export", str(folder[0]), "--kind", "int8", "--out", str(tmp_path / "x"))
-    assert "--kind, --outer and --block belong to --to sparse" in (
-        done.err if hasattr(done, "err") else done.stderr
-    )
+def test_options_of_the_form_belong_to_it(folder, command, tmp_path):
+    said = command.refused(2, "export", folder[0], "--kind", "int8", "--out", tmp_path / "x")
+    assert said == "--kind, --outer and --block belong to --to sparse"

@@ -1,4 +1,4 @@
-"""`secateur export DIR --to sparse`: a pruned model in a folder without its zeros, which `secateur.load` runs packed."""
+"""`secateur export DIR --to sparse`: a pruned model's folder without the zeros, which `secateur.load` runs packed."""
 
 from __future__ import annotations
 
