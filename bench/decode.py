@@ -21,7 +21,6 @@ from torch import nn
 
 from secateur import prune_, random, sparsify_
 
-
 # one thread's own time does not count what other processes take from it
 CLOCK = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
 

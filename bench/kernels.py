@@ -3,10 +3,11 @@
     OMP_NUM_THREADS=1 python bench/kernels.py
     OMP_NUM_THREADS=2 python bench/kernels.py
 
-Three ratios a line: against torch's `F.linear` of the same type (int8: torch's dynamic 8-bit product); against the best
-dense kernel of that type (`F.linear`, oneDNN with packed weights, for int8 secateur's own dense kernel); against the
-best 8-bit dense one. Times are medians, of processor time where there is one thread; the spread is the interquartile range as a share of it. The last column is the
-stream's bytes by the time, as a share of what a reader of 256 MB reaches here. Weights are random with a uniform mask.
+Three ratios a line: against torch's `F.linear` of the same type (int8: torch's dynamic 8-bit product); against the
+best dense kernel of that type (`F.linear`, oneDNN with packed weights, for int8 secateur's own dense kernel); against
+the best 8-bit dense one. Times are medians, of processor time where there is one thread; the spread is the
+interquartile range as a share of it. The last column is the stream's bytes by the time, as a share of what a reader of
+256 MB reaches. Weights are random with a uniform mask.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ from secateur.deploy.sparse.packed import Packed, pack, pack_integers
 # one thread's own time does not count what other processes take from it
 CLOCK = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
 KINDS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.float32, "int4": torch.float32}
+
+DENSE = ("float32 torch", "bfloat16 torch", "int8 own", "int8 torch", "float32 oneDNN")
 
 
 def timed(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
@@ -81,7 +84,7 @@ def line(
     name: str, mine: list[float], times: dict[str, list[float]], kind: str, packed: Packed, speed: float
 ) -> str:
     """One row of the table."""
-    middle = {key: statistics.median(value) for key, value in times.items()}
+    middle = {key: statistics.median(value) for key, value in times.items() if key in DENSE}
     own, family = statistics.median(mine), "int8" if kind == "int4" else kind
     low, _, high = statistics.quantiles(mine, n=4)
     best = min(value for key, value in middle.items() if key.startswith(family))
