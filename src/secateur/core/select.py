@@ -139,8 +139,8 @@ def cut_by_part(parts: Sequence[Callable[[], Keys]], k: int) -> tuple[float, lis
     it; the collected few are ranked. A bracket that misses, or that holds too many ties, is narrowed and
     tried again, so the answer is exact for any data. Magnitudes of 16 bits are counted instead, in one pass.
     """
-    found = _cut_of_halves(parts, k)
-    if found is not None:
+    halved, parts = _halved(parts)
+    if halved and (found := _cut_of_halves(parts, k)) is not None:
         return found
     low, high = -float("inf"), float("inf")
     sample, total = _sample(parts, low, high)
@@ -169,6 +169,15 @@ def cut_by_part(parts: Sequence[Callable[[], Keys]], k: int) -> tuple[float, lis
             low, high, below, inside = a, b, sum(less), sum(within)
             pivot = True
         sample, _ = _sample(parts, low, high)
+
+
+def _halved(parts: Sequence[Callable[[], Keys]]) -> tuple[bool, list[Callable[[], Keys]]]:
+    """Whether the first part is magnitudes of 16 bits; and the parts, of which the first need not be asked again."""
+    if not parts:
+        return False, []
+    held = [parts[0]()]
+    halved = isinstance(held[0], Magnitudes) and halves.serves(held[0].weights)
+    return halved, [lambda: held.pop() if held else parts[0](), *parts[1:]]
 
 
 def _cut_of_halves(parts: Sequence[Callable[[], Keys]], k: int) -> tuple[float, list[int], list[int]] | None:
