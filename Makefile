@@ -29,12 +29,14 @@ test-quantize: $(VENV)-quantize/.installed
 	OMP_NUM_THREADS=1 $(VENV)-quantize/bin/python -m pytest tests/deploy/test_quantize.py tests/deploy/test_exported.py \
 		tests/pipeline/test_quantized.py
 
-# the tests of the sparse kernels against a library built with AddressSanitizer and UndefinedBehaviorSanitizer
+# the tests of the native kernels against a library built with AddressSanitizer and UndefinedBehaviorSanitizer, 10,000 altered
+# files among them; -s, or what they report is lost
 test-sanitized: $(VENV)/.installed-dev
 	CXX="g++ -fsanitize=address,undefined -fno-sanitize-recover=undefined -g" SECATEUR_SANITIZED=1 \
 		LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
-		ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/deploy/sparse/test_kernels.py \
-		tests/deploy/sparse/test_packed.py tests/deploy/sparse/test_store.py
+		ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -s -m 'slow or not slow' \
+		tests/deploy/sparse/test_kernels.py tests/deploy/sparse/test_packed.py tests/deploy/sparse/test_store.py \
+		tests/core/test_native.py tests/core/test_eliminate.py
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -84,7 +84,7 @@ void encode(
         const int64_t n = encode_row(
             dense + row * columns, columns, sign, mask + row * words, negative ? negative + row * words : nullptr, room.data()
         );
-        std::memcpy(values + offsets[row], room.data(), n * sizeof(T));
+        std::copy_n(room.data(), n, values + offsets[row]);  // not memcpy: `values` may be null where nothing is kept
     });
 }
 

@@ -74,9 +74,16 @@ ALWAYS int32_t sum(__m256i a) {
     return _mm_cvtsi128_si32(_mm_add_epi32(b, _mm_shuffle_epi32(b, 0xb1)));
 }
 
+// 8 bytes from each of two addresses, which need no alignment
+ALWAYS __m128i two_eights(const void* a, const void* b) {
+    int64_t high;
+    std::memcpy(&high, b, 8);
+    return _mm_insert_epi64(_mm_loadl_epi64((const __m128i*)a), high, 1);
+}
+
 ALWAYS __m256i bytes32(const void* a, const void* b, const void* c, const void* d) {
-    const __m128i one = _mm_castpd_si128(_mm_loadh_pd(_mm_load_sd((const double*)a), (const double*)b));
-    const __m128i two = _mm_castpd_si128(_mm_loadh_pd(_mm_load_sd((const double*)c), (const double*)d));
+    const __m128i one = two_eights(a, b);
+    const __m128i two = two_eights(c, d);
     return _mm256_inserti128_si256(_mm256_castsi128_si256(one), two, 1);
 }
 
