@@ -25,9 +25,7 @@ def model_card(
         f"{masks.zeros:,} of {masks.size:,} weights in {len(masks)} layers are zero "
         f"(sparsity {masks.sparsity:.4f} of these layers), cut by secateur {__version__}: {plain(plan)}.",
         "",
-        "| measurement | " + " | ".join(measurements) + " |",
-        "|---|" + "---|" * len(measurements),
-        *_rows(measurements),
+        *_table(measurements),
         "",
         "The zeros are stored as ordinary numbers: files and speed are those of the dense model until the sparsity is",
         "put to use. Masks, exact conditions of every measurement and the report are in `run/`.",
@@ -44,9 +42,7 @@ def depth_card(loaded: Loaded, said: str, measurements: Mapping[str, Sequence[Me
         "",
         f"Made by secateur {__version__}: {plain(said)}.",
         "",
-        "| measurement | " + " | ".join(measurements) + " |",
-        "|---|" + "---|" * len(measurements),
-        *_rows(measurements),
+        *_table(measurements),
         "",
         "Exact conditions of every measurement and the report are in `run/`.",
         "",
@@ -68,9 +64,7 @@ def shrunk_card(
         *([f"Cut by {plain(plan)}.", ""] if plan else []),
         *(f"* {plain(line)}" for line in said[1:-1]),
         "",
-        "| measurement | " + " | ".join(measurements) + " |",
-        "|---|" + "---|" * len(measurements),
-        *_rows(measurements),
+        *_table(measurements),
         "",
         "Exact conditions of every measurement are in `run/`.",
         "",
@@ -84,13 +78,13 @@ def _loading_compact(loaded: Loaded) -> str:
     return f"Load it with {code(f'secateur.load(folder{more})')}: the layers' widths are in {code('compact.json')}."
 
 
-def _rows(measurements: Mapping[str, Sequence[Measurement]]) -> list[str]:
+def _table(measurements: Mapping[str, Sequence[Measurement]]) -> list[str]:
     names = list(dict.fromkeys(m.name for found in measurements.values() for m in found))
-    rows = []
+    lines = ["| measurement | " + " | ".join(measurements) + " |", "|---|" + "---|" * len(measurements)]
     for name in names:
         cells = [next((str(m) for m in found if m.name == name), "") for found in measurements.values()]
-        rows.append("| " + " | ".join(plain(cell.removeprefix(f"{name} ")) for cell in [name, *cells]) + " |")
-    return rows
+        lines.append("| " + " | ".join(plain(cell.removeprefix(f"{name} ")) for cell in [name, *cells]) + " |")
+    return lines
 
 
 def _loading(loaded: Loaded) -> str:
