@@ -1,6 +1,13 @@
 """How long, and how much memory: GPT-2 small analysed and made smaller; Llama 7B and 70B analysed without weights.
 
     OMP_NUM_THREADS=1 python bench/scale.py gpt2 llama-7b llama-70b
+    OMP_NUM_THREADS=1 python bench/scale.py llama-7b --work /tmp/scale            # also sliced shard by shard
+    OMP_NUM_THREADS=1 python bench/scale.py llama-70b --work /tmp/scale --holes --drop
+
+With --work a bfloat16 checkpoint of that shape is written there in shards, and half of its heads and neurons, those of
+the smallest l2 score, are taken out of the files; the folder is removed afterwards. --holes makes shards that take no
+place on the disk (all zeros; the first half of the units stays then, without scores); --drop removes every finished
+file of the small model as soon as it is hashed, where a disk cannot hold them all.
 
 Every shape has a process of its own, which loads torch and transformers first; seconds are of processor time without
 that. Memory is the largest resident set of the process, torch and transformers (about 500 MB) included.
@@ -9,10 +16,17 @@ that. Memory is the largest resident set of the process, torch and transformers 
 from __future__ import annotations
 
 import argparse
+import json
 import multiprocessing
 import resource
+import shutil
+import struct
 import time
 import warnings
+from collections.abc import Iterator
+from dataclasses import replace
+from math import prod
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -61,7 +75,94 @@ def llama(name: str, tell: Any) -> None:
     tell(f"analysed, {len(analysis.units)} axes, {analysis.parameter_count():,} parameters in use")
 
 
-def child(name: str) -> None:
+SHARD = 5 * 10**9  # bytes of a source file
+
+
+def write_source(name: str, folder: Path, holes: bool) -> None:
+    """A checkpoint in bfloat16, a tensor at a time; with `holes` only its headers take place on the disk."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(vocab_size=32000, architectures=["LlamaForCausalLM"], dtype="bfloat16", **LLAMA[name])
+    with torch.device("meta"):
+        shapes = {key: tuple(t.shape) for key, t in LlamaForCausalLM(config).state_dict().items()}
+    config.save_pretrained(folder)
+    parts: list[list[str]] = [[]]
+    for key, shape in shapes.items():
+        if sum(2 * prod(shapes[k]) for k in parts[-1]) + 2 * prod(shape) > SHARD:
+            parts.append([])
+        parts[-1].append(key)
+    where = {}
+    draw = torch.Generator().manual_seed(0)
+    for number, keys in enumerate(parts):
+        file = f"model-{number + 1:05d}-of-{len(parts):05d}.safetensors"
+        where |= dict.fromkeys(keys, file)
+        ends = [0]
+        for key in keys:
+            ends.append(ends[-1] + 2 * prod(shapes[key]))
+        head: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        for key, begin, end in zip(keys, ends, ends[1:], strict=False):
+            head[key] = {"dtype": "BF16", "shape": shapes[key], "data_offsets": [begin, end]}
+        text = json.dumps(head).encode()
+        with open(folder / file, "wb") as out:
+            out.write(struct.pack("<Q", len(text)) + text)
+            if holes:
+                out.truncate(8 + len(text) + ends[-1])
+                continue
+            for key in keys:
+                for piece in _pieces(shapes[key], draw):
+                    out.write(piece.view(torch.uint8).numpy().data)
+    index = {"metadata": {"total_size": 2 * sum(map(prod, shapes.values()))}, "weight_map": where}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def _pieces(shape: tuple[int, ...], draw: torch.Generator) -> Iterator[torch.Tensor]:
+    """Small random numbers, 16 million at a time."""
+    left = prod(shape)
+    while left:
+        count = min(left, 1 << 24)
+        yield (torch.randn(count, generator=draw) * 0.02).to(torch.bfloat16)
+        left -= count
+
+
+def sliced(work: Path, holes: bool, drop: bool, tell: Any) -> None:
+    """Take half of the heads and neurons out of the files."""
+    from secateur import choose_units, l2, shrink_checkpoint
+    from secateur.core.example import analysis_of
+    from secateur.pattern import Heads, Neurons
+    from secateur.stream.opened import open_units
+
+    source, target = work / "big", work / "small"
+    written = 0
+
+    def heard(label: str, done: int, total: int) -> None:
+        nonlocal written
+        if label != "writing":
+            return
+        for path in (work / ".small.secateur-partial").glob("model-*.safetensors"):
+            size = path.stat().st_size
+            if drop and size:
+                written += size
+                path.write_bytes(b"")  # its digest is known
+        if done == total or not done % 5:
+            tell(f"{done} of {total} files written" + (f", {written / 1e9:.1f} GB" if drop else ""))
+
+    if holes:
+        opened = open_units(source, lambda *_: None)
+        tell("digests of the source")
+        analysis, _ = analysis_of(opened.model, opened.example)
+        kinds = ("head", "KV group", "feed-forward unit")
+        keep: Any = {u.name: range(u.size // 2) for u in analysis.units if u.kind in kinds}
+    else:
+        keep = choose_units(source, 0.5, replace(l2, pattern=Heads() | Neurons()))
+    tell(f"{sum(map(len, keep.values())):,} units chosen on {len(keep)} axes")
+    form = shrink_checkpoint(source, keep, target, tell=heard)
+    if not drop:
+        written = sum(path.stat().st_size for path in target.glob("*.safetensors"))
+    before = sum(path.stat().st_size for path in source.glob("*.safetensors"))
+    tell(f"written as {form}, {before / 1e9:.1f} GB became {written / 1e9:.1f} GB")
+
+
+def child(name: str, work: Path | None, holes: bool, drop: bool) -> None:
     import transformers  # noqa: F401
 
     from secateur import shrink  # noqa: F401
@@ -79,16 +180,38 @@ def child(name: str) -> None:
 
     tell("libraries loaded")
     with torch.no_grad():
-        gpt2(tell) if name == "gpt2" else llama(name, tell)
+        if work is not None:
+            sliced(work, holes, drop, tell)
+        elif name == "gpt2":
+            gpt2(tell)
+        else:
+            llama(name, tell)
+
+
+def apart(function: Any, *args: Any) -> None:
+    """In a process of its own."""
+    process = multiprocessing.get_context("spawn").Process(target=function, args=args)
+    process.start()
+    process.join()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", default=["gpt2", *LLAMA], choices=["gpt2", *LLAMA])
-    for name in parser.parse_args().names:
-        process = multiprocessing.get_context("spawn").Process(target=child, args=(name,))
-        process.start()
-        process.join()
+    parser.add_argument("--work", type=Path, help="folder, for checkpoints that are sliced from file to file")
+    parser.add_argument("--holes", action="store_true", help="shards without contents")
+    parser.add_argument("--drop", action="store_true", help="keep no finished file of the small model")
+    asked = parser.parse_args()
+    for name in asked.names:
+        apart(child, name, None, False, False)
+        if asked.work is None or name == "gpt2":
+            continue
+        try:
+            (asked.work / "big").mkdir(parents=True)
+            apart(write_source, name, asked.work / "big", asked.holes)
+            apart(child, name, asked.work, asked.holes, asked.drop)
+        finally:
+            shutil.rmtree(asked.work)
 
 
 if __name__ == "__main__":

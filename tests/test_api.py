@@ -54,6 +54,7 @@ NAMES = [
     "best_",
     "block_influence",
     "choose_blocks",
+    "choose_units",
     "constant",
     "cubic",
     "distill_",

@@ -102,7 +102,7 @@ def test_activation_pruning_cuts_what_lies_under_lambda():
         ({"sparsity": 0.5, "multiple": 0}, "multiple: Input should be greater than or equal to 1"),
         ({"sparsity": 0.5, "mend": "glue"}, "mend: Input should be 'none', 'bias' or 'least-squares'"),
         ({"sparsity": 0.5, "method": "flap", "pattern": "weights"}, "method flap is made for whole units"),
-        ({"sparsity": 0.5, "pattern": "heads", "stream": True}, "which --stream sees one by one; leave it out"),
+        ({"sparsity": 0.5, "pattern": "heads", "stream": True}, "taken out of the files, not zeroed; add --shrink"),
         ({"nonzero": 5, "pattern": "heads"}, "--nonzero counts single weights; for whole units say --target"),
         ({"sparsity": 0.5, "pattern": "heads", "allocate": "per-row"}, "whole units have per-layer and global"),
         ({"sparsity": 0.5, "pattern": "heads", "method": "best"}, "method best mends single weights while it chooses"),

@@ -52,6 +52,7 @@ _HOME = {
     "best_": "secateur.best",
     "block_influence": "secateur.recipes",
     "choose_blocks": "secateur.depth",
+    "choose_units": "secateur.stream",
     "constant": "secateur.schedule",
     "cubic": "secateur.schedule",
     "distill_": "secateur.recover",
@@ -158,6 +159,7 @@ __all__ = [
     "best_",
     "block_influence",
     "choose_blocks",
+    "choose_units",
     "constant",
     "cubic",
     "distill_",
@@ -300,7 +302,7 @@ if TYPE_CHECKING:
     from secateur.saving import load, save
     from secateur.schedule import constant, cubic, exponential, geometric, linear, points
     from secateur.score import RIA
-    from secateur.stream import prune_checkpoint, shrink_checkpoint
+    from secateur.stream import choose_units, prune_checkpoint, shrink_checkpoint
     from secateur.training import Gradual, LightningCallback, RigL, Thresholding, trainer_callback
 
 

@@ -309,10 +309,8 @@ def _check_units(asked: PruneRequest) -> None:
                 f"--pattern {pattern_of(asked.model_copy(update={'pattern': None}))}, or another method"
             )
         return
-    if asked.stream:
-        raise UsageError(
-            "whole units run through several tensors, which --stream sees one by one; leave it out"
-        )
+    if asked.stream and not asked.shrink:
+        raise UsageError("with --stream whole units are taken out of the files, not zeroed; add --shrink")
     if asked.nonzero is not None:
         raise UsageError(
             "--nonzero counts single weights; for whole units say --target '1.2M parameters' or --sparsity"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any
 
@@ -96,6 +97,7 @@ def candidates_of(
     masks: Mapping[str, Tensor] | None,
     seed: int,
     zeros_last: bool,
+    around: Callable[[Layer], AbstractContextManager[Any]] = nullcontext,
 ) -> Candidates:
     """The units of one site, their scores computed when asked for.
 
@@ -106,11 +108,16 @@ def candidates_of(
         masks: what earlier masks prune goes first.
         seed: of random scores.
         zeros_last: weights that are zero already go first.
+        around: entered while a layer is scored, such as to give it its weight.
     """
     names = statistics_of(recipe.score)
 
+    def one(layer: Layer) -> Scored:
+        with around(layer):
+            return scored(recipe, layer, names, statistics().get(layer.name, {}), seed)
+
     def scores() -> Tensor:
-        units = site.pool(lambda layer: scored(recipe, layer, names, statistics().get(layer.name, {}), seed))
+        units = site.pool(one)
         if zeros_last:
             units = _gone(units, site.pruned({layer.name: layer.values != 0 for layer in site.layers}))
         if masks:

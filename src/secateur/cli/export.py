@@ -41,6 +41,9 @@ def export(
     ] = None,
     block: Annotated[int, typer.Option(help="for sparse: rows of a block, 1, 4 or 16")] = 1,
     speed: Annotated[bool, typer.Option(help="also latency, beside the masked model")] = True,
+    stream: Annotated[
+        bool, typer.Option("--stream", help="from file to file, for models larger than memory; not measured")
+    ] = False,
     seed: Annotated[int, typer.Option(min=0, help="of made-up inputs")] = 0,
     device: Device = "cpu",
     threads: Threads = None,
@@ -54,6 +57,14 @@ def export(
     if if_exists not in ("fail", "overwrite"):
         raise UsageError(f"--if-exists {if_exists!r} is not known; expected fail or overwrite")
     use_threads(threads)
+    if stream:
+        if to == "sparse" or data is not None or device != "cpu":
+            given = "--to sparse" if to == "sparse" else "--data" if data is not None else f"--device {device}"
+            raise UsageError(f"{given} does not go with --stream; leave one of them out")
+        from secateur.cli.streaming import export_streamed
+
+        export_streamed(folder, out, to=to, if_exists=if_exists, as_json=json_)
+        return
     if to == "sparse":
         how: dict[str, Any] = {
             "kind": kind,

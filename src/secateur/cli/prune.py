@@ -171,9 +171,11 @@ def prune(
         raise UsageError(f"--if-exists {if_exists!r} is not known; expected {' or '.join(known)}")
     use_threads(threads)
     if stream:
-        from secateur.cli.streaming import prune_streamed
+        from secateur.cli.streaming import prune_streamed, shrink_streamed
+        from secateur.request import cuts_units
 
-        prune_streamed(
+        run_streamed = shrink_streamed if cuts_units(asked) else prune_streamed
+        run_streamed(
             asked, None if dry_run else out, max_ram=max_ram, if_exists=if_exists, as_json=json_, offline=offline,
             trust_remote_code=trust_remote_code,
         )  # fmt: skip

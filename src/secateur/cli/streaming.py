@@ -1,4 +1,4 @@
-"""What `prune --stream` and `resume` share."""
+"""What `prune --stream`, `export --stream` and `resume` share."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from secateur.errors import InterruptedRunError, ResourceError
+from secateur.errors import InterruptedRunError, ResourceError, UsageError
 
 if TYPE_CHECKING:
     from secateur.request import PruneRequest
 
-__all__ = ["prune_streamed"]
+__all__ = ["export_streamed", "prune_streamed", "shrink_streamed"]
 
 
 def prune_streamed(
@@ -69,3 +69,73 @@ def prune_streamed(
         f"pruned   {done.pruned:,} of {done.size:,} weights, sparsity {done.sparsity:.4f} of these layers\n"
         f"written  {out}\nmeasure  secateur evaluate {out}"
     )
+
+
+def shrink_streamed(
+    asked: PruneRequest,
+    out: Path | None,
+    *,
+    max_ram: str | None,
+    if_exists: str,
+    as_json: bool,
+    offline: bool,
+    trust_remote_code: bool,
+) -> None:
+    """Say which units will go, and take them out of the files; without `out` only the first."""
+    from secateur.folder import new_folder
+    from secateur.run import check_apart
+    from secateur.stream.asked import prepare_units_as_asked
+    from secateur.terminal import progress
+
+    if if_exists == "resume":
+        raise UsageError(
+            "--if-exists resume: whole units are taken out in one go, and nothing is kept of a run that was killed; "
+            "choose overwrite"
+        )
+    with ExitStack() as stack:
+        if out is not None:
+            check_apart(asked.model, out)
+            folder = stack.enter_context(new_folder(out, if_exists))
+        tell = stack.enter_context(progress())
+        prepared = prepare_units_as_asked(
+            asked, memory=max_ram, offline=offline, trust_remote_code=trust_remote_code, tell=tell
+        )
+        if out is None:
+            plan = str(prepared)
+            typer.echo(json.dumps({"plan": plan.splitlines()}) if as_json else plan)
+            return
+        typer.echo(str(prepared), err=as_json)
+        words = asked.model_dump(mode="json", exclude_unset=True)
+        done = prepared.carry_out(folder, words, asked.model_dump(mode="json"))
+    before, after = done.parameters
+    if as_json:
+        typer.echo(json.dumps({"out": str(out), "form": done.form, "parameters": [before, after]}))
+        return
+    typer.echo(
+        f"smaller  {before:,} parameters, {after:,} left\n{_written(out, done.form)}\nmeasure  secateur evaluate {out}"
+    )
+
+
+def export_streamed(folder: str, out: Path, *, to: str, if_exists: str, as_json: bool) -> None:
+    """Take the units out that a run's masks prune, tensor by tensor."""
+    from secateur.core.masks import Masks
+    from secateur.own import is_own
+    from secateur.stream.shrinking import check_streamed_form, shrink_checkpoint
+    from secateur.terminal import progress
+
+    path = Path(folder).expanduser() / "run" / "masks.safetensors"
+    if is_own(folder):
+        raise UsageError(f"{folder}: --stream needs a folder with safetensors files; leave --stream out")
+    check_streamed_form(to)
+    if not path.is_file():
+        raise UsageError(
+            f"{folder}: no run/masks.safetensors beside the weights, so nothing says which units go. Give the folder "
+            "of a run that cut whole units, such as secateur prune --pattern heads,neurons"
+        )
+    with progress() as tell:
+        form = shrink_checkpoint(folder, Masks.load(path), out, to=to, if_exists=if_exists, tell=tell)
+    typer.echo(json.dumps({"out": str(out), "form": form}) if as_json else _written(out, form))
+
+
+def _written(out: Path | None, form: str) -> str:
+    return f"written  {out} ({'plain' if form == 'hf' else 'compact: secateur.load reads it'})"

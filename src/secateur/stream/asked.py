@@ -12,11 +12,14 @@ from secateur.errors import UsageError
 from secateur.measure import Tell
 from secateur.model import Loaded, folder_of
 from secateur.own import is_own
-from secateur.request import PruneRequest, build_recipe, check_target
+from secateur.request import UNITS_METHOD, PruneRequest, build_recipe, check_target
 from secateur.sources import calibration
+from secateur.stream.choosing import prepare_units
 from secateur.stream.job import Prepared, prepare, read_source
+from secateur.stream.opened import open_units
+from secateur.stream.smaller import Shrinking
 
-__all__ = ["prepare_as_asked"]
+__all__ = ["prepare_as_asked", "prepare_units_as_asked"]
 
 # settings that a streamed run cannot follow, and what to do instead
 _REFUSED = {
@@ -70,6 +73,62 @@ def prepare_as_asked(
         tell=tell,
     )
     return replace(prepared, notes=(*notes, *prepared.notes))
+
+
+def prepare_units_as_asked(
+    asked: PruneRequest,
+    *,
+    memory: str | None = None,
+    offline: bool = False,
+    trust_remote_code: bool = False,
+    tell: Tell,
+) -> Shrinking:
+    """The same for whole units that are taken out of the files.
+
+    Raises:
+        UsageError, InputError, ResourceError: whatever is wrong with the request, the files or the data.
+    """
+    check_target(asked)
+    _check(asked)
+    if trust_remote_code:
+        raise UsageError("--trust-remote-code does not go with --stream --shrink; leave --stream out")
+    settled, notes = _with_units_method(asked)
+    recipe = build_recipe(settled)
+    folder = folder_of(asked.model, offline=offline, allow_pickle=False, trust_remote_code=False)
+    opened = open_units(folder, tell)
+
+    def data(model: Any) -> Iterable[Any]:
+        return _data(settled, opened.checkpoint, model, False, tell)
+
+    choosing = prepare_units(
+        opened,
+        asked.sparsity,
+        recipe,
+        target=asked.target,
+        data=data,
+        only=list(asked.only) or None,
+        skip=list(asked.skip) or None,
+        seed=asked.seed,
+        memory=memory,
+        tell=tell,
+    )
+    return Shrinking(choosing, tuple(notes))
+
+
+def _with_units_method(asked: PruneRequest) -> tuple[PruneRequest, list[str]]:
+    """The request with its method settled: flap without its mending where there are data, none is good without."""
+    if asked.method == "best":
+        raise UsageError("method best is for single weights; name a method for whole units, such as flap")
+    if asked.method is not None:
+        return asked, []
+    if asked.data is None:
+        raise UsageError(
+            "which units? Give --data TEXT, for method flap, or name a method that needs none: --method l2, magnitude "
+            "or random. For heads and neurons of language models those are no better than chance"
+        )
+    mend = asked.mend or "none"
+    note = "No --method was given: flap; what stays is not mended, fine-tune the small model"
+    return asked.model_copy(update={"method": UNITS_METHOD, "mend": mend}), [note]
 
 
 def _with_method(asked: PruneRequest) -> tuple[PruneRequest, list[str]]:

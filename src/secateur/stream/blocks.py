@@ -32,7 +32,26 @@ from secateur.stream.stages import in_parts, visit_in_stages
 from secateur.stream.tensors import Work, keep_counts, prune_tensors, units_of, write_pruned
 from secateur.stream.walk import Call, Decoder, Running, find_decoder, loaded_blocks, start
 
-__all__ = ["prune_blocks"]
+__all__ = ["Unwritten", "prune_blocks", "statistics_of_blocks"]
+
+
+class Unwritten:
+    """Takes the place of `Output` where blocks are walked and nothing is written: nobody goes on from it."""
+
+    def __init__(self) -> None:
+        self.done: dict[str, Any] = {}
+
+    @property
+    def journal(self) -> Unwritten:
+        """Says which blocks are behind."""
+        return self
+
+    def finished(self, unit: str, found: Any) -> None:
+        """A block is behind."""
+        self.done[unit] = found
+
+    def flush(self) -> None:
+        """Nothing to write."""
 
 
 def prune_blocks(work: Work, batches: Sequence[Any], output: Output, folder: Path) -> None:
@@ -43,7 +62,7 @@ def prune_blocks(work: Work, batches: Sequence[Any], output: Output, folder: Pat
         data come in parts, one for each of its stages and one more.
     """
     find_decoder(work.model, work.todo.layers)
-    statistics = cache(lambda: _statistics(work, batches, output, folder / STATE))
+    statistics = cache(lambda: statistics_of_blocks(work, batches, output, folder / STATE))
     if work.todo.recipe.update is None:
         statistics()
         prune_tensors(work, keep_counts(work, statistics), statistics, output)
@@ -57,10 +76,17 @@ def prune_blocks(work: Work, batches: Sequence[Any], output: Output, folder: Pat
     _mend(work, counts, batches, output, folder / STATE)
 
 
-def _statistics(
-    work: Work, batches: Sequence[Any], output: Output, state: Path
+def statistics_of_blocks(
+    work: Work, batches: Sequence[Any], output: Output | Unwritten, state: Path
 ) -> dict[str, dict[str, Tensor]]:
-    """The statistics of every layer's input in the dense model."""
+    """The statistics of every layer's input in the dense model.
+
+    Args:
+        work: whose layers all stand in the decoder's blocks.
+        batches: calibration data.
+        output: hears of finished blocks.
+        state: a folder for hidden states and for what was found.
+    """
     names = [name for name in work.todo.statistics if name in STATISTICS]
 
     def at(block: Running, layers: list[Layer]) -> None:
@@ -129,7 +155,9 @@ def _scores(todo: Plan, seed: int) -> Callable[[Layer, int, Mapping[str, Tensor]
 At = Callable[[Running, list[Layer]], None]
 
 
-def _walk(work: Work, batches: Sequence[Any], output: Output, state: Path, what: str, at: At) -> None:
+def _walk(
+    work: Work, batches: Sequence[Any], output: Output | Unwritten, state: Path, what: str, at: At
+) -> None:
     """Call `at` for every block that holds a chosen layer, in order, up to the last such block.
 
     A block's line goes into the journal after the hidden states behind it are on the disk.

@@ -196,6 +196,11 @@ def prepare(
             only where the recipe needs some.
     """
     budget = parse_memory(memory)
+    if hasattr(recipe.pattern, "sites"):
+        raise UsageError(
+            f"{recipe.pattern!r} cuts whole units, which run through several tensors; choose them with choose_units "
+            "and take them out with shrink_checkpoint (secateur prune --stream --shrink)"
+        )
     shards = open_shards(checkpoint)
     architecture = build_empty(checkpoint, shards, trust_remote_code=trust_remote_code)
     places = find_places(architecture, shards)

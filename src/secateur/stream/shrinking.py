@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from secateur import pretrained
@@ -18,7 +17,6 @@ from secateur.core.masks import Masks
 from secateur.deploy.cuts import cut
 from secateur.deploy.describe import describe
 from secateur.deploy.shrunk import Shrunk
-from secateur.deploy.twin import built_empty
 from secateur.deploy.unseen import plan_cuts
 from secateur.errors import UsageError
 from secateur.folder import new_folder, write_json
@@ -26,15 +24,15 @@ from secateur.manifest import sha256
 from secateur.measure import Tell
 from secateur.run import check_apart
 from secateur.shrunken import check_form
-from secateur.stream.architecture import Architecture
-from secateur.stream.job import read_source
 from secateur.stream.memory import parse_memory
-from secateur.stream.places import Places, find_places
-from secateur.stream.shards import open_shards
+from secateur.stream.opened import Opened, open_units
+from secateur.stream.places import Places
+from secateur.stream.shards import FLOATING
+from secateur.stream.writing import Kind, write_tensors
 
-__all__ = ["shrink_checkpoint"]
+__all__ = ["check_streamed_form", "shrink_checkpoint", "write_small"]
 
-LENGTH = 13  # tokens of the inputs on which it is analysed; no width of a model
+SHARD = "2 GB"
 
 
 def _silent(label: str, done: int, total: int) -> None:
@@ -47,7 +45,7 @@ def shrink_checkpoint(
     target: str | Path,
     *,
     to: str = "auto",
-    shard: str | int = "2 GB",
+    shard: str | int = SHARD,
     if_exists: str = "fail",
     tell: Tell = _silent,
 ) -> str:
@@ -59,10 +57,10 @@ def shrink_checkpoint(
 
     Args:
         source: a local folder in Hugging Face format with safetensors files, of a model that reads tokens.
-        masks: whole units; or axis name -> units that stay, which needs no memory.
+        masks: whole units; or axis name -> units that stay, which needs no memory, such as `choose_units` gives.
         target: the folder to write.
         to: "hf", "compact" or "auto", see `secateur.save`.
-        shard: size of a weight file, which is what is held in memory.
+        shard: how much of the source goes into one weight file.
         if_exists: "fail" or "overwrite".
         tell: progress.
 
@@ -74,47 +72,59 @@ def shrink_checkpoint(
             pieces; a form that cannot say the result.
         InputError: the files are unsound.
 
-    Cost: a read for the digests, another to write; memory for one weight file and one tensor.
+    Cost: a read for the digests, another to write; memory for one tensor.
+    """
+    check_streamed_form(to)
+    check_apart(str(source), target)
+    parse_memory(shard)
+    with new_folder(target, if_exists) as folder:
+        opened = open_units(source, tell)
+        tell("planning the cuts", 0, 1)
+        note = plan_cuts(opened.model, masks, opened.example)
+        tell("planning the cuts", 1, 1)
+        return write_small(opened, note, folder, to=to, shard=shard, tell=tell)
+
+
+def check_streamed_form(to: str) -> None:
+    """Refuse a form that is not written from file to file.
+
+    Raises:
+        UsageError: an unknown form, or padded.
     """
     check_form(to)
     if to == "padded":
         raise UsageError('to="padded": the source with its zeros is that already')
-    check_apart(str(source), target)
-    size = parse_memory(shard)
-    with new_folder(target, if_exists) as folder:
-        checkpoint = read_source(source, tell)
-        with pretrained.quiet():
-            kind, config = pretrained._class_and_config(checkpoint, False)
-        with pretrained.quiet(), pretrained._bounded(checkpoint):
-            model: Any = built_empty(kind, config).eval()
-        tell("analysing", 0, 1)
-        note = plan_cuts(model, masks, _tokens(model))
-        tell("analysing", 1, 1)
-        whole = built_empty(kind, kind.config_class.from_dict(config.to_dict()), buffers=True).eval()
-        small = cut(whole, note)
-        described = _described(small, to)
-        places = find_places(Architecture(model, True), open_shards(checkpoint))
-        written = _written(model, note, places, folder, size or 0, plain=described is not None, tell=tell)
-        _copied(checkpoint, folder)
-        if described is None:
-            apart = _apart(small, folder)
-            text = compact_text(note, {**written, **apart[1]}, apart[0], _made_from(checkpoint))
-            write_json(folder / COMPACT, text)
-            return "compact"
-        with pretrained.quiet():
-            described.architectures = [kind.__name__]
-            described.dtype = checkpoint.dtype
-            described.save_pretrained(folder)
-        return "hf"
 
 
-def _tokens(model: Any) -> dict[str, Tensor]:
-    if getattr(model, "main_input_name", "") != "input_ids":
-        raise UsageError(
-            f"{type(model).__name__}: does not read tokens; load it, use shrink and save, or secateur export --data"
-        )
-    ids = torch.zeros((2, LENGTH), dtype=torch.long, device="meta")
-    return {"input_ids": ids, **({"decoder_input_ids": ids[:, :-2]} if model.config.is_encoder_decoder else {})}
+def write_small(
+    opened: Opened, note: Shrunk, folder: Path, *, to: str, shard: str | int = SHARD, tell: Tell
+) -> str:
+    """Write the small model into a folder that is there; "hf" or "compact".
+
+    Args:
+        opened: the source.
+        note: the cuts, from `plan_cuts`.
+        folder: written into.
+        to, shard, tell: see `shrink_checkpoint`.
+    """
+    small = cut(opened.whole(), note)
+    described = _described(small, to)
+    size = parse_memory(shard) or 0
+    written = _written(opened.model, note, opened.places, folder, size, described is not None, tell)
+    _copied(opened.checkpoint, folder)
+    if described is None:
+        apart = _apart(small, folder)
+        made_from = {
+            "name": opened.checkpoint.folder.resolve().name,
+            "sha256": opened.checkpoint.fingerprint,
+        }
+        write_json(folder / COMPACT, compact_text(note, {**written, **apart[1]}, apart[0], made_from))
+        return "compact"
+    with pretrained.quiet():
+        described.architectures = [opened.kind.__name__]
+        described.dtype = opened.checkpoint.dtype
+        described.save_pretrained(folder)
+    return "hf"
 
 
 def _described(small: nn.Module, to: str) -> Any:
@@ -129,15 +139,37 @@ def _described(small: nn.Module, to: str) -> Any:
         return None
 
 
-def _made_from(checkpoint: Checkpoint) -> dict[str, str]:
-    return {"name": checkpoint.folder.resolve().name, "sha256": checkpoint.fingerprint}
-
-
 def _written(
-    model: nn.Module, note: Shrunk, places: Places, folder: Path, size: int, *, plain: bool, tell: Tell
+    model: nn.Module, note: Shrunk, places: Places, folder: Path, size: int, plain: bool, tell: Tell
 ) -> dict[str, str]:
     """Slice tensor after tensor into files of about `size` bytes; file -> SHA-256."""
     stored = _stored(model, places)
+    parts = _parts(stored, places, size)
+    found: dict[str, str] = {}
+    where: dict[str, str] = {}
+    total = 0
+    for at, names in enumerate(parts):
+        file = f"model-{at + 1:05d}-of-{len(parts):05d}.safetensors" if len(parts) > 1 else "model.safetensors"
+        called = {places.pieces[name][0].name if plain else name: name for name in names}
+        kinds = {key: _kind(places, note, name) for key, name in called.items()}
+        total += sum(kind.itemsize * _numbers(shape) for kind, shape in kinds.values())
+        where |= dict.fromkeys(kinds, file)
+
+        def sliced(key: str, called: Mapping[str, str] = called) -> Tensor:
+            return narrow_tensor(places.read(called[key]), list(note.index.get(called[key], ())))
+
+        tied = _tied(model, names, stored, places, plain)
+        metadata = {"tied": json.dumps(tied, sort_keys=True)} if tied else {"format": "pt"}
+        found[file] = write_tensors(folder / file, kinds, sliced, metadata)
+        tell("writing", at + 1, len(parts))
+    if plain and len(parts) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": where}
+        write_json(folder / "model.safetensors.index.json", index)
+    return found
+
+
+def _parts(stored: Sequence[str], places: Places, size: int) -> list[list[str]]:
+    """The names of each file, in their order; about `size` bytes of the source go into one."""
     parts: list[list[str]] = [[]]
     held = 0
     for name in stored:
@@ -147,25 +179,23 @@ def _written(
             held = 0
         parts[-1].append(name)
         held += length
-    found: dict[str, str] = {}
-    where: dict[str, str] = {}
-    total = 0
-    for at, names in enumerate(parts):
-        file = f"model-{at + 1:05d}-of-{len(parts):05d}.safetensors" if len(parts) > 1 else "model.safetensors"
-        tensors = {}
-        for name in names:
-            value = narrow_tensor(places.read(name), list(note.index.get(name, ())))
-            tensors[places.pieces[name][0].name if plain else name] = value.contiguous()
-        total += sum(value.numel() * value.element_size() for value in tensors.values())
-        where |= dict.fromkeys(tensors, file)
-        _save(tensors, folder / file, _tied(model, names, stored, places, plain))
-        found[file] = sha256(folder / file)
-        tell("writing", at + 1, len(parts))
-    if plain and len(parts) > 1:
-        write_json(
-            folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": where}
-        )
-    return found
+    return parts
+
+
+def _kind(places: Places, note: Shrunk, name: str) -> Kind:
+    """Type and shape of a tensor after the cut."""
+    shape = list(places.shapes[name])
+    for dim, kept in enumerate(note.index.get(name, ())):
+        if kept is not None:
+            shape[dim] = len(kept)
+    return places.kind(name), tuple(shape)
+
+
+def _numbers(shape: Sequence[int]) -> int:
+    count = 1
+    for size in shape:
+        count *= size
+    return count
 
 
 def _stored(model: nn.Module, places: Places) -> list[str]:
@@ -179,6 +209,9 @@ def _stored(model: nn.Module, places: Places) -> list[str]:
             raise UsageError(
                 f"{name}: the files hold it in {len(pieces)} pieces (experts); load the model and use shrink and save"
             )
+        kind = places.shards.tensors[pieces[0].name].kind
+        if kind not in FLOATING:
+            raise UsageError(f"{name}: stored as {kind}, which is no floating-point type; use shrink and save")
         names.setdefault(pieces[0].name, name)
     order = {name: at for at, name in enumerate(places.shards.tensors)}
     return [names[key] for key in sorted(names, key=order.__getitem__)]
@@ -198,21 +231,17 @@ def _tied(
     }
 
 
-def _save(tensors: dict[str, Tensor], path: Path, tied: dict[str, str]) -> None:
-    from safetensors.torch import save_file
-
-    save_file(tensors, path, metadata={"tied": json.dumps(tied, sort_keys=True)} if tied else {"format": "pt"})
-
-
 def _apart(small: nn.Module, folder: Path) -> tuple[list[str], dict[str, str]]:
     """Buffers that are in no state, in a file of their own."""
+    from safetensors.torch import save_file
+
     saved = small.state_dict(keep_vars=True)
     found = {
         n: b.contiguous().clone() for n, b in small.named_buffers(remove_duplicate=False) if n not in saved
     }
     if not found:
         return [], {}
-    _save(found, folder / "buffers.safetensors", {})
+    save_file(found, folder / "buffers.safetensors", metadata={"format": "pt"})
     return sorted(found), {"buffers.safetensors": sha256(folder / "buffers.safetensors")}
 
 

@@ -1,0 +1,77 @@
+"""A checkpoint in files and its modules on the meta device: enough to analyse it, to plan cuts, and to slice."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from secateur import pretrained
+from secateur.checkpoint import Checkpoint
+from secateur.deploy.twin import built_empty
+from secateur.errors import UsageError
+from secateur.measure import Tell
+from secateur.stream.architecture import Architecture
+from secateur.stream.job import read_source
+from secateur.stream.places import Places, find_places
+from secateur.stream.shards import open_shards
+
+__all__ = ["Opened", "open_units"]
+
+LENGTH = 13  # tokens of the inputs on which it is analysed; no width of a model
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A checkpoint that has not been read, but for its digests.
+
+    Attributes:
+        checkpoint: its files.
+        kind: the class of its model.
+        config: what that is built from.
+        model: the modules on the meta device, buffers too.
+        example: inputs to follow through it.
+        places: where every tensor lies.
+    """
+
+    checkpoint: Checkpoint
+    kind: Any
+    config: Any
+    model: Any
+    example: dict[str, Tensor]
+    places: Places
+
+    def whole(self) -> Any:
+        """The modules anew, buffers with their values."""
+        config = self.kind.config_class.from_dict(self.config.to_dict())
+        return built_empty(self.kind, config, buffers=True).eval()
+
+
+def open_units(source: str | Path, tell: Tell) -> Opened:
+    """Read the headers of a checkpoint and build its modules without values.
+
+    Raises:
+        UsageError: a model that reads no tokens; an unknown architecture.
+        InputError: the files are unsound.
+
+    Cost: a read of all files, for their digests.
+    """
+    checkpoint = read_source(source, tell)
+    with pretrained.quiet():
+        kind, config = pretrained._class_and_config(checkpoint, False)
+    with pretrained.quiet(), pretrained._bounded(checkpoint):
+        model: Any = built_empty(kind, config).eval()
+    places = find_places(Architecture(model, True), open_shards(checkpoint))
+    return Opened(checkpoint, kind, config, model, _tokens(model), places)
+
+
+def _tokens(model: Any) -> dict[str, Tensor]:
+    if getattr(model, "main_input_name", "") != "input_ids":
+        raise UsageError(
+            f"{type(model).__name__}: does not read tokens; load it, use shrink and save, or secateur export --data"
+        )
+    ids = torch.zeros((2, LENGTH), dtype=torch.long, device="meta")
+    return {"input_ids": ids, **({"decoder_input_ids": ids[:, :-2]} if model.config.is_encoder_decoder else {})}
