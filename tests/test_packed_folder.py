@@ -9,6 +9,7 @@ from torch import nn
 import secateur
 from secateur import model as models
 from secateur import prune_
+from secateur.deploy.sparse import choice, table
 from secateur.deploy.sparse.modules import SparseLinear
 from secateur.errors import InputError, UsageError
 from secateur.packed_folder import FILE, load_packed
@@ -19,6 +20,14 @@ from .tiny import Secateur
 @pytest.fixture
 def command(monkeypatch, capsys) -> Secateur:
     return Secateur(monkeypatch, capsys)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    """A cache of one's own, in which packed ways are always faster."""
+    monkeypatch.setenv(table.ENVIRONMENT, str(tmp_path_factory.mktemp("cache")))
+    monkeypatch.setattr(choice, "_known", {})
+    monkeypatch.setattr(choice, "_measure", lambda *_: [[1.0, 0.5, 0.5, 0.5]] * 9)
 
 
 def build():
@@ -74,3 +83,32 @@ def test_a_module_of_ones_own_needs_what_builds_it(tmp_path):
 def test_options_of_the_form_belong_to_it(folder, command, tmp_path):
     said = command.refused(2, "export", folder[0], "--kind", "int8", "--out", tmp_path / "x")
     assert said == "--kind, --outer and --block belong to --to sparse"
+
+
+@torch.no_grad()
+def test_a_loaded_folder_is_as_fast_as_measured_or_as_small_as_can_be(folder, command, tmp_path, monkeypatch):
+    place, model = folder
+    command("export", place, "--to", "sparse", "--outer", "int8", "--out", tmp_path / "packed")
+    monkeypatch.setattr(
+        choice, "_measure", lambda like, *_: [[1.0, 0.5, 2.0, 2.0], *[[1.0, 2.0, 2.0, 2.0]] * 8]
+    )
+    ids = torch.randint(0, 211, (2, 9))
+    quick = secateur.load(tmp_path / "packed")
+    small = secateur.load(tmp_path / "packed", prefer="memory")
+    layer = quick.transformer.h[0].mlp.c_fc
+    assert isinstance(layer, SparseLinear)
+    assert layer.ways == (0, *[3] * 8)
+    assert torch.equal(layer.dense, model.transformer.h[0].mlp.c_fc.weight.t())
+    assert small.transformer.h[0].mlp.c_fc.dense is None
+    assert torch.allclose(quick(ids).logits, small(ids).logits, atol=1e-3)
+    choice._known.clear()
+    table.place().unlink()
+    monkeypatch.setattr(choice, "_measure", lambda *_: [[1.0, 2.0, 2.0, 2.0]] * 9)
+    dense = secateur.load(tmp_path / "packed")
+    assert not isinstance(dense.transformer.h[0].mlp.c_fc, SparseLinear)
+    assert torch.equal(dense.transformer.h[0].mlp.c_fc.weight, model.transformer.h[0].mlp.c_fc.weight)
+    assert isinstance(
+        secateur.load(tmp_path / "packed", prefer="memory").transformer.h[0].mlp.c_fc, SparseLinear
+    )
+    with pytest.raises(UsageError, match="prefer is 'size'; expected speed or memory"):
+        secateur.load(tmp_path / "packed", prefer="size")

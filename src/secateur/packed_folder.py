@@ -83,12 +83,15 @@ def is_packed(folder: str | Path) -> bool:
     return (Path(folder) / FILE).is_file()
 
 
-def load_packed(folder: Path, build: Callable[[], Any] | None = None) -> nn.Module:
+def load_packed(
+    folder: Path, build: Callable[[], Any] | None = None, *, prefer: str | None = "speed", dense: bool = False
+) -> nn.Module:
     """The model of such a folder in eval mode, its packed layers running packed.
 
     Args:
         folder: written by `export_packed`.
         build: for a module of one's own: gives the architecture with any weights.
+        prefer, dense: see `load_sparse_`.
 
     Raises:
         UsageError: a module of one's own without `build`.
@@ -106,7 +109,7 @@ def load_packed(folder: Path, build: Callable[[], Any] | None = None) -> nn.Modu
     else:
         built = build()
         model = copy.deepcopy(built[0] if isinstance(built, tuple) else built)
-    return load_sparse_(model, folder / FILE).eval()
+    return load_sparse_(model, folder / FILE, dense=dense, prefer=prefer).eval()
 
 
 def _of_config(checkpoint: Checkpoint) -> nn.Module:

@@ -75,6 +75,7 @@ def load(
     *,
     dtype: torch.dtype | str = "auto",
     device: torch.device | str = "cpu",
+    prefer: str = "speed",
 ) -> nn.Module:
     """The model of a folder that `save` or the command line wrote, in eval mode; no code in a file is ever run.
 
@@ -85,6 +86,9 @@ def load(
             was before it was shrunk, with any weights.
         dtype: of the floating-point parameters; "auto" is what the files hold.
         device: where it goes.
+        prefer: for a packed folder. "speed": every layer in the form and way that is fastest at each batch on this
+            machine, which is measured once and kept (`SECATEUR_CACHE`); dense weights are held beside or instead where
+            those are faster. "memory": packed weights alone.
 
     Raises:
         UsageError: no such folder; a module of one's own without `build`.
@@ -96,7 +100,7 @@ def load(
     if is_packed(place):
         given = own.split(build)[:2] if isinstance(build, str) else None
         code = (lambda: own.call(f"{given[0]}:{given[1]}", seed=0)) if given else build
-        return load_packed(place, code)  # type: ignore[arg-type]
+        return load_packed(place, code, prefer=prefer)  # type: ignore[arg-type]
     if isinstance(build, str):
         path, function, _ = own.split(build)
         return models.load(f"{path}:{function}@{place}", dtype=dtype, device=device, offline=True).model

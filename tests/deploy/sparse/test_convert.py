@@ -12,20 +12,22 @@ from torch import nn
 
 from secateur import Blocks, magnitude, prune_
 from secateur.deploy.sparse import choice, sparsify_
+from secateur.deploy.sparse import table as times
 from secateur.deploy.sparse.modules import SparseConv2d, SparseEmbedding, SparseLinear
-from secateur.deploy.sparse.ops import BATCHES, STREAM, TILES, UNPACK
-from secateur.deploy.sparse.packed import pack
+from secateur.deploy.sparse.ops import BATCHES, DENSE, STREAM, TILES, UNPACK
+from secateur.deploy.sparse.packed import pack, reformed
 from secateur.errors import UsageError
 
 from ...language import Tiny
 
-DENSE, SLOW = 1.0, 9.0
+ONE, SLOW = 1.0, 9.0
+LINEAR = choice.Kind("Linear", torch.float32)
 
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     """A cache of one's own."""
-    monkeypatch.setenv(choice.CACHE, str(tmp_path))
+    monkeypatch.setenv(times.ENVIRONMENT, str(tmp_path))
     monkeypatch.setattr(choice, "_known", {})
 
 
@@ -143,40 +145,115 @@ def test_blocks_are_packed_as_blocks(fast):
 
 def table(**fastest):
     """A measurement in which a way is fastest at every batch."""
-    row = [DENSE, *(fastest.get(way, SLOW) for way in ("stream", "tiles", "unpack"))]
+    row = [ONE, *(fastest.get(way, SLOW) for way in ("stream", "tiles", "unpack"))]
     return [row] * (len(BATCHES) + 1)
+
+
+def ways(found, **options):
+    choice._known.clear()
+    return choice.choose(found, LINEAR, **options).ways
 
 
 def test_the_measured_way_is_taken_and_slower_layers_stay_dense(fast, monkeypatch):
     found = pack(torch.eye(64), form="bitmask")
     monkeypatch.setattr(choice, "_measure", lambda *_: table(tiles=0.5))
-    assert choice.ways_for(found, torch.float32) == (TILES,) * 9
-    choice._known.clear()
-    assert choice.ways_for(found, torch.float32) == (TILES,) * 9  # from the file
+    assert ways(found) == (TILES,) * 9
     monkeypatch.setattr(choice, "_measure", lambda *_: table(unpack=1.2))
-    monkeypatch.setattr(choice, "_known", {})
-    choice._file().write_text("garbled")
-    assert choice.ways_for(found, torch.float32) is None
+    assert ways(found) == (TILES,) * 9  # from the file
+    times.place().unlink()
+    assert choice.choose(found, LINEAR).packed is not None  # from this process
+    assert ways(found) == ()
     model = nn.Sequential(nn.Linear(64, 64))
     prune_(model, 0.98)
-    monkeypatch.setattr(choice, "_known", {})
-    choice._file().write_text('{"a": [[1.0]]}')
     with pytest.raises(UsageError, match="slower without them than with them"):
         sparsify_(model)
 
 
+def test_batches_that_are_slower_packed_use_the_dense_weight_or_forbid_packing(fast, monkeypatch):
+    mixed = [[ONE, 0.5, SLOW, SLOW], *table(tiles=1.5)[1:]]
+    monkeypatch.setattr(choice, "_measure", lambda *_: mixed)
+    found = pack(torch.eye(64), form="bitmask")
+    assert ways(found) == ()
+    assert ways(found, keep_dense=True) == (STREAM, *[DENSE] * 8)
+    model = nn.Sequential(nn.Linear(64, 64), nn.Conv2d(64, 64, 1))
+    prune_(model, 0.9)
+    x, image = torch.randn(9, 64), torch.randn(2, 64, 3, 3)
+    expected = model[0](x), model[0](x[:1]), model[1](image), model[1](image[:1, :, :1, :1])
+    done = sparsify_(model, keep_dense=True)
+    assert [layer.keeps_dense for layer in done.layers] == [True, True]
+    assert torch.equal(model[0](x), expected[0])
+    assert torch.equal(model[1](image), expected[2])
+    assert torch.allclose(model[0](x[:1]), expected[1], atol=1e-5)
+    assert torch.allclose(model[1](image[:1, :, :1, :1]), expected[3], atol=1e-5)
+    assert not any("dense" in name for name in model.state_dict())
+    compiled = torch.compile(model[0], fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x), model[0](x))
+
+
+def test_the_form_is_the_one_that_was_measured_fastest(fast, monkeypatch):
+    weight = torch.randn(64, 100).masked_fill(torch.rand(64, 100) < 0.9, 0)
+    weight[3, 9] = -0.0
+    fast_forms = {"bitmask": table(stream=0.2, tiles=0.2), "index": table(stream=0.5, tiles=0.1)}
+    monkeypatch.setattr(choice, "_measure", lambda like, *_: fast_forms[like.form])
+    for kind in ("float32", "bfloat16", "int8", "int4"):
+        found = pack(weight.bfloat16() if kind == "bfloat16" else weight, kind, form="bitmask")
+        choice._known.clear()
+        taken = choice.choose(found, LINEAR).packed
+        assert taken is not None
+        assert taken.form == "index"
+        back = reformed(taken, "bitmask")
+        assert back.form == "bitmask"
+        for each in (taken, back):
+            assert torch.equal(each.dense(), found.dense())
+            assert torch.equal(each.dense().signbit(), found.dense().signbit())
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("garbled", "JSONDecodeError"),
+        ("[]", "holds no table"),
+        ('{"version": 2, "times": {"a": [[1.0]]}}', "are no times"),
+    ],
+)
+def test_a_damaged_cache_is_measured_anew_with_a_warning(fast, monkeypatch, content, words):
+    monkeypatch.setattr(choice, "_measure", lambda *_: table(tiles=0.5))
+    times.place().write_text(content)
+    found = pack(torch.eye(64), form="bitmask")
+    with pytest.warns(UserWarning, match=words):
+        assert ways(found) == (TILES,) * 9
+    assert ways(found) == (TILES,) * 9  # sound again: no warning
+
+
+def test_a_cache_of_another_version_or_that_cannot_be_written_is_no_trouble(fast, monkeypatch, tmp_path):
+    monkeypatch.setattr(choice, "_measure", lambda *_: table(tiles=0.5))
+    times.place().write_text('{"version": 1, "times": {"a": 3}}')
+    found = pack(torch.eye(64), form="bitmask")
+    assert ways(found) == (TILES,) * 9
+    monkeypatch.setenv(times.ENVIRONMENT, str(tmp_path / "sparse.json" / "under a file"))
+    with pytest.warns(UserWarning, match="NotADirectory"):
+        assert ways(found) == (TILES,) * 9
+
+
 def test_measuring_really_measures(fast, monkeypatch):
-    monkeypatch.setattr(choice, "SIZE", 64)
-    rows = choice.measured(pack(torch.eye(64), form="bitmask"), torch.float32)
-    assert len(rows) == len(BATCHES) + 1
-    assert all(0 < row[0] < 10 and 0 < row[2] < 10 and 0 < row[3] < 10 for row in rows)
-    assert [row[1 + STREAM] < 10 for row in rows] == [True] * 3 + [False] * 6
-    assert choice._file().is_file()
+    monkeypatch.setattr(choice, "SIZES", (32, 64))
+    monkeypatch.setattr(choice, "SECONDS", 0.001)
+    conv = pack(torch.eye(64, 576), form="bitmask")
+    for kind in (
+        LINEAR,
+        choice.Kind("Conv1D", torch.bfloat16, cold=True),
+        choice.Kind("Conv2d", torch.float32, (3, 3)),
+    ):
+        rows = choice.measured(conv, kind)
+        assert len(rows) == len(BATCHES) + 1
+        assert all(0 < row[0] < 10 and 0 < row[2] < 10 and 0 < row[3] < 10 for row in rows)
+        assert [row[1 + STREAM] < 10 for row in rows] == [True] * 3 + [False] * 6
+    assert len(times.read(len(BATCHES) + 1, 4)) == 3
 
 
 def test_without_kernels_rows_are_unpacked(monkeypatch):
     monkeypatch.setattr(choice.native, "library", lambda: None)
-    assert choice.ways_for(pack(torch.eye(4)), torch.float32) == (UNPACK,) * 9
+    assert ways(pack(torch.eye(4))) == (UNPACK,) * 9
 
 
 @pytest.mark.parametrize(

@@ -1,148 +1,228 @@
-"""Which way to multiply is fastest here: measured once a machine for each kind of matrix, and kept in a file.
+"""Which form and which way to multiply are fastest here: measured once a machine, and kept in a file.
 
-A way is chosen by the kind of the values, the share of zeros in tenths, the block, the type of the dense layer and
-the number of threads; for each batch of `BATCHES` the candidates are timed in turns with the dense product.
+What is timed are whole layers, dense beside packed, in turns, for each batch of `BATCHES`. A measurement serves every
+layer of the same type, values, block and about the same size and share of zeros, with the same number of threads.
 """
 
 from __future__ import annotations
 
-import json
-import os
+import hashlib
+import math
 import platform
 import time
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from itertools import cycle
 from pathlib import Path
+from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from secateur import __version__
 from secateur.core import native
-from secateur.deploy.sparse import kernels
-from secateur.deploy.sparse.ops import BATCHES, FEW, STREAM, TILES, UNPACK, sparse_linear
-from secateur.deploy.sparse.packed import Packed, pack
+from secateur.deploy.sparse import kernels, table
+from secateur.deploy.sparse.modules import SparseConv2d, SparseLayer, SparseLinear
+from secateur.deploy.sparse.ops import BATCHES, DENSE, FEW, STREAM, TILES, UNPACK
+from secateur.deploy.sparse.packed import Packed, pack, reformed
 
-__all__ = ["CACHE", "measured", "ways_for"]
+__all__ = ["Choice", "Kind", "choose", "kind_of", "measured"]
 
-CACHE = "SECATEUR_CACHE"
-SIZE = 1024  # rows and columns of the matrix that is timed
+SIZES = (64, 2048)  # rows and columns of matrices that are timed: powers of two between
 SLOWEST = 0.95  # of the dense layer's speed, at every batch
-ROUNDS = 8
+WORTH = 1.05  # times as fast as dense, at some batch
+CACHES = 1 << 25  # bytes; a model of more finds its weights in main memory
+ROUNDS, SECONDS = 24, 0.1  # for each batch: whichever comes first, but three rounds
+LEVELS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
+THIN = 0.25  # share of non-zeros below which the index form is looked at
 _known: dict[str, list[list[float]]] = {}
 
 
-def ways_for(packed: Packed, dtype: torch.dtype) -> tuple[int, ...] | None:
-    """The fastest way for each of `BATCHES` and beyond; None where a batch is slower than dense in every way.
+@dataclass(frozen=True)
+class Kind:
+    """What of a dense layer its speed depends on.
+
+    Attributes:
+        layer: "Linear", "Conv1D" or "Conv2d".
+        dtype: of its weight and inputs.
+        kernel: height and width, for a convolution.
+        cold: whether its model is larger than a processor's caches.
+    """
+
+    layer: str
+    dtype: torch.dtype
+    kernel: tuple[int, int] = (1, 1)
+    cold: bool = False
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How a layer runs.
+
+    Attributes:
+        packed: in the form that is fastest; None where the layer had better be dense.
+        ways: for each of `BATCHES` and beyond; DENSE where the dense weight is kept beside and multiplied with.
+    """
+
+    packed: Packed | None
+    ways: tuple[int, ...]
+
+    @property
+    def keeps_dense(self) -> bool:
+        """Whether some batch multiplies with the dense weight."""
+        return self.packed is None or DENSE in self.ways
+
+
+def kind_of(module: nn.Module, dtype: torch.dtype, cold: bool = False) -> Kind:
+    """What the speed of a dense linear layer or convolution depends on."""
+    if isinstance(module, nn.Conv2d):
+        return Kind("Conv2d", dtype, tuple(module.kernel_size), cold)  # type: ignore[arg-type]
+    return Kind("Conv1D" if type(module).__name__ == "Conv1D" else "Linear", dtype, cold=cold)
+
+
+def choose(packed: Packed, kind: Kind, *, keep_dense: bool = False) -> Choice:
+    """The fastest form and ways of a matrix.
 
     Without native kernels every matrix is unpacked and torch multiplies: right, and slower than dense.
 
     Args:
-        packed: the matrix.
-        dtype: of the layer and its inputs.
+        packed: the matrix, in any form.
+        kind: of the layer that it belongs to.
+        keep_dense: let batches at which every packed way is slower use the dense weight, kept beside the packed one.
+            Otherwise a layer with such a batch is dense.
     """
     if native.library() is None:
-        return (UNPACK,) * (len(BATCHES) + 1)
-    ways = []
-    for dense, *others in measured(packed, dtype):
-        if min(others) * SLOWEST > dense:
-            return None
-        ways.append(others.index(min(others)))
-    return tuple(ways)
+        return Choice(packed, (UNPACK,) * (len(BATCHES) + 1))
+    best, gain = Choice(None, ()), WORTH
+    for form in _forms(packed):
+        times = measured(packed, kind, form)
+        ratios = [dense / min(others) for dense, *others in times]
+        ways = tuple(
+            others.index(min(others)) if ratio >= SLOWEST else DENSE
+            for ratio, (_, *others) in zip(ratios, times, strict=True)
+        )
+        if max(ratios) < WORTH or (DENSE in ways and not keep_dense):
+            continue
+        first, *rest = (math.log(max(ratio, 1.0) if keep_dense else ratio) for ratio in ratios)
+        mean = math.exp(first / 2 + sum(rest) / len(rest) / 2)  # one token counts as much as all else: decoding
+        if mean > gain or best.packed is None:
+            best, gain = Choice(packed if form == packed.form else reformed(packed, form), ways), mean
+    return best
 
 
-def measured(packed: Packed, dtype: torch.dtype) -> list[list[float]]:
+def _forms(packed: Packed) -> tuple[str, ...]:
+    """Forms a matrix could have: the index form where it is smaller or nearly so."""
+    if packed.form == "dense" or packed.block > 1:
+        return (packed.form,)
+    return ("bitmask", "index") if packed.density < THIN or packed.form == "index" else ("bitmask",)
+
+
+def measured(packed: Packed, kind: Kind, form: str | None = None) -> list[list[float]]:
     """Seconds of dense, STREAM, TILES and UNPACK for each of `BATCHES` and for twice the last."""
-    tenths = min(9, max(0, round((1 - packed.density) * 10)))
-    name = f"{packed.kind}/{packed.form}/{packed.block}/{tenths}/{dtype}/{torch.get_num_threads()}".replace(
-        "torch.", ""
-    )
-    key = f"{__version__}/{native.ABI}/{_machine()}/{kernels.level()}/{name}"
+    form = form or packed.form
+    zeros = min(LEVELS, key=lambda level: abs(level - (1 - packed.density)))
+    rows, columns = _about(packed.rows), _about(packed.columns // math.prod(kind.kernel))
+    dtype, where = str(kind.dtype).removeprefix("torch."), "cold" if kind.cold else "warm"
+    size = f"{rows}x{columns}" + "x{}x{}".format(*kind.kernel) * (kind.layer == "Conv2d")
+    name = f"{kind.layer} {size}/{packed.kind} {form} {packed.block} {zeros}/{dtype} {where}"
+    key = f"{_machine()}/{torch.get_num_threads()} threads/{name}"
     if key not in _known:
-        _known.update({k: v for k, v in _stored().items() if k not in _known})
+        _known.update({k: v for k, v in table.read(len(BATCHES) + 1, 4).items() if k not in _known})
     if key not in _known:
-        _known[key] = _measure(packed.kind, packed.form, packed.block, tenths / 10, dtype)
-        _store()
+        _known[key] = _measure(replace(packed, form=form), kind, rows, columns, zeros)
+        table.add({key: _known[key]}, len(BATCHES) + 1, 4)
     return _known[key]
 
 
-def _measure(kind: str, form: str, block: int, sparsity: float, dtype: torch.dtype) -> list[list[float]]:
+def _about(size: int) -> int:
+    return min(SIZES[1], max(SIZES[0], 1 << round(math.log2(max(size, 1)))))
+
+
+@torch.inference_mode()
+def _measure(like: Packed, kind: Kind, rows: int, columns: int, zeros: float) -> list[list[float]]:
+    """Times of a random layer of a kind; of several in turns where weights come from main memory."""
     generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(SIZE, SIZE, generator=generator)
-    cut = torch.rand(SIZE // block, SIZE, generator=generator) < sparsity
-    weight = weight.masked_fill(cut.repeat_interleave(block, 0), 0)
-    dense = weight.to(dtype)
-    packed = pack(
-        weight if kind.startswith("int") else weight.to(getattr(torch, kind)), kind, form=form, block=block
-    )
+    width = columns * math.prod(kind.kernel)
+    weight = torch.randn(rows, width, generator=generator)
+    cut = torch.rand(-(-rows // like.block), width, generator=generator) < zeros
+    weight = weight.masked_fill(cut.repeat_interleave(like.block, 0)[:rows], 0)
+    stored = weight if like.kind.startswith("int") else weight.to(getattr(torch, like.kind))
+    made = pack(stored, like.kind, form=like.form, block=like.block)
+    count = math.ceil(2 * CACHES / (weight.numel() * kind.dtype.itemsize)) if kind.cold else 1
+    dense = [_dense(kind, weight) for _ in range(min(64, count))]
+    sparse = {
+        way: [_sparse(kind, _copied(made), each, way) for each in dense] for way in (STREAM, TILES, UNPACK)
+    }
     found = []
     for batch in (*BATCHES, 2 * BATCHES[-1]):
-        x = torch.randn(batch, SIZE, generator=generator).to(dtype)
-        found.append(_times(packed, dense, x))
+        runs = {DENSE: dense, **{way: each for way, each in sparse.items() if way != STREAM or batch <= FEW}}
+        found.append(_times(runs, _inputs(kind, columns, batch, generator)))
     return found
 
 
-def _times(packed: Packed, dense: Tensor, x: Tensor) -> list[float]:
-    runs: dict[int, Callable[[], Tensor]] = {-1: lambda: F.linear(x, dense)}
-    for way in (STREAM, TILES, UNPACK):
-        if way != STREAM or len(x) <= FEW:
-            runs[way] = partial(sparse_linear, packed, x, ways=[way] * (len(BATCHES) + 1))
+def _times(runs: dict[int, Sequence[nn.Module]], x: Tensor) -> list[float]:
+    """The least seconds of each way; ways that are far behind are given up."""
     # one thread's own time does not count what other processes take from it
     clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
-    best = dict.fromkeys((-1, STREAM, TILES, UNPACK), 1e9)
-    for _ in range(ROUNDS if len(x) > FEW else 3 * ROUNDS):
-        for way, run in runs.items():
+    best = dict.fromkeys((DENSE, STREAM, TILES, UNPACK), 1e9)
+    turns, spent = {way: cycle(layers) for way, layers in runs.items()}, 0.0
+    for number in range(ROUNDS):
+        for way, layers in turns.items():
+            if number > 1 and best[way] > 2 * min(best.values()):
+                continue
+            layer = next(layers)
             start = clock()
-            run()
-            best[way] = min(best[way], clock() - start)
+            layer(x)
+            seconds = clock() - start
+            spent += seconds
+            best[way] = min(best[way], max(seconds, 1e-9))
+        if number >= 2 and spent > SECONDS:
+            break
     return list(best.values())
 
 
+def _dense(kind: Kind, weight: Tensor) -> nn.Module:
+    rows, width = weight.shape
+    if kind.layer == "Conv2d":
+        columns = width // math.prod(kind.kernel)
+        layer: Any = nn.Conv2d(columns, rows, kind.kernel, padding="same", bias=False, dtype=kind.dtype)
+    else:
+        layer = nn.Linear(width, rows, bias=False, dtype=kind.dtype)
+    if kind.layer == "Conv1D":
+        layer.weight = nn.Parameter(weight.to(kind.dtype).t().contiguous().t(), requires_grad=False)
+    else:
+        layer.weight.data.copy_(weight.view(layer.weight.shape))
+    return layer.eval()
+
+
+def _sparse(kind: Kind, packed: Packed, like: nn.Module, way: int) -> SparseLayer:
+    ways = (way,) * (len(BATCHES) + 1)
+    if isinstance(like, nn.Conv2d):
+        return SparseConv2d(packed, like, ways)
+    return SparseLinear(packed, None, kind.dtype, ways)
+
+
+def _copied(packed: Packed) -> Packed:
+    """With bytes of its own, as other layers have."""
+    return replace(packed, **{name: tensor.clone() for name, tensor in packed.tensors().items()})
+
+
+def _inputs(kind: Kind, columns: int, batch: int, generator: torch.Generator) -> Tensor:
+    """So many tokens, or an image of so many places."""
+    if kind.layer != "Conv2d":
+        return torch.randn(batch, columns, generator=generator).to(kind.dtype)
+    height = 1 << (batch.bit_length() - 1) // 2
+    return torch.randn(1, columns, height, batch // height, generator=generator).to(kind.dtype)
+
+
+@cache
 def _machine() -> str:
+    """Processor, torch, and the kernels by their own bytes: another build is measured anew."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         lines = []
     model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
-    return f"{model or platform.processor() or platform.machine()}/torch {torch.__version__}"
-
-
-def _file() -> Path:
-    place = os.environ.get(CACHE)
-    base = (
-        Path(place) if place else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "secateur"
-    )
-    return base / "sparse.json"
-
-
-def _stored() -> dict[str, list[list[float]]]:
-    """What earlier processes measured; nothing where the file is missing or garbled."""
-    try:
-        found = json.loads(_file().read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    if not isinstance(found, dict):
-        return {}
-    return {key: value for key, value in found.items() if _sound(value)}
-
-
-def _sound(value: object) -> bool:
-    return (
-        isinstance(value, list)
-        and len(value) == len(BATCHES) + 1
-        and all(isinstance(row, list) and len(row) == 4 for row in value)
-        and all(isinstance(x, float) and 0 < x <= 1e9 for row in value for x in row)
-    )
-
-
-def _store() -> None:
-    """Written beside and renamed; a cache that cannot be written is measured again."""
-    path = _file()
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_text(json.dumps(_known, sort_keys=True), encoding="utf-8")
-        os.replace(beside, path)
-    except OSError:
-        beside.unlink(missing_ok=True)
+    built = hashlib.sha256(native.FILE.read_bytes()).hexdigest()[:12] if native.FILE.is_file() else "none"
+    kernel = f"kernels {native.ABI} {built} {kernels.LEVELS[kernels.level()]}"
+    return f"{model or platform.processor() or platform.machine()}/torch {torch.__version__}/{kernel}"

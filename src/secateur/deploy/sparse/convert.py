@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from secateur.core.where import Layer, Only, layers, select
 from secateur.deploy.quantize import put_
-from secateur.deploy.sparse.choice import ways_for
+from secateur.deploy.sparse.choice import CACHES, Choice, choose, kind_of
 from secateur.deploy.sparse.modules import SparseConv2d, SparseEmbedding, SparseLayer, SparseLinear
+from secateur.deploy.sparse.ops import DENSE
 from secateur.deploy.sparse.packed import BLOCKS, KINDS, Packed, pack
 from secateur.errors import UsageError, nearest
 
@@ -31,6 +32,7 @@ class SparsifiedLayer:
         form, kind, block: see `Packed`.
         sparsity: share of weights that are left out.
         dense_bytes, packed_bytes: what the weight took and takes.
+        keeps_dense: whether the dense weight is kept beside, for batches at which it is faster.
     """
 
     name: str
@@ -40,6 +42,7 @@ class SparsifiedLayer:
     sparsity: float
     dense_bytes: int
     packed_bytes: int
+    keeps_dense: bool = False
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,7 @@ def sparsify_(
     only: Only = None,
     skip: Only = None,
     measure: bool = True,
+    keep_dense: bool = False,
 ) -> Sparsified:
     """Replace linear layers and convolutions by ones that leave zeros out, in place; for inference on a CPU.
 
@@ -81,8 +85,10 @@ def sparsify_(
         outer: "int8" holds embeddings and output heads as dense integers, tied ones once; None leaves them alone.
         block: rows that share an index: what `Blocks(block, 1)` pruned; 1, 4 or 16.
         only, skip: which layers, as for `prune_`; default every `nn.Linear`, `Conv1D` and `nn.Conv2d` of one group.
-        measure: choose for each layer the fastest way on this machine, and leave layers dense that would be slower in
-            every way; the measurements are kept for the next time. False: the usual ways, every layer.
+        measure: choose for each layer the fastest form and ways on this machine, and leave layers dense that would be
+            slower in every way; the measurements are kept for the next time. False: the usual ways, every layer.
+        keep_dense: with measure, keep the dense weight beside the packed one where only some batches are faster packed:
+            speed for memory.
 
     Returns:
         What was packed, what was left, and the bytes.
@@ -91,7 +97,8 @@ def sparsify_(
         UsageError: an unknown kind, or nothing to pack.
         NumericError: NaN or Inf among weights that should become integers.
 
-    Cost: two passes over the weights; a second for each new combination of kind and sparsity that is measured.
+    Cost: two passes over the weights; a second or two for each new combination of size, kind and sparsity that is
+        measured.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(64, 32), nn.ReLU())
@@ -105,49 +112,70 @@ def sparsify_(
     if block not in BLOCKS:
         raise UsageError(f"block is {block}; expected one of {', '.join(map(str, BLOCKS))}")
     left: list[tuple[str, str]] = []
-    plan: list[tuple[Layer, Packed, tuple[int, ...] | None]] = []
-    for layer in _chosen(model, only, skip, left):
-        reason = _reason(layer, outer)
-        if reason:
-            left.append((layer.name, reason))
+    chosen = _chosen(model, only, skip, left)
+    cold = sum(layer.weight.nbytes for layer in chosen) > CACHES
+    plan: list[tuple[Layer, Packed, Choice]] = []
+    for layer in chosen:
+        found = _planned(layer, kind, outer, block)
+        if isinstance(found, str):
+            left.append((layer.name, found))
             continue
-        matrix = layer.layout.to_matrices(layer.weight.detach())[0]
-        if layer.role in OUTER and outer is not None:
-            packed, ways = pack(matrix, outer, form="dense"), None
+        how = Choice(found, ())
+        if measure and not isinstance(layer.module, nn.Embedding):
+            how = choose(found, kind_of(layer.module, layer.weight.dtype, cold), keep_dense=keep_dense)
+        if how.packed is None:
+            left.append((layer.name, f"{1 - found.density:.0%} zeros: slower without them than with them"))
         else:
-            wanted = kind or str(layer.weight.dtype).removeprefix("torch.")
-            if wanted not in KINDS:
-                left.append((layer.name, f"its type is {wanted}"))
-                continue
-            packed = pack(matrix, wanted, block=block)
-            ways = ways_for(packed, layer.weight.dtype) if measure else None
-            if (measure and ways is None) or (packed.nbytes >= matrix.nbytes):
-                why = "slower" if packed.nbytes < matrix.nbytes else "larger"
-                left.append((layer.name, f"{1 - packed.density:.0%} zeros: {why} without them than with them"))
-                continue
-        plan.append((layer, packed, ways))
+            plan.append((layer, how.packed, how))
     if not plan:
         reasons = "".join(f"; {name}: {why}" for name, why in left[:-4:-1])
         raise UsageError(f"no layer to pack{reasons}. Prune first, or choose others")
-    done = tuple(_report(layer, packed) for layer, packed, _ in plan)
-    for layer, packed, ways in plan:
-        install_sparse_(model, (layer.name, *layer.tied), packed, ways)
+    done = tuple(_report(layer, packed, how) for layer, packed, how in plan)
+    for layer, packed, how in plan:
+        install_sparse_(model, (layer.name, *layer.tied), packed, how.ways or None)
     return Sparsified(done, tuple(left))
+
+
+def _planned(layer: Layer, kind: str | None, outer: str | None, block: int) -> Packed | str:
+    """A layer's weight packed, or why it is not."""
+    reason = _reason(layer, outer)
+    if reason:
+        return reason
+    matrix = layer.layout.to_matrices(layer.weight.detach())[0]
+    if layer.role in OUTER and outer is not None:
+        return pack(matrix, outer, form="dense")
+    wanted = kind or str(layer.weight.dtype).removeprefix("torch.")
+    if wanted not in KINDS:
+        return f"its type is {wanted}"
+    packed = pack(matrix, wanted, block=block)
+    if packed.nbytes >= matrix.nbytes:
+        return f"{1 - packed.density:.0%} zeros: larger without them than with them"
+    return packed
 
 
 def install_sparse_(
     model: nn.Module, names: tuple[str, ...], packed: Packed, ways: tuple[int, ...] | None = None
 ) -> None:
-    """Put a packed weight into the place of one parameter, under every name it has."""
+    """Put a packed weight into the place of one parameter, under every name it has.
+
+    Args:
+        model: changed.
+        names: of the parameter.
+        packed: the weight.
+        ways: None for the usual ones; where one is DENSE, the module's own weight is kept for it.
+    """
     for name in names:
         path = name.rpartition(".")[0]
         module: Any = model.get_submodule(path)
+        kept = None
+        if DENSE in (ways or ()) and not isinstance(module, nn.Embedding):
+            kept = module.weight.t() if type(module).__name__ == "Conv1D" else module.weight
         if isinstance(module, nn.Embedding):
             put_(model, path, SparseEmbedding(packed, module)).train(module.training)
         elif isinstance(module, nn.Conv2d):
-            put_(model, path, SparseConv2d(packed, module, ways)).train(module.training)
+            put_(model, path, SparseConv2d(packed, module, ways, kept)).train(module.training)
         else:
-            made = SparseLinear(packed, module.bias, module.weight.dtype, ways)
+            made = SparseLinear(packed, module.bias, module.weight.dtype, ways, kept)
             put_(model, path, made).train(module.training)
 
 
@@ -196,7 +224,7 @@ def _looks_up(module: nn.Module) -> bool:
     return type(module) is nn.Embedding and module.max_norm is None
 
 
-def _report(layer: Layer, packed: Packed) -> SparsifiedLayer:
+def _report(layer: Layer, packed: Packed, how: Choice) -> SparsifiedLayer:
     weight: Tensor = layer.weight
     return SparsifiedLayer(
         layer.name,
@@ -206,4 +234,5 @@ def _report(layer: Layer, packed: Packed) -> SparsifiedLayer:
         1 - packed.density,
         weight.numel() * weight.element_size(),
         packed.nbytes,
+        how.keeps_dense,
     )

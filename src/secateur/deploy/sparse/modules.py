@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from secateur.core import native
 from secateur.deploy.sparse.kernels import Product
-from secateur.deploy.sparse.ops import product_of, sparse_linear, usual_ways
+from secateur.deploy.sparse.ops import DENSE, bucket, product_of, sparse_linear, usual_ways
 from secateur.deploy.sparse.packed import Packed
 
 __all__ = ["SparseConv2d", "SparseEmbedding", "SparseLayer", "SparseLinear"]
@@ -25,6 +25,7 @@ class SparseLayer(nn.Module):
     Attributes:
         packed: the weight as a matrix `(rows, columns)`.
         dtype: the type the weight had.
+        dense: the weight as it was, where batches at which packed ways are slower use it; not stored.
     """
 
     bias: nn.Parameter | None
@@ -32,11 +33,16 @@ class SparseLayer(nn.Module):
     values: Tensor
     scale: Tensor
     offsets: Tensor
+    dense: Tensor | None
 
-    def __init__(self, packed: Packed, dtype: torch.dtype):
+    def __init__(
+        self, packed: Packed, dtype: torch.dtype, ways: Sequence[int] | None = None, dense: Tensor | None = None
+    ):
         super().__init__()
         self._shape = (packed.form, packed.kind, packed.block, packed.rows, packed.columns)
         self.dtype = dtype
+        self.ways = None if ways is None else tuple(ways)
+        self.register_buffer("dense", None if dense is None else dense.detach(), persistent=False)
         for name in _PARTS:
             self.register_buffer(name, getattr(packed, name))
         self.register_buffer("offsets", packed.offsets, persistent=False)
@@ -82,6 +88,10 @@ class SparseLayer(nn.Module):
         ways = self.ways or usual_ways(held[1])
         return product_of(held[1], x, self.bias, ways, held[2])
 
+    def prefers_dense(self, batch: int) -> bool:
+        """Whether so many tokens are multiplied with the dense weight."""
+        return self.dense is not None and self.ways is not None and self.ways[bucket(batch)] == DENSE
+
     def extra_repr(self) -> str:
         """For printing."""
         form, kind, block, rows, columns = self._shape
@@ -92,30 +102,41 @@ class SparseLinear(SparseLayer):
     """`nn.Linear`, or transformers' `Conv1D`, with a packed weight."""
 
     def __init__(
-        self, packed: Packed, bias: Tensor | None, dtype: torch.dtype, ways: Sequence[int] | None = None
+        self,
+        packed: Packed,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+        ways: Sequence[int] | None = None,
+        dense: Tensor | None = None,
     ):
-        super().__init__(packed, dtype)
+        super().__init__(packed, dtype, ways, dense)
         self.in_features, self.out_features = packed.columns, packed.rows
         self.nf, self.nx = packed.rows, packed.columns
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
-        self.ways = None if ways is None else tuple(ways)
 
     def forward(self, x: Tensor) -> Tensor:
         """The layer's product."""
+        if self.dense is not None and self.prefers_dense(x.numel() // self.in_features):
+            return F.linear(x, self.dense, self.bias)
         return self.multiply(x)
 
 
 class SparseConv2d(SparseLayer):
     """A convolution of one group as a product with patches of the input."""
 
-    def __init__(self, packed: Packed, like: nn.Conv2d, ways: Sequence[int] | None = None):
-        super().__init__(packed, like.weight.dtype)
+    def __init__(
+        self,
+        packed: Packed,
+        like: nn.Conv2d,
+        ways: Sequence[int] | None = None,
+        dense: Tensor | None = None,
+    ):
+        super().__init__(packed, like.weight.dtype, ways, dense)
         self.kernel_size, self.stride, self.dilation = like.kernel_size, like.stride, like.dilation
         self.in_channels, self.out_channels = like.in_channels, like.out_channels
         self.padding, self.padding_mode, self.groups = like.padding, like.padding_mode, 1
         self._around, self.stored = list(like._reversed_padding_repeated_twice), tuple(like.weight.shape)
         self.bias = None if like.bias is None else nn.Parameter(like.bias.detach(), requires_grad=False)
-        self.ways = None if ways is None else tuple(ways)
 
     @property
     def weight(self) -> Tensor:
@@ -131,6 +152,9 @@ class SparseConv2d(SparseLayer):
             (size - span - 1) // step + 1
             for size, span, step in zip(x.shape[2:], spans, self.stride, strict=True)
         )
+        if self.dense is not None and self.prefers_dense(len(x) * height * width):
+            y = F.conv2d(x, self.dense, self.bias, self.stride, 0, self.dilation)
+            return y[0] if single else y
         if self.kernel_size == (1, 1):
             patches = x[:, :, :: self.stride[0], :: self.stride[1]].flatten(2)
         else:

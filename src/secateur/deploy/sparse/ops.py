@@ -6,7 +6,6 @@ gradient.
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,9 +17,20 @@ from secateur.core import native
 from secateur.deploy.sparse import kernels
 from secateur.deploy.sparse.packed import FORMS, KINDS, Packed
 
-__all__ = ["BATCHES", "STREAM", "TILES", "UNPACK", "bucket", "product_of", "sparse_linear", "usual_ways"]
+__all__ = [
+    "BATCHES",
+    "DENSE",
+    "STREAM",
+    "TILES",
+    "UNPACK",
+    "bucket",
+    "product_of",
+    "sparse_linear",
+    "usual_ways",
+]
 
 STREAM, TILES, UNPACK = 0, 1, 2  # straight from the stream; tokens in lanes; rows unpacked for torch
+DENSE = 3  # a layer's way alone: torch's product with a dense weight that it keeps beside
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)  # a way is chosen for each up to these, and one beyond
 FEW = 4
 INTEGER_COLUMNS = 1 << 17  # whose products a 32-bit sum holds
@@ -41,7 +51,10 @@ def bucket(batch: int) -> int:
         >>> [bucket(n) for n in (1, 3, 128, 129)]
         [0, 2, 7, 8]
     """
-    return bisect_left(BATCHES, batch)
+    place = 0
+    for most in BATCHES:  # no bisect: dynamo traces this
+        place += batch > most
+    return place
 
 
 def _sparse_linear(
@@ -65,7 +78,7 @@ def product_of(
     batch = flat.shape[0]
     if flat.shape[1] != columns:
         raise RuntimeError(f"inputs of {flat.shape[1]} columns meet a matrix of {columns}")
-    way = ways[bucket(batch)]
+    way = min(ways[bucket(batch)], UNPACK)
     if way != UNPACK and batch and native.library() is not None:
         if way == STREAM and (batch > FEW or columns > INTEGER_COLUMNS):
             way = TILES

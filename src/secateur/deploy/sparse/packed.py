@@ -18,7 +18,7 @@ from secateur.deploy.grid import to_grid
 from secateur.deploy.sparse import kernels
 from secateur.errors import UsageError
 
-__all__ = ["BLOCKS", "FORMS", "KINDS", "PADDING", "Packed", "pack", "pack_integers"]
+__all__ = ["BLOCKS", "FORMS", "KINDS", "PADDING", "Packed", "pack", "pack_integers", "reformed"]
 
 FORMS = ("bitmask", "index", "dense")
 KINDS = ("float32", "bfloat16", "float16", "int8", "int4")
@@ -153,6 +153,16 @@ def pack_integers(
     found = _packed(integers, kind, form, block)
     codebook = CODEBOOK.clone() if kind == "int4" else None
     return replace(found, scale=scale.float().contiguous(), codebook=codebook)
+
+
+def reformed(packed: Packed, form: str) -> Packed:
+    """The same matrix as a bitmask or with indices; as it is where its integers have a codebook of their own."""
+    if form == packed.form or (packed.codebook is not None and not torch.equal(packed.codebook, CODEBOOK)):
+        return packed
+    weight = kernels.decode(packed)
+    if packed.scale is None:
+        return _packed(weight, packed.kind, form, packed.block)
+    return pack_integers(weight, packed.scale, packed.kind, form=form, block=packed.block)
 
 
 def _check(weight: Tensor, kind: str, form: str | None, block: int) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from secateur.core.matrix import Layout
 from secateur.deploy.quantize import layouts_of
+from secateur.deploy.sparse.choice import CACHES, Choice, Kind, choose, kind_of
 from secateur.deploy.sparse.convert import can_hold, install_sparse_, packed_of
 from secateur.deploy.sparse.kernels import bits_of
 from secateur.deploy.sparse.packed import BLOCKS, DTYPES, FORMS, KINDS, PADDING, SPAN, WORD, Packed, pack
@@ -30,6 +31,7 @@ VERSION = 1
 NUMBERS = "packed"
 _PARTS = ("values", "mask", "negative", "counts", "index", "scale", "codebook")
 _NEEDED = {"bitmask": ("mask",), "index": ("counts", "index"), "dense": ()}
+PREFERENCES = ("speed", "memory")
 LARGEST = 1 << 40  # weights of a matrix
 
 
@@ -136,7 +138,9 @@ def read_sparse(path: str | Path) -> tuple[dict[str, Packed], dict[str, Tensor],
 
 
 @torch.no_grad()
-def load_sparse_(model: nn.Module, path: str | Path, *, dense: bool = False) -> nn.Module:
+def load_sparse_(
+    model: nn.Module, path: str | Path, *, dense: bool = False, prefer: str | None = None
+) -> nn.Module:
     """Fill a model of the same architecture, as it is built, with what `save_sparse` wrote; returns the model.
 
     Args:
@@ -144,10 +148,16 @@ def load_sparse_(model: nn.Module, path: str | Path, *, dense: bool = False) -> 
         path: the file.
         dense: give every layer an ordinary weight; otherwise linear layers, convolutions and embeddings that were
             packed run packed.
+        prefer: "speed" takes for each layer the fastest form and ways on this machine, measured once, with the dense
+            weight kept beside, or alone, for batches at which that is faster; "memory" never keeps dense weights, and
+            takes the usual ways where `speed` would; None measures nothing and keeps every form as it is stored.
 
     Raises:
         InputError: no such file, altered content, or another architecture.
+        UsageError: an unknown preference.
     """
+    if prefer not in (None, *PREFERENCES):
+        raise UsageError(f"prefer is {prefer!r}; expected {' or '.join(PREFERENCES)}")
     packed, tensors, tied = read_sparse(path)
     for alias, kept in tied.items():
         if kept in packed:
@@ -172,14 +182,23 @@ def load_sparse_(model: nn.Module, path: str | Path, *, dense: bool = False) -> 
             )
     for name, tensor in tensors.items():
         state[name].copy_(tensor)
+    cold = sum(each.rows * each.columns for each in packed.values()) * 4 > CACHES
+    done: dict[tuple[int, Kind], Choice] = {}
     for name, each in packed.items():
         module = model.get_submodule(name.rpartition(".")[0])
         looks_up = type(module) is nn.Embedding and each.form == "dense"
+        how = Choice(None, ())
         if not dense and (can_hold(module) or looks_up) and name.endswith("weight"):
-            install_sparse_(model, (name,), each)
-        else:
-            places[name]  # checked above
+            how = Choice(each, ())
+            if prefer is not None and not looks_up:
+                kind = kind_of(module, state[name].dtype, cold)
+                key = id(each), kind
+                done[key] = done.get(key) or choose(each, kind, keep_dense=prefer == "speed")
+                how = done[key] if prefer == "speed" else Choice(each, done[key].ways)
+        if how.keeps_dense:
             state[name].copy_(places[name].from_matrices(each.dense().view(places[name].shape)))
+        if how.packed is not None:
+            install_sparse_(model, (name,), how.packed, how.ways or None)
     return model
 
 
