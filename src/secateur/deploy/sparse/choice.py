@@ -155,7 +155,8 @@ def _measure(like: Packed, kind: Kind, rows: int, columns: int, zeros: float) ->
     }
     found = []
     for batch in (*BATCHES, 2 * BATCHES[-1]):
-        runs = {DENSE: dense, **{way: each for way, each in sparse.items() if way != STREAM or batch <= FEW}}
+        runs: dict[int, Sequence[nn.Module]] = {DENSE: dense}
+        runs |= {way: each for way, each in sparse.items() if way != STREAM or batch <= FEW}
         found.append(_times(runs, _inputs(kind, columns, batch, generator)))
     return found
 
@@ -204,7 +205,8 @@ def _sparse(kind: Kind, packed: Packed, like: nn.Module, way: int) -> SparseLaye
 
 def _copied(packed: Packed) -> Packed:
     """With bytes of its own, as other layers have."""
-    return replace(packed, **{name: tensor.clone() for name, tensor in packed.tensors().items()})
+    copies: dict[str, Any] = {name: tensor.clone() for name, tensor in packed.tensors().items()}
+    return replace(packed, **copies)
 
 
 def _inputs(kind: Kind, columns: int, batch: int, generator: torch.Generator) -> Tensor:

@@ -57,7 +57,7 @@ def add(times: Mapping[str, Rows], rows: int, columns: int) -> None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # said on reading
-            content = {"version": VERSION, "times": read(rows, columns) | times}
+            content = {"version": VERSION, "times": {**read(rows, columns), **times}}
         path.parent.mkdir(parents=True, exist_ok=True)
         beside.write_text(json.dumps(content, sort_keys=True), encoding="utf-8")
         os.replace(beside, path)
