@@ -58,63 +58,106 @@ void in_parallel(int64_t chunks, int threads, Work work) {
 
 inline int64_t chunks_of(int64_t size) { return (size + CHUNK - 1) / CHUNK; }
 
-// How many are below a. Values in [a, b], and with MARK their positions, are written to `inside` and `places`, which
-// have room for all of them and BLOCK more; with MARK those below a are marked, all others not.
-template <bool ABSOLUTE, bool MARK>
+// How many are below a, and `within` [a, b]. Those within are written to `inside`, which has room for `most` of them and
+// BLOCK more; where there are more than `most` (ties, mostly) the rest is only counted.
+template <bool ABSOLUTE>
 ALWAYS int64_t collect(
-    const float* x, int64_t size, float a, float b, float* inside, int32_t* places, uint8_t* marked, int64_t* collected
+    const float* x, int64_t size, float a, float b, float* inside, int64_t most, int64_t* collected, int64_t* within
 ) {
-    int64_t below = 0, n = 0, i = 0;
+    int64_t below = 0, both = 0, n = 0, i = 0;
     while (i + BLOCK <= size) {
-        Ints under = {0};  // a comparison of vectors gives -1 where it holds
+        Ints under = {0}, upto = {0};  // a comparison of vectors gives -1 where it holds
         const int64_t stop = std::min(size - BLOCK, i + NEAR);
-        if (MARK)  // a plain loop: compilers pack the comparisons into bytes better than by hand
-            for (int64_t j = i; j < stop + BLOCK; ++j) marked[j] = (ABSOLUTE ? std::fabs(x[j]) : x[j]) < a;
         for (; i <= stop; i += BLOCK) {
             Longs hits = {0};
             for (int64_t j = i; j < i + BLOCK; j += LANES) {
                 Floats y;
                 std::memcpy(&y, x + j, sizeof y);
                 if (ABSOLUTE) y = (Floats)((Ints)y & 0x7fffffff);
-                Ints here = y < a;
+                Ints here = y < a, there = ~here & (y <= b);
                 under += here;
-                hits |= (Longs)(~here & (y <= b));
+                upto += there;
+                hits |= (Longs)there;
             }
-            if (!(hits[0] | hits[1] | hits[2] | hits[3])) continue;
+            if (n > most || !(hits[0] | hits[1] | hits[2] | hits[3])) continue;
             for (int64_t j = i; j < i + BLOCK; ++j) {
                 float value = ABSOLUTE ? std::fabs(x[j]) : x[j];
                 inside[n] = value;
-                if (MARK) places[n] = int32_t(j);
                 n += (value >= a) & (value <= b);
             }
         }
-        for (int k = 0; k < LANES; ++k) below -= under[k];
+        for (int k = 0; k < LANES; ++k) below -= under[k], both -= upto[k];
     }
     for (; i < size; ++i) {
         float value = ABSOLUTE ? std::fabs(x[i]) : x[i];
+        bool here = (value >= a) & (value <= b);
         below += value < a;
-        if (MARK) marked[i] = value < a;
+        both += here;
+        if (n > most) continue;
         inside[n] = value;
-        if (MARK) places[n] = int32_t(i);
-        n += (value >= a) & (value <= b);
+        n += here;
     }
     *collected = n;
+    *within = both;
     return below;
 }
 
-using Collect = int64_t(const float*, int64_t, float, float, float*, int32_t*, uint8_t*, int64_t*);
-
-#define COLLECT(name, absolute, mark)                                                                          \
-    WIDE int64_t name(                                                                                         \
-        const float* x, int64_t size, float a, float b, float* inside, int32_t* places, uint8_t* marked,       \
-        int64_t* collected                                                                                     \
-    ) {                                                                                                        \
-        return collect<absolute, mark>(x, size, a, b, inside, places, marked, collected);                      \
+// Mark those below the cut. Returns how many there are, and how many equal it.
+template <bool ABSOLUTE>
+ALWAYS int64_t mark(const float* x, int64_t size, float cut, uint8_t* marked, int64_t* equal) {
+    int64_t below = 0, same = 0, i = 0;
+    while (i + LANES <= size) {
+        Ints under = {0}, at = {0};
+        const int64_t start = i, stop = std::min(size - LANES, i + NEAR);
+        for (; i <= stop; i += LANES) {
+            Floats y;
+            std::memcpy(&y, x + i, sizeof y);
+            if (ABSOLUTE) y = (Floats)((Ints)y & 0x7fffffff);
+            under += y < cut;
+            at += y == cut;
+        }
+        // a plain loop: compilers pack the comparisons into bytes better than by hand
+        for (int64_t j = start; j < i; ++j) marked[j] = (ABSOLUTE ? std::fabs(x[j]) : x[j]) < cut;
+        for (int k = 0; k < LANES; ++k) below -= under[k], same -= at[k];
     }
-COLLECT(count_plain, false, false)
-COLLECT(count_magnitudes, true, false)
-COLLECT(mark_plain, false, true)
-COLLECT(mark_magnitudes, true, true)
+    for (; i < size; ++i) {
+        float value = ABSOLUTE ? std::fabs(x[i]) : x[i];
+        below += marked[i] = value < cut;
+        same += value == cut;
+    }
+    *equal = same;
+    return below;
+}
+
+WIDE int64_t collect_plain(
+    const float* x, int64_t size, float a, float b, float* inside, int64_t most, int64_t* collected, int64_t* within
+) {
+    return collect<false>(x, size, a, b, inside, most, collected, within);
+}
+WIDE int64_t collect_magnitudes(
+    const float* x, int64_t size, float a, float b, float* inside, int64_t most, int64_t* collected, int64_t* within
+) {
+    return collect<true>(x, size, a, b, inside, most, collected, within);
+}
+WIDE int64_t mark_plain(const float* x, int64_t size, float cut, uint8_t* marked, int64_t* equal) {
+    return mark<false>(x, size, cut, marked, equal);
+}
+WIDE int64_t mark_magnitudes(const float* x, int64_t size, float cut, uint8_t* marked, int64_t* equal) {
+    return mark<true>(x, size, cut, marked, equal);
+}
+
+// All up to the cut: where every tie of a chunk is marked.
+WIDE void mark_upto(const float* x, int64_t size, bool absolute, float cut, uint8_t* marked) {
+    if (absolute)
+        for (int64_t i = 0; i < size; ++i) marked[i] = std::fabs(x[i]) <= cut;
+    else
+        for (int64_t i = 0; i < size; ++i) marked[i] = x[i] <= cut;
+}
+
+// Words of four bytes become zero where nothing is kept; `kept` holds 0 or 1.
+WIDE void zero_words(int32_t* words, const uint8_t* kept, int64_t size) {
+    for (int64_t i = 0; i < size; ++i) words[i] &= -int32_t(kept[i]);
+}
 
 // A row of moderate length: the count-th smallest by selection on a copy.
 void mark_row(
@@ -156,29 +199,52 @@ void mark_groups(const float* x, int64_t groups, bool absolute, const int64_t* c
 }
 
 struct Found {
-    int64_t below = 0;
-    std::vector<float> inside;
-    std::vector<int32_t> places;  // within the chunk
+    int64_t below = 0, within = 0;
+    std::vector<float> inside;  // all that are within, unless there are more than `most`
 };
 
-// For every chunk what `collect` finds; with `marked`, positions too.
+// For every chunk what `collect` finds.
 std::vector<Found> between(
-    const float* x, int64_t size, bool absolute, float a, float b, uint8_t* marked, int threads
+    const float* x, int64_t size, bool absolute, float a, float b, int64_t most, int threads
 ) {
-    int64_t chunks = chunks_of(size);
-    std::vector<Found> parts(chunks);
-    Collect* take = marked ? (absolute ? mark_magnitudes : mark_plain) : (absolute ? count_magnitudes : count_plain);
-    in_parallel(chunks, threads, [&](int, int64_t chunk) {
+    std::vector<Found> parts(chunks_of(size));
+    in_parallel(parts.size(), threads, [&](int, int64_t chunk) {
         static thread_local std::vector<float> room(CHUNK + BLOCK);
-        static thread_local std::vector<int32_t> places(CHUNK + BLOCK);
-        int64_t start = chunk * CHUNK, n = 0;
-        uint8_t* to = marked ? marked + start : nullptr;
+        int64_t start = chunk * CHUNK, length = std::min(CHUNK, size - start), n = 0;
         Found& part = parts[chunk];
-        part.below = take(x + start, std::min(CHUNK, size - start), a, b, room.data(), places.data(), to, &n);
+        auto take = absolute ? collect_magnitudes : collect_plain;
+        part.below = take(x + start, length, a, b, room.data(), most, &n, &part.within);
         part.inside.assign(room.begin(), room.begin() + n);
-        if (marked) part.places.assign(places.begin(), places.begin() + n);
     });
     return parts;
+}
+
+// Mark those below the cut and as many ties, in order, as make `count` marks. False where no number of ties does.
+bool mark_by_cut(
+    const float* x, int64_t size, bool absolute, float cut, int64_t count, uint8_t* marked, int threads
+) {
+    std::vector<int64_t> below(chunks_of(size)), equal(below.size());
+    in_parallel(below.size(), threads, [&](int, int64_t chunk) {
+        int64_t start = chunk * CHUNK, length = std::min(CHUNK, size - start);
+        below[chunk] = (absolute ? mark_magnitudes : mark_plain)(x + start, length, cut, marked + start, &equal[chunk]);
+    });
+    int64_t ties = count, all = 0;
+    for (size_t chunk = 0; chunk < below.size(); ++chunk) ties -= below[chunk], all += equal[chunk];
+    if (ties < 0 || ties > all) return false;
+    for (size_t chunk = 0; ties > 0; ++chunk) {
+        int64_t start = chunk * CHUNK, stop = std::min(size, start + CHUNK);
+        if (equal[chunk] <= ties) {
+            if (equal[chunk]) mark_upto(x + start, stop - start, absolute, cut, marked + start);
+            ties -= equal[chunk];
+            continue;
+        }
+        for (int64_t i = start; ties > 0; ++i)
+            if ((absolute ? std::fabs(x[i]) : x[i]) == cut) {
+                marked[i] = 1;
+                --ties;
+            }
+    }
+    return true;
 }
 
 // Values that very probably enclose the count-th smallest of a long row, by a sample.
@@ -200,67 +266,69 @@ void bracket(const float* x, int64_t size, bool absolute, int64_t count, float* 
     }
 }
 
-// One long row: a sample brackets its cut, one pass marks what lies below the bracket and collects what lies inside; the
-// collected few are ranked and marked, ties in order. A bracket that misses is widened to everything.
-void mark_long(const float* x, int64_t size, bool absolute, int64_t count, uint8_t* marked, int threads) {
+// The count-th smallest of a long row: a sample brackets it, one pass counts what lies below the bracket and collects
+// what lies inside; the collected few are ranked. A bracket that misses is widened to everything.
+float cut_of(const float* x, int64_t size, bool absolute, int64_t count, int threads) {
+    float infinity = std::numeric_limits<float>::infinity(), a = -infinity, b = infinity;
+    bracket(x, size, absolute, count, &a, &b);
+    std::vector<float> ranked;
+    int64_t below = 0;
+    auto take = [&](float low, float high) {
+        ranked.clear();
+        below = 0;
+        for (const Found& part : between(x, size, absolute, low, high, CHUNK, threads)) {
+            below += part.below;
+            ranked.insert(ranked.end(), part.inside.begin(), part.inside.end());
+        }
+    };
+    take(a, b);
+    if (count <= below || count > below + int64_t(ranked.size())) take(-infinity, infinity);
+    auto place = ranked.begin() + (count - below - 1);
+    std::nth_element(ranked.begin(), place, ranked.end());
+    return *place;
+}
+
+// One long row. A guess of its cut that is right saves finding it; NaN is no guess.
+void mark_long(
+    const float* x, int64_t size, bool absolute, int64_t count, float guess, uint8_t* marked, int threads
+) {
     if (count <= 0 || count >= size) {
         std::memset(marked, count > 0, size);
         return;
     }
-    float infinity = std::numeric_limits<float>::infinity(), a = -infinity, b = infinity;
-    bracket(x, size, absolute, count, &a, &b);
-    std::vector<Found> parts = between(x, size, absolute, a, b, marked, threads);
-    auto total = [&](auto each) {
-        int64_t sum = 0;
-        for (auto& part : parts) sum += each(part);
-        return sum;
-    };
-    int64_t below = total([](const Found& part) { return part.below; });
-    int64_t inside = total([](const Found& part) { return int64_t(part.inside.size()); });
-    if (count <= below || count > below + inside) {
-        parts = between(x, size, absolute, -infinity, infinity, marked, threads);
-        below = 0;
-    }
-    std::vector<float> ranked;
-    for (auto& part : parts) ranked.insert(ranked.end(), part.inside.begin(), part.inside.end());
-    auto place = ranked.begin() + (count - below - 1);
-    std::nth_element(ranked.begin(), place, ranked.end());
-    float value = *place;
-    int64_t ties = count - below - std::count_if(ranked.begin(), ranked.end(), [=](float y) { return y < value; });
-    for (int64_t chunk = 0; chunk < int64_t(parts.size()); ++chunk)
-        for (size_t k = 0; k < parts[chunk].inside.size(); ++k) {
-            float here = parts[chunk].inside[k];
-            marked[chunk * CHUNK + parts[chunk].places[k]] = here < value || (here == value && --ties >= 0);
-        }
+    if (guess == guess && mark_by_cut(x, size, absolute, guess, count, marked, threads)) return;
+    mark_by_cut(x, size, absolute, cut_of(x, size, absolute, count, threads), count, marked, threads);
 }
 
 }  // namespace
 
-// How many scores are below a; those in [a, b] are written to `inside`, up to `room` of them, in order. Returns how many
-// there are in [a, b]: more than `room` means that not all of them were written.
+// How many scores are below a, and how many in [a, b] (the result). Those are written to `inside`, in order, if there are
+// no more than `room` and no chunk holds more than `most`; `collected` says how many were.
 API int64_t secateur_between(
-    const float* x, int64_t size, int32_t absolute, float a, float b, float* inside, int64_t room, int64_t* below,
-    int32_t threads
+    const float* x, int64_t size, int32_t absolute, float a, float b, float* inside, int64_t room, int64_t most,
+    int64_t* below, int64_t* collected, int32_t threads
 ) {
-    int64_t count = 0;
+    int64_t count = 0, n = 0;
     *below = 0;
-    for (const Found& part : between(x, size, absolute, a, b, nullptr, threads)) {
+    for (const Found& part : between(x, size, absolute, a, b, most, threads)) {
         *below += part.below;
-        for (float value : part.inside) {
-            if (count < room) inside[count] = value;
-            ++count;
-        }
+        count += part.within;
+        for (float value : part.inside)
+            if (n < room) inside[n++] = value;
     }
+    *collected = n;
     return count;
 }
 
-// Mark the counts[r] smallest scores of every row, ties by index.
+// Mark the counts[r] smallest scores of every row, ties by index. `guess` is what may be the cut of long rows; NaN is
+// no guess.
 API int64_t secateur_smallest(
-    const float* x, int64_t rows, int64_t units, int32_t absolute, const int64_t* counts, uint8_t* marked,
-    int32_t threads
+    const float* x, int64_t rows, int64_t units, int32_t absolute, const int64_t* counts, float guess,
+    uint8_t* marked, int32_t threads
 ) {
     if (units > (1 << 18) || (rows == 1 && units > 4096)) {
-        for (int64_t r = 0; r < rows; ++r) mark_long(x + r * units, units, absolute, counts[r], marked + r * units, threads);
+        for (int64_t r = 0; r < rows; ++r)
+            mark_long(x + r * units, units, absolute, counts[r], guess, marked + r * units, threads);
         return 0;
     }
     int64_t step = std::max<int64_t>(1, CHUNK / std::max<int64_t>(units, 1)), chunks = (rows + step - 1) / step;
@@ -279,5 +347,14 @@ API int64_t secateur_smallest(
     return 0;
 }
 
+// Words of four bytes become zero where `kept` holds 0 and stay where it holds 1.
+API int64_t secateur_zero(int32_t* words, int64_t size, const uint8_t* kept, int32_t threads) {
+    in_parallel(chunks_of(size), threads, [&](int, int64_t chunk) {
+        int64_t start = chunk * CHUNK;
+        zero_words(words + start, kept + start, std::min(CHUNK, size - start));
+    });
+    return 0;
+}
+
 // What the library speaks: raised whenever a function above changes its arguments.
-API int32_t secateur_abi(void) { return 3; }
+API int32_t secateur_abi(void) { return 4; }

@@ -120,13 +120,45 @@ def test_pruning_is_the_same_on_both_paths(monkeypatch):
 @pytest.mark.usefixtures("opened")
 def test_between_counts_and_collects(monkeypatch):
     scores = torch.randn(200_001)
+    monkeypatch.setattr(native, "MOST", 1 << 16)
     below, count, inside = native.between(scores, -0.5, 0.25)
     among = scores[(scores >= -0.5) & (scores <= 0.25)]
     assert (below, count) == (int((scores < -0.5).sum()), among.numel())
     assert torch.equal(inside, among)
+    monkeypatch.setattr(native, "MOST", 64)  # of each chunk: what lies beyond is only counted
+    assert native.between(scores, -0.5, 0.25) == (below, count, None)
+    assert native.between(scores, 3.9, 4.0)[2] is not None
+    monkeypatch.undo()
     monkeypatch.setattr(native, "ROOM", 100)
     assert native.between(scores, -0.5, 0.25) == (below, count, None)
     assert native.between(torch.empty(0), -1.0, 1.0)[:2] == (0, 0)
+
+
+@pytest.mark.usefixtures("opened")
+@pytest.mark.parametrize("count", [0, 1, 70_000, 131_071, 150_000, 199_999, 200_001])
+def test_a_guess_changes_nothing(count):
+    """Right, wrong or absurd, with ties that fill whole chunks and end within one."""
+    torch.manual_seed(count)
+    scores = (torch.randn(1, 200_001) * 2).round() / 2
+    wanted = torch.zeros(200_001, dtype=torch.bool)
+    wanted[scores[0].abs().sort(stable=True).indices[:count]] = True
+    value = float(scores[0].abs().sort().values[max(count - 1, 0)])
+    for guess in (None, value, value + 0.5, -1.0, float("inf")):
+        found = native.smallest(scores, torch.tensor([count]), absolute=True, guess=guess)
+        assert torch.equal(found[0], wanted), guess
+        found = native.smallest(scores.abs(), torch.tensor([count]), guess=guess)
+        assert torch.equal(found[0], wanted), guess
+
+
+@pytest.mark.usefixtures("opened")
+def test_zero_leaves_what_is_kept_bit_for_bit():
+    values = torch.randn(70_001)
+    values[:3] = torch.tensor([float("nan"), -0.0, float("-inf")])
+    kept = torch.rand(70_001) < 0.5
+    kept[:3] = torch.tensor([True, True, False])
+    wanted = torch.where(kept, values.view(torch.int32), torch.tensor(0, dtype=torch.int32))
+    native.zero(values, kept)
+    assert torch.equal(values.view(torch.int32), wanted)
 
 
 @pytest.mark.usefixtures("opened")
@@ -154,10 +186,11 @@ def test_without_a_library_the_torch_path_is_taken_and_said(tmp_path, monkeypatc
 
 def test_a_library_of_another_version_is_not_used(kernels, monkeypatch):
     monkeypatch.setattr(native, "FILE", kernels)
+    current = native.ABI
     monkeypatch.setattr(native, "ABI", 99)
     try:
         native._opened.cache_clear()
-        assert native.path() == "torch (the native kernels are of version 3, expected 99; install again)"
+        assert native.path() == f"torch (the native kernels are of version {current}, expected 99; install again)"
     finally:
         monkeypatch.undo()
         native._opened.cache_clear()

@@ -67,11 +67,12 @@ def globally(layers: Mapping[str, Candidates], keep: int) -> Counts:
     cut = units - _rounded(keep, cells)
     if cut == 0:
         return {name: torch.tensor([layer.units]) for name, layer in layers.items()}
-    _, below, equal = cut_by_part([layer.keys for layer in layers.values()], cut)
+    value, below, equal = cut_by_part([layer.keys for layer in layers.values()], cut)
     ties, counts = cut - sum(below), {}
     for (name, layer), under, at in zip(layers.items(), below, equal, strict=True):
         tied = min(ties, at)
         ties -= tied
+        layer.cuts.append(value)
         counts[name] = torch.tensor([layer.units - under - tied])
     return counts
 

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from secateur.core import native
 from secateur.core.sharded import local, shard_like
 from secateur.errors import InputError, UsageError, nearest
 
@@ -221,6 +222,9 @@ def zero_(values: Tensor, mask: Tensor) -> None:
     bits = values.view(INTEGER[values.element_size()])
     if bits.numel() <= CACHED or not (bits.is_contiguous() and mask.is_contiguous()):
         bits.mul_(mask)
+        return
+    if bits.element_size() == 4 and native.serves(values):
+        native.zero(values, mask)
         return
     for piece, kept in zip(bits.view(-1).split(CACHED), mask.view(-1).split(CACHED), strict=True):
         piece.mul_(kept)  # torch converts the mask first: in the cache that is five times faster

@@ -13,21 +13,25 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
-__all__ = ["between", "eliminate", "library", "path", "serves", "smallest"]
+__all__ = ["between", "eliminate", "library", "path", "serves", "smallest", "zero"]
 
-ABI = 3
+ABI = 4
 ROOM = 1 << 22  # scores collected at most
+MOST = 1 << 13  # of 65,536: where there are more (ties, mostly) they are only counted
 FILE = Path(__file__).with_name("kernels.native.so")
 
 _SIZE, _THREADS, _FLAG = ctypes.c_int64, ctypes.c_int32, ctypes.c_int32
 _POINTER, _VALUE = ctypes.c_void_p, ctypes.c_float
 _ARGUMENTS = {
     "secateur_eliminate": [*[_POINTER] * 3, _SIZE, *[_POINTER] * 2, _SIZE, _SIZE, _THREADS],
-    "secateur_between": [_POINTER, _SIZE, _FLAG, _VALUE, _VALUE, _POINTER, _SIZE, _POINTER, _THREADS],
-    "secateur_smallest": [_POINTER, _SIZE, _SIZE, _FLAG, _POINTER, _POINTER, _THREADS],
+    "secateur_between": [
+        _POINTER, _SIZE, _FLAG, _VALUE, _VALUE, _POINTER, _SIZE, _SIZE, _POINTER, _POINTER, _THREADS
+    ],
+    "secateur_smallest": [_POINTER, _SIZE, _SIZE, _FLAG, _POINTER, _VALUE, _POINTER, _THREADS],
+    "secateur_zero": [_POINTER, _SIZE, _POINTER, _THREADS],
     "secateur_sparse_level": [],
     "secateur_sparse_count": [_POINTER, _SIZE, _SIZE, _FLAG, _FLAG, _POINTER],
     "secateur_sparse_encode": [
@@ -84,16 +88,20 @@ def between(
     """
     flat = scores.contiguous()
     inside = torch.empty(min(flat.numel(), ROOM))
-    below = ctypes.c_int64()
+    below, collected = ctypes.c_int64(), ctypes.c_int64()
     count = _library().secateur_between(
-        flat.data_ptr(), flat.numel(), absolute, a, b, inside.data_ptr(), len(inside), ctypes.byref(below),
-        torch.get_num_threads(),
+        flat.data_ptr(), flat.numel(), absolute, a, b, inside.data_ptr(), len(inside), MOST, ctypes.byref(below),
+        ctypes.byref(collected), torch.get_num_threads(),
     )  # fmt: skip
-    return below.value, count, inside[:count].clone() if count <= len(inside) else None
+    return below.value, count, inside[:count].clone() if collected.value == count else None
 
 
 def smallest(
-    scores: Float[Tensor, "row unit"], counts: Int[Tensor, " row"], *, absolute: bool = False
+    scores: Float[Tensor, "row unit"],
+    counts: Int[Tensor, " row"],
+    *,
+    absolute: bool = False,
+    guess: float | None = None,
 ) -> Bool[Tensor, "row unit"]:
     """Mark the `counts[r]` smallest scores of every row r, ties by index; see `core.select.smallest`."""
     scores, counts = scores.contiguous(), counts.to(torch.int64).contiguous()
@@ -103,10 +111,16 @@ def smallest(
         *scores.shape,
         absolute,
         counts.data_ptr(),
+        float("nan") if guess is None else guess,
         marked.data_ptr(),
         torch.get_num_threads(),
     )
     return marked
+
+
+def zero(words: Shaped[Tensor, "*shape"], kept: Bool[Tensor, "*shape"]) -> None:
+    """Write zero where nothing is kept: elements of four bytes, both contiguous and on the CPU."""
+    _library().secateur_zero(words.data_ptr(), words.numel(), kept.data_ptr(), torch.get_num_threads())
 
 
 def eliminate(

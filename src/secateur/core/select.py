@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
 
@@ -35,6 +35,8 @@ __all__ = [
 CHUNK = 1 << 21
 # A larger sample costs more to sort than its narrower bracket saves to rank.
 SAMPLE = 1 << 17
+# Of a sample within bounds; where fewer are found all elements are held against them.
+ENOUGH = 1 << 12
 # Elements whose passes stay in the cache of one core.
 CACHED = 1 << 17
 MINUS_INFINITY = -(1 << 23)  # its bits as a float32
@@ -74,6 +76,8 @@ class Candidates:
         step: counts are multiples of it, or all units.
         alike: those that say the same keep equally many units; "" says nothing.
         magnitudes: the weights whose magnitudes are the scores, where scores are nothing else; only a saving.
+        cuts: where an allocator has found the cut of all units, its value: the first guess of `smallest`, which
+            then needs one pass instead of two; only a saving.
     """
 
     shape: tuple[int, int]
@@ -83,6 +87,7 @@ class Candidates:
     step: int = 1
     alike: str = ""
     magnitudes: Callable[[], Float[Tensor, "competition unit"]] | None = None
+    cuts: list[float] = field(default_factory=list, compare=False)
 
     def keys(self) -> Keys:
         """What `cut_by_part` and `smallest` choose from: the scores, computed only where they have to be."""
@@ -199,19 +204,21 @@ def _cut_of_halves(parts: Sequence[Callable[[], Keys]], k: int) -> tuple[float, 
 
 
 def _sample(
-    parts: Sequence[Callable[[], Keys]], low: float, high: float
+    parts: Sequence[Callable[[], Keys]], low: float, high: float, every: int = 8
 ) -> tuple[Float[np.ndarray, " n"], int]:
     """Evenly spread elements of those in [low, high], sorted; and the number of all elements.
 
-    How many there are is known at the end only, so the sample is thinned on the way.
+    How many there are is known at the end only, so the sample is thinned on the way. Of large tensors only one element
+    in `every` is held against bounds, unless too few pass.
     """
     taken: list[Tensor] = []
-    total, seen, stride = 0, 0, 1.0
+    total, seen, stride, bounded = 0, 0, 1.0, low > -float("inf") or high < float("inf")
     for part in parts:
         keys = part()
         absolute, flat = isinstance(keys, Magnitudes), _tensor(keys).reshape(-1)
         total += flat.numel()
-        if low > -float("inf") or high < float("inf"):
+        if bounded:
+            flat = flat[::every] if flat.numel() > SAMPLE else flat
             absolute, flat = False, flat.abs() if absolute else flat
             flat = flat[(flat >= low) & (flat <= high)]
         seen += flat.numel()
@@ -220,6 +227,8 @@ def _sample(
             taken = [_every(STRIDE, piece) for piece in taken]
         few = _every(stride, flat).float()
         taken.append(few.abs_() if absolute else few)
+    if bounded and every > 1 and seen < ENOUGH:
+        return _sample(parts, low, high, every=1)
     return np.sort(torch.cat(taken).cpu().numpy()), total
 
 
@@ -330,12 +339,15 @@ def last_of_all(scores: Float[Tensor, "*shape"], kept: Bool[Tensor, "*shape"]) -
     return found
 
 
-def smallest(keys: Keys, counts: Int[Tensor, " row"]) -> Bool[Tensor, "row unit"]:
+def smallest(
+    keys: Keys, counts: Int[Tensor, " row"], *, guess: float | None = None
+) -> Bool[Tensor, "row unit"]:
     """Mark the `counts[r]` smallest scores of every row r, exactly, ties by index.
 
     Args:
         keys: scores `(row, unit)`, float32, no NaN; infinities are allowed. Or weights with these magnitudes.
         counts: how many to mark in each row, 0 to the row's length.
+        guess: what may be the largest score marked in long rows; a wrong one costs a pass and changes nothing.
 
     Cost: linear in the number of scores; a copy of at most 2 million scores at a time.
 
@@ -344,7 +356,8 @@ def smallest(keys: Keys, counts: Int[Tensor, " row"]) -> Bool[Tensor, "row unit"
         tensor([[False,  True,  True, False]])
     """
     if native.serves(_tensor(keys)):
-        return native.smallest(_tensor(keys), counts, absolute=isinstance(keys, Magnitudes))
+        absolute = isinstance(keys, Magnitudes)
+        return native.smallest(_tensor(keys), counts, absolute=absolute, guess=guess)
     if isinstance(keys, Magnitudes) and halves.serves(keys.weights) and keys.weights.shape[0] == 1:
         return halves.smallest_in_row(keys.weights[0], int(counts[0]))[None]
     scores = keys.scores() if isinstance(keys, Magnitudes) else keys
