@@ -21,7 +21,7 @@ from statistics import mean
 from typing import Any
 
 import torch
-from quality import CONTEXT, SHARED, articles, ids, mixed, stories
+from quality import CONTEXT, articles, ids, mixed, stories
 from torch import Tensor, nn
 
 from secateur import choose_blocks, drop_blocks, evaluate, finetune_, merge_blocks
@@ -144,7 +144,7 @@ def main() -> None:
     file = args.work / "points.jsonl"
     if not args.table:
         loaded = models.load(model_folder(), offline=True)
-        texts = {name: ids(SHARED / "data/lm" / path, loaded.tokenizer) for name, path in TEXTS.items()}
+        texts = {name: ids(path, loaded.tokenizer) for name, path in TEXTS.items()}
         for variant in variants():
             if variant.name not in {point["variant"] for point in read(file)}:
                 line = measure(variant, loaded.model, loaded.tokenizer, texts)

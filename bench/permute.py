@@ -23,7 +23,7 @@ def main() -> None:
     """Print one line a method."""
     loaded = models.load(str(SHARED / "models/stories260K"), offline=True)
     batches = stories(loaded.tokenizer, 0, 32)
-    tokens = ids(SHARED / "data/lm/tinystories_test.txt", loaded.tokenizer)[:8192]
+    tokens = ids("tinystories_test.txt", loaded.tokenizer)[:8192]
     example = {"input_ids": batches[0]["input_ids"][:4]}
     for name in ("Wanda", "RIA", "SparseGPT"):
         recipe, found = replace(RECIPES[name], pattern=NM(2, 4)), []

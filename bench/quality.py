@@ -51,9 +51,21 @@ def stories(tokenizer: Any, seed: int, samples: int, split: str = "train") -> li
     return data.tokens(texts, tokenizer, context=CONTEXT, samples=samples, seed=seed, batch=samples)
 
 
-def articles(tokenizer: Any, seed: int, samples: int) -> list[Any]:
+def encyclopedia(held_out: bool) -> list[str]:
+    """Wikipedia articles; every tenth is held out of the calibration."""
     text = (SHARED / "data/lm/wikipedia_sample.txt").read_text(encoding="utf-8")
     texts = [part.strip() for part in re.split(r"</?doc[^>]*>", text) if part.strip()]
+    return [article for number, article in enumerate(texts) if (number % 10 == 9) == held_out]
+
+
+def articles(tokenizer: Any, seed: int, samples: int) -> list[Any]:
+    return data.tokens(
+        encyclopedia(False), tokenizer, context=CONTEXT, samples=samples, seed=seed, batch=samples
+    )
+
+
+def wikitext(tokenizer: Any, seed: int, samples: int) -> list[Any]:
+    texts = read_text(SHARED / "data/lm/wikitext2_raw_valid.txt")
     return data.tokens(texts, tokenizer, context=CONTEXT, samples=samples, seed=seed, batch=samples)
 
 
@@ -72,7 +84,12 @@ MODELS: dict[str, tuple[str, Callable[..., list[Any]], dict[str, str]]] = {
     "gpt2_3m": (
         model_folder(),
         mixed,
-        {"TinyStories": "tinystories_test.txt", "WikiText-2": "wikitext2_raw_test.txt"},
+        {"TinyStories": "tinystories_test.txt", "Wikipedia": "", "WikiText-2": "wikitext2_raw_test.txt"},
+    ),
+    "gpt2_3m, calibrated on WikiText-2": (
+        model_folder(),
+        wikitext,
+        {"WikiText-2": "wikitext2_raw_test.txt"},
     ),
 }
 
@@ -103,7 +120,7 @@ def run(args: argparse.Namespace, file: Path) -> None:
     for name in args.models:
         folder, _, tests = MODELS[name]
         loaded[name] = models.load(folder, offline=True)
-        texts[name] = {t: ids(SHARED / "data/lm" / path, loaded[name].tokenizer) for t, path in tests.items()}
+        texts[name] = {t: ids(path, loaded[name].tokenizer) for t, path in tests.items()}
     for point in points(args):
         if point in done:
             continue
@@ -135,9 +152,10 @@ def run(args: argparse.Namespace, file: Path) -> None:
         )
 
 
-def ids(path: Path, tokenizer: Any) -> Tensor:
-    """The first tokens of a text; a part of it is enough to fill them."""
-    return data.stream([text[:400_000] for text in read_text(path)[:400]], tokenizer)[:TOKENS]
+def ids(file: str, tokenizer: Any) -> Tensor:
+    """The first tokens of a text, "" being held-out articles; a part of it is enough to fill them."""
+    texts = read_text(SHARED / "data/lm" / file) if file else encyclopedia(True)
+    return data.stream([text[:400_000] for text in texts[:400]], tokenizer)[:TOKENS]
 
 
 def read(file: Path) -> list[dict[str, Any]]:

@@ -21,7 +21,7 @@ from typing import Any
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent))
-from quality import CONTEXT, MODELS, SHARED, ids, read
+from quality import CONTEXT, MODELS, ids, read
 
 from secateur import evaluate, score
 from secateur import model as models
@@ -80,7 +80,7 @@ def run(args: argparse.Namespace, file: Path) -> None:
     for name in args.models:
         folder, draw, tests = MODELS[name]
         loaded = models.load(folder, offline=True)
-        texts = {t: ids(SHARED / "data/lm" / path, loaded.tokenizer) for t, path in tests.items()}
+        texts = {t: ids(path, loaded.tokenizer) for t, path in tests.items()}
         batches = {seed: draw(loaded.tokenizer, seed, SAMPLES) for seed in args.seeds}
         axes, _ = analysis_of(loaded.model, {"input_ids": batches[args.seeds[0]][0]["input_ids"][:2, :16]})
         points = [(name, 0.0, "dense", "-", args.seeds[0])]
@@ -141,7 +141,7 @@ def _cell(values: list[float]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("runs/width"))
-    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
+    parser.add_argument("--models", nargs="+", default=list(MODELS)[:2], choices=list(MODELS))
     parser.add_argument("--sparsities", nargs="+", type=float, default=[0.2])
     parser.add_argument("--scores", nargs="+", default=list(SCORES), choices=list(SCORES))
     parser.add_argument("--allocations", nargs="+", default=list(ALLOCATIONS), choices=list(ALLOCATIONS))
