@@ -21,8 +21,9 @@ from torch import Tensor, nn
 
 from secateur import pretrained
 from secateur.checkpoint import Checkpoint, look_through, read_object, read_state
-from secateur.deploy import Shrunk, shrunk
+from secateur.deploy import Shrunk, load_quantized_, shrunk
 from secateur.deploy.cuts import cut, from_json, to_json
+from secateur.deploy.packed import quantized_header
 from secateur.deploy.twin import built_empty, differences
 from secateur.errors import InputError, UsageError
 from secateur.manifest import sha256, write_json
@@ -38,6 +39,7 @@ __all__ = [
     "open_compact",
     "read_compact",
     "write_compact",
+    "write_integers",
 ]
 
 COMPACT = "compact.json"
@@ -103,6 +105,25 @@ def write_compact(
     if cuts["config"] is not None and generation is not None:
         with pretrained.quiet():
             generation.save_pretrained(folder)
+
+
+def write_integers(model: nn.Module, folder: Path, integers: Path) -> None:
+    """Let a file of integers take the place of the weights in a compact folder; `read_compact` rounds them to floats.
+
+    Args:
+        model: as it was given to `write_compact`.
+        folder: what that wrote into.
+        integers: a file that `save_quantized` wrote of this model, in the folder.
+    """
+    text = read_object(folder / COMPACT)
+    saved = model.state_dict(keep_vars=True)
+    apart = {n: b for n, b in model.named_buffers(remove_duplicate=False) if n not in saved}
+    (folder / WEIGHTS).unlink()
+    weights = {integers.name: sha256(integers)}
+    if apart:
+        save_state(nn.Module(), folder / WEIGHTS, None, apart)
+        weights[WEIGHTS] = sha256(folder / WEIGHTS)
+    write_json(folder / COMPACT, {**text, "weights": weights})
 
 
 def compact_text(
@@ -293,7 +314,10 @@ def _fill(model: nn.Module, found: Compact) -> None:
     """Give every parameter and buffer what is stored of it; nothing may be missing, left over or of another shape."""
     state: dict[str, Tensor] = {}
     tied: dict[str, str] = {}
+    integers = [path for path in found.checkpoint.weights if quantized_header(path) is not None]
     for path in found.checkpoint.weights:
+        if path in integers:
+            continue
         more, aliases = read_state(path)
         if again := state.keys() & more.keys():
             raise InputError(f"{path}: holds {min(again)}, which another file holds as well.")
@@ -302,6 +326,9 @@ def _fill(model: nn.Module, found: Compact) -> None:
         **dict(model.named_parameters(remove_duplicate=False)),
         **dict(model.named_buffers(remove_duplicate=False)),
     }
+    if integers:
+        rounded = _room(model)
+        wanted = {name: tensor for name, tensor in wanted.items() if name not in rounded}
     stored = {name: tied.get(name, name) for name in wanted}
     _refuse_gaps(wanted, stored, state, {*state, *tied})
     made: dict[Any, Any] = {}
@@ -313,9 +340,26 @@ def _fill(model: nn.Module, found: Compact) -> None:
             value = state[stored[name]]
             made[key] = nn.Parameter(value, requires_grad=tensor.requires_grad) if key[1] else value
         (owner._parameters if key[1] else owner._buffers)[last] = made[key]
+    for path in integers:
+        load_quantized_(model, path, dense=True)
     for module in model.modules():
         if isinstance(module, nn.RNNBase):
             module._init_flat_weights()  # it remembers its tensors
+
+
+def _room(model: nn.Module) -> set[str]:
+    """Give everything in the state a place on the CPU, tied tensors one; returns the names."""
+    made: dict[int, Tensor] = {}
+    names = model.state_dict(keep_vars=True)
+    for name, tensor in names.items():
+        path, _, last = name.rpartition(".")
+        owner = model.get_submodule(path)
+        if id(tensor) not in made:
+            empty = torch.empty(tensor.shape, dtype=tensor.dtype)
+            held = isinstance(tensor, nn.Parameter)
+            made[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if held else empty
+        (owner._parameters if last in owner._parameters else owner._buffers)[last] = made[id(tensor)]  # type: ignore[assignment]
+    return set(names)
 
 
 def _refuse_gaps(

@@ -72,10 +72,24 @@ def test_run_reads_a_file_and_says_where_it_is_wrong(tmp_path):
     done = invoke("run", file, "--out", tmp_path / "out", "--allow-code", "--json")
     said = json.loads(done.stdout.splitlines()[-1])
     assert list(said["measurements"]) == ["0 load", "1 prune"]
+    again = invoke("run", file, "--out", tmp_path / "out", "--allow-code")
+    assert again.exit_code == 0
+    assert again.output.startswith("everything is done: 1 stages, nothing is repeated\n")
+    assert "accuracy" in again.output
     file.write_text("model: m\nstages:\n- prune: {sparsity: 5}")
     assert str(invoke("run", file, "--out", tmp_path / "out").exception).startswith(
         "e.yaml, line 3: sparsity: 5 is not"
     )
+
+
+def test_prune_structured_and_more_in_one_command(tmp_path):
+    words = ["prune", f"{OWN}:build", "--labelled", f"{OWN}:test", "--train", f"{OWN}:train"]
+    words += ["--method", "structured", "--pattern", "neurons", "--sparsity", 0.5, "--shrink"]
+    done = invoke(*words, "--fine-tune-epochs", 1, "--out", tmp_path / "out")
+    assert done.exit_code == 0, done.exception
+    assert "1 prune: accuracy" in done.output
+    assert "parameters 147" in done.output
+    assert (tmp_path / "out" / "compact.json").is_file()
 
 
 @pytest.mark.parametrize(

@@ -17,11 +17,12 @@ from safetensors.torch import load_file
 
 from secateur.core.masks import Masks
 from secateur.errors import InputError, UsageError
-from secateur.folder import interrupted
+from secateur.folder import interrupted, write_manifest
 from secateur.pipeline import experiment, experiment_to
 from secateur.pipeline.spec import STAGES as KINDS
 from secateur.pipeline.stages import _STAGES
 
+from ..tiny import digests
 from .support import OWN, STAGES, spec
 
 
@@ -58,6 +59,27 @@ def test_stages_follow_each_other_and_are_measured(tmp_path):
     assert str(tmp_path) not in (tmp_path / "out" / "README.md").read_text()
 
 
+def test_a_finished_experiment_is_told_again_and_nothing_is_repeated(tmp_path):
+    stages = [{"prune": {"sparsity": 0.5}}, {"fine-tune": {"epochs": 1}}]
+    first = run(spec(stages), tmp_path / "out")
+    before, said = digests(tmp_path / "out"), []
+    assert run(spec(stages), tmp_path / "out", say=said.append) == first
+    assert said == ["everything is done: 2 stages, nothing is repeated"]
+    assert digests(tmp_path / "out") == before
+    for other, what in (
+        (spec(stages[:1]), "stages was"),
+        (spec(stages, labelled=f"{OWN}:train"), "labelled was"),
+    ):
+        with pytest.raises(UsageError, match=rf"finished result, of another experiment: .*{what}"):
+            run(other, tmp_path / "out")
+    with pytest.raises(UsageError, match="already holds a finished result; choose"):
+        run(spec(stages), tmp_path / "out", if_exists="fail")
+    (tmp_path / "out" / "run" / "run.json").write_text("{}")
+    write_manifest(tmp_path / "out")
+    with pytest.raises(UsageError, match="a finished result of something else"):
+        run(spec(stages), tmp_path / "out")
+
+
 class Stop(BaseException):
     """What a Ctrl-C is."""
 
@@ -75,7 +97,12 @@ def stopping(after: int):
 
 def results(out: Path):
     said = json.loads((out / "run" / "results.json").read_text())["stages"]
-    return [{key: stage[key] for key in stage if key != "seconds"} for stage in said]
+    timed = ("latency", "speedup")
+    return [
+        {key: value for key, value in stage.items() if key not in ("seconds", "measurements")}
+        | {"measurements": [m for m in stage["measurements"] if m["name"] not in timed]}
+        for stage in said
+    ]
 
 
 def weights(out: Path):

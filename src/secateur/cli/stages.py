@@ -101,9 +101,10 @@ def prune_in_stages(
         return
     if out is None:
         raise UsageError("--out FOLDER is missing; say where the result goes, or ask for --dry-run")
-    if_exists = (
-        "resume" if if_exists == "fail" else if_exists
-    )  # the same command goes on where it was interrupted
+    from secateur.folder import interrupted
+
+    if if_exists == "fail" and interrupted(out) is not None:
+        if_exists = "resume"  # the same command goes on where it was interrupted
     carry_out_stages(asked, out, loading, if_exists=if_exists, allow_code=True, as_json=as_json)
 
 

@@ -14,7 +14,40 @@ from secateur.core.masks import Masks
 from secateur.core.units import Analysis, outer
 from secateur.errors import UsageError, nearest
 
-__all__ = ["keep_of"]
+__all__ = ["keep_of", "whole_units"]
+
+
+def whole_units(analysis: Analysis, masks: Masks) -> dict[str, Tensor]:
+    """The units that masks leave something of; beside whole units, single weights may be pruned as well.
+
+    Args:
+        analysis: From `analyse`, of the model that the masks belong to.
+        masks: True = kept, under any name of a tied tensor. A parameter without a mask is kept whole.
+
+    Returns:
+        Axis name -> ascending indices of the units that stay, for every axis that loses some.
+
+    Raises:
+        UsageError: a mask of another model; an axis of which nothing is left.
+    """
+    return _left(analysis, _Alive(_by_first_name(analysis, masks)))
+
+
+def _left(analysis: Analysis, alive: _Alive) -> dict[str, Tensor]:
+    keep: dict[str, Tensor] = {}
+    for units in analysis.units:
+        dead = torch.ones(units.size, dtype=torch.bool)
+        for member in units.members:
+            if member.is_parameter:
+                dead &= alive.dead_units(member)
+        if dead.all():
+            raise UsageError(
+                f"{units.name}: the masks remove all {units.size} units, first seen in {units.members[0].name}; "
+                "keep at least one."
+            )
+        if dead.any():
+            keep[units.name] = (~dead).nonzero().flatten()
+    return keep
 
 
 def keep_of(analysis: Analysis, masks: Masks) -> dict[str, Tensor]:
@@ -43,19 +76,7 @@ def keep_of(analysis: Analysis, masks: Masks) -> dict[str, Tensor]:
     """
     given = _by_first_name(analysis, masks)
     alive = _Alive(given)
-    keep: dict[str, Tensor] = {}
-    for units in analysis.units:
-        dead = torch.ones(units.size, dtype=torch.bool)
-        for member in units.members:
-            if member.is_parameter:
-                dead &= alive.dead_units(member)
-        if dead.all():
-            raise UsageError(
-                f"{units.name}: the masks remove all {units.size} units, first seen in {units.members[0].name}; "
-                "keep at least one."
-            )
-        if dead.any():
-            keep[units.name] = (~dead).nonzero().flatten()
+    keep = _left(analysis, alive)
     index = analysis.kept_indices(keep)
     for name, mask in given.items():
         meant = outer(tuple(mask.shape), index.get(name, ()))

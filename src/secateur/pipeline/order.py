@@ -10,7 +10,7 @@ from secateur.errors import UsageError
 __all__ = ["checked_order", "recommended"]
 
 Named = tuple[str, Any]
-RECOMMENDED = ("train", "distil", "prune", "quantize", "fine-tune", "export")
+RECOMMENDED = ("train", "distil", "prune", "shrink", "quantize", "fine-tune", "export")
 
 
 def recommended(stages: Sequence[Named]) -> list[int]:
@@ -38,7 +38,8 @@ def checked_order(stages: Sequence[Named], where: Sequence[str]) -> tuple[str, .
         where: each of them stands, for messages.
 
     Raises:
-        UsageError: masks after quantization, an export that later stages would outdate, a teacher that is the student.
+        UsageError: masks or cuts after quantization, a shrinking of what is whole, an export that later
+            stages would outdate, a teacher that is the student.
     """
     names = [name for name, _ in stages]
     notes = []
@@ -49,6 +50,15 @@ def checked_order(stages: Sequence[Named], where: Sequence[str]) -> tuple[str, .
                 f"{where[number]}: prune comes after quantize, and masks do not apply to integers: the scales were "
                 "chosen for weights that would go, and what training learned of the rounding would be lost. Put prune "
                 "before quantize"
+            )
+        if name == "shrink" and "quantize" in before:
+            raise UsageError(
+                f"{where[number]}: shrink comes after quantize, and integers are not cut. Put shrink before quantize"
+            )
+        if name == "shrink" and "prune" not in before:
+            raise UsageError(
+                f"{where[number]}: nothing is pruned before shrink, so there is nothing to take out; put prune with a "
+                "pattern of whole units, such as heads,neurons, before it"
             )
         if name == "quantize" and "quantize" in before:
             raise UsageError(f"{where[number]}: the model is quantized already; leave one quantize out")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from secateur import model as models
 from secateur.card import code, plain
+from secateur.compact import is_compact, open_compact, write_integers
 from secateur.deploy import load_quantized_, save_quantized
 from secateur.evaluate import Measurement
 from secateur.folder import write_text
@@ -22,13 +23,20 @@ QUANTIZED = "quantized.safetensors"
 
 def write_output(subject: Subject, journal: Journal, folder: Path) -> None:
     """Write the model, the masks and README.md into the experiment's folder."""
-    loaded = subject.loaded
-    models.save(loaded.model, loaded.tokenizer, folder, source=loaded.folder, dtype=stored_dtype(loaded))
+    _save(subject, folder)
     if subject.quantization is not None:
         _as_integers(subject, folder)
     if subject.masks:
         subject.masks.save(folder / "run" / "masks.safetensors")
     write_text(folder / "README.md", _card(subject, journal, folder))
+
+
+def _save(subject: Subject, folder: Path) -> None:
+    """The model with ordinary weights; where units went, plain if a config can say it, else compact."""
+    loaded = subject.loaded
+    options = {"source": loaded.folder, "dtype": stored_dtype(loaded)}
+    made_from = {"name": spec_name(loaded.spec), "sha256": loaded.fingerprint}
+    models.save(loaded.model, loaded.tokenizer, folder, made_from=made_from, **options)  # type: ignore[arg-type]
 
 
 def _as_integers(subject: Subject, folder: Path) -> None:
@@ -37,18 +45,30 @@ def _as_integers(subject: Subject, folder: Path) -> None:
     model, _ = subject.quantized()
     save_quantized(model, folder / QUANTIZED)
     if wanted[-1:] == ["checkpoint"]:
-        loaded = subject.loaded
-        load_quantized_(loaded.model, folder / QUANTIZED, dense=True)
-        models.save(loaded.model, loaded.tokenizer, folder, source=loaded.folder, dtype=stored_dtype(loaded))
+        load_quantized_(subject.model, folder / QUANTIZED, dense=True)
+        _save(subject, folder)
         (folder / QUANTIZED).unlink()
+        return
+    if is_compact(folder):
+        write_integers(subject.model, folder, folder / QUANTIZED)
         return
     for path in (*folder.glob("*.safetensors"), *folder.glob("*.safetensors.index.json")):
         if path.name != QUANTIZED:
             path.unlink()
 
 
-def _loading(subject: Subject) -> str:
-    """How integers are loaded."""
+def _loading(folder: Path) -> str:
+    """How what is no plain checkpoint is loaded."""
+    build = ", build" if is_compact(folder) and not open_compact(folder).pretrained else ""
+    small = code(f"secateur.load('FOLDER'{build})")
+    if not (folder / QUANTIZED).exists():
+        return f"The widths are smaller than a config can say: load the model with {small}."
+    if is_compact(folder):
+        return (
+            f"The weights are integers in {code(QUANTIZED)}, of a model with units taken out: {small} gives it with "
+            f"ordinary weights, and {code(f'secateur.load_quantized_(model, {QUANTIZED!r})')} puts the integers in "
+            "(needs torchao)."
+        )
     how = code(f"secateur.load_quantized_(model, 'FOLDER/{QUANTIZED}')")
     return (
         f"The weights are integers in {code(QUANTIZED)}: build the model from its config or code, and fill it with "
@@ -76,7 +96,7 @@ def _card(subject: Subject, journal: Journal, folder: Path) -> str:
             "|---|" + "---|" * len(heads),
             *rows,
             "",
-            *([_loading(subject), ""] if (folder / QUANTIZED).exists() else []),
+            *([_loading(folder), ""] if (folder / QUANTIZED).exists() or is_compact(folder) else []),
             "Conditions of every measurement, masks and settings are in `run/`.",
             "",
         ]

@@ -74,8 +74,14 @@ class Journal:
         self.publish()
         return bool(records)
 
-    def add(self, record: Record, tensors: Mapping[str, Tensor], masks: Masks) -> None:
-        """A stage is done: keep the state that the next one starts from, then what was measured."""
+    def add(self, record: Record, tensors: Mapping[str, Tensor], masks: Masks, cuts: Any = None) -> None:
+        """A stage is done: keep the state that the next one starts from, then what was measured.
+
+        Args:
+            record: of the stage.
+            tensors, masks: after it.
+            cuts: as JSON, what was taken out of the model so far; None where nothing.
+        """
         from safetensors.torch import save_file
 
         number = record["stage"]
@@ -85,6 +91,8 @@ class Journal:
         save_file(own, self._model(number))
         if masks:
             masks.save(self._masks(number))
+        if cuts is not None:
+            write_json(self._cuts(number), cuts)
         self.records.append(record)
         write_json(
             self.progress,
@@ -92,8 +100,22 @@ class Journal:
         )
         self.publish()
         (self.state / "training.safetensors").unlink(missing_ok=True)
-        for old in (self._model(number - 1), self._masks(number - 1)):
+        for old in (self._model(number - 1), self._masks(number - 1), self._cuts(number - 1)):
             old.unlink(missing_ok=True)
+
+    def cuts(self) -> Any:
+        """What was taken out of the model up to the last stage that is done, as JSON; None where nothing.
+
+        Raises:
+            InputError: a file that cannot be read.
+        """
+        path = self._cuts(self.records[-1]["stage"])
+        try:
+            return json.loads(path.read_text("utf-8")) if path.exists() else None
+        except (OSError, ValueError) as error:
+            raise InputError(
+                f"{path}: cannot be read ({error}); start anew with --if-exists overwrite"
+            ) from None
 
     def restore_(self, tensors: Mapping[str, Tensor]) -> Masks:
         """Fill the model's tensors with the state after the last stage that is done; returns the masks.
@@ -131,6 +153,9 @@ class Journal:
 
     def _model(self, number: int) -> Path:
         return self.state / f"model-{number}.safetensors"
+
+    def _cuts(self, number: int) -> Path:
+        return self.state / f"cuts-{number}.json"
 
     def _masks(self, number: int) -> Path:
         return self.state / f"masks-{number}.safetensors"

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,14 @@ from typing import Any
 import torch
 
 from secateur import __version__
+from secateur.deploy.cuts import to_json
+from secateur.errors import UsageError
 from secateur.evaluate import Measurement
-from secateur.folder import new_folder, write_json, write_text
+from secateur.folder import interrupted, is_run_folder, new_folder, write_json, write_text
 from secateur.measure import Tell
 from secateur.pipeline.output import write_output
-from secateur.pipeline.records import Journal
+from secateur.pipeline.records import Journal, differences, public
+from secateur.pipeline.shrinking import cut_again_
 from secateur.pipeline.spec import Experiment, Quantization
 from secateur.pipeline.stages import Work, carry_out
 from secateur.pipeline.subject import Loading, Subject, check_code, prepare
@@ -54,16 +58,21 @@ def experiment_to(
     tell: Tell = _silent,
     say: Say = _silent,
 ) -> Outcome:
-    """Run an experiment and write its folder; a run that was interrupted goes on.
+    """Run an experiment and write its folder; a run that was interrupted goes on, one that is finished is told again.
 
     Args:
         experiment: what `read_experiment` or `experiment` returned.
         out: its folder, written beside its place and renamed when all is done.
         if_exists: "resume", "fail" or "overwrite", see `folder.new_folder`.
         allow_code, loading, tell, say: see `run_experiment`.
+
+    Raises:
+        UsageError: see `run_experiment`; a finished folder of another experiment, naming what changed.
     """
     check_code(experiment, allow_code)
     check_apart(experiment.common.model, out)
+    if if_exists == "resume" and is_run_folder(out) and interrupted(out) is None:
+        return _finished(experiment, Path(out), loading or Loading(), tell, say)
     with new_folder(out, if_exists) as folder:
         return run_experiment(experiment, folder, allow_code=allow_code, loading=loading, tell=tell, say=say)
 
@@ -99,9 +108,11 @@ def run_experiment(
     folder = Path(folder)
     subject = prepare(experiment, loading or Loading(), tell)
     journal = Journal(folder)
-    about = {"experiment": experiment.plain(), "digests": subject.identity()}
-    about |= {"versions": {"secateur": __version__, "torch": torch.__version__}}
+    asked = _asked(experiment, subject)
+    about = {**asked, "versions": {"secateur": __version__, "torch": torch.__version__}}
     if journal.begin(about):
+        if (cuts := journal.cuts()) is not None:
+            cut_again_(subject, cuts)
         subject.masks = journal.restore_(subject.tensors())
         subject.quantization = _quantization(experiment, len(journal.records))
         say(f"going on after stage {journal.records[-1]['stage']}")
@@ -111,15 +122,44 @@ def run_experiment(
         _stage(number, subject, journal, work, say)
     write_output(subject, journal, folder)
     seconds = {f"{r['stage']} {r['name']}": r["seconds"] for r in journal.records}
-    write_json(
-        folder / "run" / "run.json",
-        circumstances(experiment.common, subject.loaded, subject.identity(), seconds),
-    )
+    said = circumstances(experiment.common, subject.loaded, subject.identity(), seconds)
+    write_json(folder / "run" / "run.json", {**said, "experiment": {**asked, "experiment": public(experiment)}})
+    return _outcome(journal.records)
+
+
+def _finished(experiment: Experiment, folder: Path, loading: Loading, tell: Tell, say: Say) -> Outcome:
+    """What a finished folder holds, once the experiment, the model and the data are known to be the same."""
+    path = folder / "run" / "run.json"
+    try:
+        before = json.loads(path.read_text("utf-8"))["experiment"]
+        records = json.loads((folder / "run" / "results.json").read_text("utf-8"))["stages"]
+        outcome = _outcome(records)
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UsageError(
+            f"{folder} already holds a finished result of something else; choose another folder, or replace it with "
+            "--if-exists overwrite"
+        ) from None
+    now = _asked(experiment, prepare(experiment, loading, tell))
+    changed = differences(before, {**now, "experiment": public(experiment)})
+    if changed:
+        raise UsageError(
+            f"{folder} already holds a finished result, of another experiment: {'; '.join(changed)}. Choose another "
+            "folder, or replace it with --if-exists overwrite"
+        )
+    say(f"everything is done: {len(records) - 1} stages, nothing is repeated")
+    return outcome
+
+
+def _asked(experiment: Experiment, subject: Subject) -> dict[str, Any]:
+    """What decides the result: an experiment, and digests of the model and the data."""
+    return {"experiment": experiment.plain(), "digests": subject.identity()}
+
+
+def _outcome(records: Sequence[dict[str, Any]]) -> Outcome:
     found = {
-        f"{r['stage']} {r['name']}": [Measurement.from_dict(m) for m in r["measurements"]]
-        for r in journal.records
+        f"{r['stage']} {r['name']}": [Measurement.from_dict(m) for m in r["measurements"]] for r in records
     }
-    return Outcome(found, tuple(journal.records))
+    return Outcome(found, tuple(records))
 
 
 def _stage(number: int, subject: Subject, journal: Journal, work: Work, say: Say) -> None:
@@ -134,10 +174,12 @@ def _stage(number: int, subject: Subject, journal: Journal, work: Work, say: Say
         record |= {"settings": dict(stage.given), "details": dict(done.details), "notes": list(done.notes)}
     else:
         record |= {"settings": {}, "details": {}, "notes": [*subject.notes, *subject.experiment.notes]}
+    subject.pristine = not number
     found = subject.measured(work.state)
     record["measurements"] = [m.to_dict() for m in found]
     record["seconds"] = round(time.perf_counter() - began, 3)
-    journal.add(record, subject.tensors(), subject.masks)
+    cuts = None if subject.cuts is None else to_json(subject.cuts)
+    journal.add(record, subject.tensors(), subject.masks, cuts)
     say(f"{number} {name}: {'; '.join(map(str, _headline(found)))}")
 
 
@@ -149,5 +191,5 @@ def _quantization(experiment: Experiment, done: int) -> Quantization | None:
 
 def _headline(found: list[Measurement]) -> list[Measurement]:
     """What one line about a stage says."""
-    wanted = ("perplexity", "accuracy", "sparsity", "disk_bytes")
+    wanted = ("perplexity", "accuracy", "sparsity", "parameters", "disk_bytes", "latency")
     return [Measurement(m.name, m.value, m.unit) for m in found if m.name in wanted]

@@ -32,6 +32,7 @@ __all__ = [
     "Export",
     "Pruning",
     "Quantization",
+    "Shrinking",
     "Stage",
     "Training",
     "experiment",
@@ -122,6 +123,12 @@ class Gradually(Training):
     updates: Annotated[int, Field(ge=1)] = 20
 
 
+class Shrinking(_Settings):
+    """Stage `shrink`: units that are wholly pruned are taken out, as `prune: {shrink: true}` does at once."""
+
+    homogeneous: bool = False
+
+
 class Quantization(_Settings):
     """Stage `quantize`; see `quantize_`."""
 
@@ -151,11 +158,12 @@ class Pruning:
     gradually: Gradually | None = None
 
 
-Settings = Training | Distillation | Pruning | Quantization | Export
+Settings = Training | Distillation | Pruning | Shrinking | Quantization | Export
 STAGES: dict[str, type[Any]] = {
     "train": Training,
     "distil": Distillation,
     "prune": Pruning,
+    "shrink": Shrinking,
     "quantize": Quantization,
     "fine-tune": Training,
     "export": Export,

@@ -15,7 +15,8 @@ from secateur.apply import apply_, intention
 from secateur.core.masks import Masks
 from secateur.errors import UsageError
 from secateur.measure import Tell
-from secateur.pipeline.spec import Distillation, Gradually, Pruning, Quantization, Training
+from secateur.pipeline.shrinking import shrink_
+from secateur.pipeline.spec import Distillation, Gradually, Pruning, Quantization, Shrinking, Training
 from secateur.pipeline.subject import Subject, needs_data, settled
 from secateur.prune import Plan
 from secateur.recover import distill_, finetune_
@@ -72,9 +73,20 @@ def prune(subject: Subject, settings: Pruning, work: Work) -> Done:
         batches = measuring.counted(subject.calibration.batches(), "calibration", work.tell)
     applied = apply_(asked, todo, subject.model, batches, work.tell, masks=before or None)
     subject.masks = Masks({**subject.masks, **applied.masks})
-    return Done(
-        {"recipe": applied.recipe.describe(), **applied.details}, (*intention(asked, asked), *applied.notes)
-    )
+    details = {"recipe": applied.recipe.describe(), **applied.details}
+    notes = (*intention(asked, asked), *applied.notes)
+    if asked.shrink:
+        facts, said = shrink_(subject)
+        details, notes = details | {"shrunk": facts}, (*notes, *said)
+    return Done(details, notes)
+
+
+def shrink(subject: Subject, settings: Shrinking, work: Work) -> Done:
+    """Take out the units that earlier stages pruned wholly."""
+    work.tell("taking units out", 0, 1)
+    facts, notes = shrink_(subject, homogeneous=settings.homogeneous)
+    work.tell("taking units out", 1, 1)
+    return Done(facts, notes)
 
 
 def _gradually(
@@ -185,6 +197,7 @@ _STAGES: dict[str, Callable[[Subject, Any, Work], Done]] = {
     "train": train,
     "distil": distil,
     "prune": prune,
+    "shrink": shrink,
     "quantize": quantize,
     "fine-tune": train,
     "export": export,

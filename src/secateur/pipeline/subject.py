@@ -11,14 +11,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from secateur import evaluate, own
 from secateur import measure as measuring
 from secateur import model as models
-from secateur import own
 from secateur.apply import planned
 from secateur.core.gradients import GRADIENTS, KNOWN
 from secateur.core.masks import Masks
 from secateur.core.trained import GATHERED
-from secateur.deploy import Quantized, fake_quantize_, quantize_, save_quantized
+from secateur.deploy import Quantized, Shrunk, fake_quantize_, quantize_, save_quantized
 from secateur.deploy.integers import import_torchao
 from secateur.deploy.quantize import chosen_layers
 from secateur.errors import UsageError
@@ -33,6 +33,9 @@ from secateur.scoring import statistics_of
 from secateur.sources import Calibration, digest, sources, writes_text
 
 __all__ = ["Loading", "Subject", "check_code", "named_code", "needs_data", "prepare", "settled"]
+
+
+REPEATS = 7  # timed forward passes after every stage
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,8 @@ class Subject:
         notes: on the data.
         masks: what is pruned so far.
         quantization: settings under which weights are rounded now, None before.
+        cuts: what stages took out of the model as it was loaded, None where nothing.
+        pristine: whether it is still the model as it was loaded.
     """
 
     experiment: Experiment
@@ -71,6 +76,8 @@ class Subject:
     notes: tuple[str, ...] = ()
     masks: Masks = field(default_factory=lambda: Masks({}))
     quantization: Quantization | None = None
+    cuts: Shrunk | None = None
+    pristine: bool = False
 
     @property
     def model(self) -> nn.Module:
@@ -78,7 +85,7 @@ class Subject:
         return self.loaded.model
 
     def measured(self, state: Path) -> list[Measurement]:
-        """Quality, size and likeness to the dense model, now; where weights are rounded, of the integers themselves.
+        """Quality, size, speed and likeness to the dense model, now; of the integers, where weights are rounded.
 
         Args:
             state: a folder, for the file whose size is measured.
@@ -90,10 +97,18 @@ class Subject:
         if self.masks:
             of = {"of": f"{len(self.masks)} pruned layers"}
             found.append(Measurement("sparsity", self.masks.sparsity, "1", of))
-        found += sizes
+        found += sizes + self._speed(model)
         if by.text is not None:
             return found + measuring.same_predictions(model, self.dense, by)
         return found + measuring.same_answers(says, measuring.answers(self.dense, by))
+
+    def _speed(self, model: nn.Module) -> list[Measurement]:
+        """Latency, in turns with the model as it was loaded where that is another, and the speed-up over it."""
+        if self.by.example is None:
+            return []
+        if self.pristine:
+            return [evaluate.latency(model, self.by.example, repeats=REPEATS, warmup=1)]
+        return measuring.compare_speed({"loaded": self.dense, "now": model}, self.by, REPEATS)["now"]
 
     def _integers(self, state: Path) -> tuple[nn.Module, list[Measurement]]:
         """The model as integers, and the size of their file."""
