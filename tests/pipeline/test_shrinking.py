@@ -125,7 +125,6 @@ def test_smaller_and_then_integers(tmp_path):
     outcome = run(spec(stages), tmp_path / "out")
     names = list(outcome.measurements)
     assert [name[2:] for name in names] == ["load", "train", "prune", "quantize", "fine-tune", "export"]
-    assert value(outcome, "3 quantize", "disk_bytes") < value(outcome, "2 prune", "state_bytes")
     assert [m.name for m in outcome.measurements["5 export"]].count("latency") == 1
     assert [path.name for path in (tmp_path / "out").glob("*.safetensors")] == ["quantized.safetensors"]
     small = loaded(tmp_path / "out")

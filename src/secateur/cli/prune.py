@@ -38,7 +38,7 @@ def prune(
     method: Annotated[
         str | None,
         typer.Option(
-            help="best, magnitude, wanda, sparsegpt, alps, ... (see docs/methods.md); default: best for causal "
+            help="best, magnitude, wanda, sparsegpt, alps, structured, gradual, ... (see docs/methods.md); default: best for causal "
             "language models, magnitude for all others, flap for whole units"
         ),
     ] = None,

@@ -8,6 +8,7 @@ stage before or the stage after.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -55,24 +56,64 @@ class Journal:
         self.state.mkdir(parents=True, exist_ok=True)
         if not self.progress.exists():
             return False
-        try:
-            found = json.loads(self.progress.read_text("utf-8"))
-            before, records = dict(found["about"]), list(found["records"])
-            if found["format"] != FORMAT:
-                raise ValueError(f"its format is {found['format']!r}")
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(
-                f"{self.progress}: no readable state of an experiment ({error}); start anew with --if-exists overwrite"
-            ) from None
-        changed = differences(before, self.about)
+        found = self._read(self.progress)
+        changed = differences(found["about"], self.about)
         if changed:
             raise UsageError(
                 f"this experiment was begun otherwise: {'; '.join(changed)}. Give what was given then, or start anew "
                 "with --if-exists overwrite"
             )
-        self.records = records
+        self.records = found["records"]
         self.publish()
-        return bool(records)
+        return bool(self.records)
+
+    def take_over(self, start: Path, about: Mapping[str, Any], notes: Sequence[str]) -> bool:
+        """Begin where another experiment ended, if its stages are the first of this one, on the same model and data.
+
+        Args:
+            start: the folder that `hand_over` wrote into.
+            about: of this experiment.
+            notes: of its first record.
+
+        Returns:
+            Whether it was so; nothing is done where not, or where this one is under way already.
+
+        Raises:
+            InputError: a state that cannot be read.
+        """
+        if self.progress.exists():
+            return False
+        found = self._read(start / self.progress.name)
+        before, stages = found["about"], about["experiment"]["stages"]
+        first = {**about["experiment"], "stages": stages[: len(before["experiment"]["stages"])]}
+        digests = {name: about["digests"].get(name) for name in before["digests"]}
+        if differences(before, {**about, "experiment": first, "digests": digests}):
+            return False
+        self.state.mkdir(parents=True, exist_ok=True)
+        for path in start.glob("*-*"):
+            shutil.copyfile(path, self.state / path.name)
+        found["records"][0]["notes"] = list(notes)
+        write_json(self.progress, {**found, "about": dict(about)})  # last: a kill before it leaves no beginning
+        return True
+
+    def hand_over(self, start: Path) -> None:
+        """Copy the state after the last stage into a folder, for experiments that begin with the same stages."""
+        start.mkdir(exist_ok=True)
+        for path in (*self.state.glob("*-*"), self.progress):
+            shutil.copyfile(path, start / path.name)
+
+    def _read(self, path: Path) -> dict[str, Any]:
+        """What a file of progress says."""
+        try:
+            found = json.loads(path.read_text("utf-8"))
+            held = {"about": dict(found["about"]), "records": list(found["records"]), "masks": found["masks"]}
+            if found["format"] != FORMAT:
+                raise ValueError(f"its format is {found['format']!r}")
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(
+                f"{path}: no readable state of an experiment ({error}); start anew with --if-exists overwrite"
+            ) from None
+        return {"format": FORMAT, **held}
 
     def add(self, record: Record, tensors: Mapping[str, Tensor], masks: Masks, cuts: Any = None) -> None:
         """A stage is done: keep the state that the next one starts from, then what was measured.

@@ -28,6 +28,7 @@ from secateur.run import check_apart
 
 __all__ = ["Outcome", "experiment_to", "run_experiment"]
 
+START = "start"  # of a folder of shared stages: the state after the last of them
 Say = Callable[[str], Any]
 
 
@@ -55,6 +56,8 @@ def experiment_to(
     if_exists: str = "resume",
     allow_code: bool = False,
     loading: Loading | None = None,
+    start: Path | None = None,
+    shared: bool = False,
     tell: Tell = _silent,
     say: Say = _silent,
 ) -> Outcome:
@@ -64,7 +67,7 @@ def experiment_to(
         experiment: what `read_experiment` or `experiment` returned.
         out: its folder, written beside its place and renamed when all is done.
         if_exists: "resume", "fail" or "overwrite", see `folder.new_folder`.
-        allow_code, loading, tell, say: see `run_experiment`.
+        allow_code, loading, start, shared, tell, say: see `run_experiment`.
 
     Raises:
         UsageError: see `run_experiment`; a finished folder of another experiment, naming what changed.
@@ -74,7 +77,16 @@ def experiment_to(
     if if_exists == "resume" and is_run_folder(out) and interrupted(out) is None:
         return _finished(experiment, Path(out), loading or Loading(), tell, say)
     with new_folder(out, if_exists) as folder:
-        return run_experiment(experiment, folder, allow_code=allow_code, loading=loading, tell=tell, say=say)
+        return run_experiment(
+            experiment,
+            folder,
+            allow_code=allow_code,
+            loading=loading,
+            start=start,
+            shared=shared,
+            tell=tell,
+            say=say,
+        )
 
 
 def run_experiment(
@@ -83,6 +95,8 @@ def run_experiment(
     *,
     allow_code: bool = False,
     loading: Loading | None = None,
+    start: Path | None = None,
+    shared: bool = False,
     tell: Tell = _silent,
     say: Say = _silent,
 ) -> Outcome:
@@ -94,6 +108,9 @@ def run_experiment(
             resume needs. In the end it holds the model as well.
         allow_code: run the user's own files that the experiment names.
         loading: what is allowed while models are loaded.
+        start: a finished folder of `shared` stages; where they are the first of this experiment, on the same model and
+            data, they are not done again.
+        shared: write what others start from in place of a model.
         tell: progress.
         say: prints a line, after every stage.
 
@@ -110,6 +127,8 @@ def run_experiment(
     journal = Journal(folder)
     asked = _asked(experiment, subject)
     about = {**asked, "versions": {"secateur": __version__, "torch": torch.__version__}}
+    if start is not None:
+        journal.take_over(start / START, about, _first_notes(subject))
     if journal.begin(about):
         if (cuts := journal.cuts()) is not None:
             cut_again_(subject, cuts)
@@ -120,7 +139,10 @@ def run_experiment(
     work = Work(journal.state, tell)
     for number in range(len(journal.records), len(experiment.stages) + 1):
         _stage(number, subject, journal, work, say)
-    write_output(subject, journal, folder)
+    if shared:
+        journal.hand_over(folder / START)
+    else:
+        write_output(subject, journal, folder)
     seconds = {f"{r['stage']} {r['name']}": r["seconds"] for r in journal.records}
     said = circumstances(experiment.common, subject.loaded, subject.identity(), seconds)
     write_json(folder / "run" / "run.json", {**said, "experiment": {**asked, "experiment": public(experiment)}})
@@ -155,6 +177,10 @@ def _asked(experiment: Experiment, subject: Subject) -> dict[str, Any]:
     return {"experiment": experiment.plain(), "digests": subject.identity()}
 
 
+def _first_notes(subject: Subject) -> list[str]:
+    return [*subject.notes, *subject.experiment.notes]
+
+
 def _outcome(records: Sequence[dict[str, Any]]) -> Outcome:
     found = {
         f"{r['stage']} {r['name']}": [Measurement.from_dict(m) for m in r["measurements"]] for r in records
@@ -173,7 +199,7 @@ def _stage(number: int, subject: Subject, journal: Journal, work: Work, say: Say
         done = carry_out(name, subject, stage.settings, work)
         record |= {"settings": dict(stage.given), "details": dict(done.details), "notes": list(done.notes)}
     else:
-        record |= {"settings": {}, "details": {}, "notes": [*subject.notes, *subject.experiment.notes]}
+        record |= {"settings": {}, "details": {}, "notes": _first_notes(subject)}
     subject.pristine = not number
     found = subject.measured(work.state)
     record["measurements"] = [m.to_dict() for m in found]

@@ -142,6 +142,8 @@ class Subject:
             seen["training data"] = self.material.identity
         if self.calibration is not None and not self._own_text():
             seen["calibration data"] = digest(self.calibration.batches())
+        if self.by.example is not None:
+            seen["example"] = digest([self.by.example])
         for name, data in (("text judged by", self.by.text), ("batches judged by", self.by.labelled)):
             if data is not None:
                 seen[name] = digest(data)

@@ -10,7 +10,7 @@ import json
 import multiprocessing
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import wait
@@ -21,8 +21,12 @@ from secateur.errors import FolderInUseError, SecateurError, UsageError
 from secateur.folder import is_run_folder, write_json
 from secateur.measure import Tell
 from secateur.sweep.points import Point
+from secateur.sweep.shared import Shared, shared_stages, start_of
 
 __all__ = ["Allowed", "carry_out", "failure_of", "folder_of"]
+
+
+Problem = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,10 @@ class Allowed:
     offline: bool = False
     trust_remote_code: bool = False
     allow_pickle: bool = False
+
+
+# an experiment, its folder, threads, what is allowed, the folder it starts from, whether others start from it
+Job = tuple[Any, str, int | None, Allowed, str | None, bool]
 
 
 def folder_of(out: Path, point: Point) -> Path:
@@ -81,16 +89,18 @@ def carry_out(
     allowed = allowed or Allowed()
     if ray is None and workers > 1 and threads is None:
         threads = max(1, _cores() // workers)
-    jobs = [(point.experiment.plain(), str(folder_of(out, point)), threads, allowed) for point in left]
-    if ray is not None:
-        finished = _on_ray(jobs, ray)
-    elif workers == 1:
-        finished = ((number, _attempt(*job)) for number, job in enumerate(jobs))
-    else:
-        finished = _in_processes(jobs, workers)
+    way = _Way(workers, threads, ray, allowed)
     in_use = ""
     tell("points", len(points) - len(left), len(points))
-    for count, (number, problem) in enumerate(finished, 1):
+    shared = shared_stages(points)
+    broken = _share(shared, {points.index(point) for point in left}, out, way, tell)
+    jobs, known = [], {}
+    for number, point in enumerate(left):
+        start = start_of(points.index(point), shared)
+        if start is not None and start.name in broken:
+            known[number] = broken[start.name]
+        jobs.append(way.job(point.experiment.plain(), folder_of(out, point), _shared_folder(out, start)))
+    for count, (number, problem) in enumerate(way.carry_out(jobs, known), 1):
         place = failure_of(out, left[number])
         if problem is None:
             place.unlink(missing_ok=True)
@@ -104,19 +114,87 @@ def carry_out(
         raise FolderInUseError(in_use)
 
 
+@dataclass(frozen=True)
+class _Way:
+    """How jobs are carried out."""
+
+    workers: int
+    threads: int | None
+    ray: str | None
+    allowed: Allowed
+
+    def job(self, plain: Any, folder: Path, start: Path | None, shared: bool = False) -> Job:
+        """One experiment to be carried out."""
+        return plain, str(folder), self.threads, self.allowed, None if start is None else str(start), shared
+
+    def carry_out(
+        self, jobs: Sequence[Job], known: Mapping[int, Problem]
+    ) -> Iterator[tuple[int, Problem | None]]:
+        """Numbers of jobs with what went wrong, as they end; those of which that is known are not tried."""
+        yield from known.items()
+        numbers = [number for number in range(len(jobs)) if number not in known]
+        left = [jobs[number] for number in numbers]
+        if self.ray is not None:
+            finished = _on_ray(left, self.ray) if left else iter(())
+        elif self.workers == 1:
+            finished = ((number, _attempt(*job)) for number, job in enumerate(left))
+        else:
+            finished = _in_processes(left, self.workers)
+        for number, problem in finished:
+            yield numbers[number], problem
+
+
+def _shared_folder(out: Path, shared: Shared | None) -> Path | None:
+    return None if shared is None else out / "shared" / shared.name
+
+
+def _share(shared: Sequence[Shared], wanted: set[int], out: Path, way: _Way, tell: Tell) -> dict[str, Problem]:
+    """Carry out the stages that points which are left begin with, each once; what went wrong, by name."""
+    todo = [each for each in shared if wanted & set(each.points)]
+    todo = [each for each in todo if not is_run_folder(out / "shared" / each.name)]
+    broken: dict[str, Problem] = {}
+    for length in sorted({each.length for each in todo}):
+        same = [each for each in todo if each.length == length]
+        starts = [start_of(each.points[0], shared, below=length) for each in same]
+        known = {n: broken[s.name] for n, s in enumerate(starts) if s is not None and s.name in broken}
+        jobs = [
+            way.job(each.plain, out / "shared" / each.name, _shared_folder(out, start), True)
+            for each, start in zip(same, starts, strict=True)
+        ]
+        tell(f"shared stages ({length})", 0, len(same))
+        for count, (number, problem) in enumerate(way.carry_out(jobs, known), 1):
+            if problem is not None:
+                broken[same[number].name] = problem
+            tell(f"shared stages ({length})", count, len(same))
+    return broken
+
+
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _attempt(plain: Any, folder: str, threads: int | None, allowed: Allowed) -> dict[str, Any] | None:
-    """One point; None where it succeeded, else what went wrong."""
+def _attempt(
+    plain: Any,
+    folder: str,
+    threads: int | None,
+    allowed: Allowed,
+    start: str | None = None,
+    shared: bool = False,
+) -> Problem | None:
+    """One experiment; None where it succeeded, else what went wrong."""
     from secateur.pipeline import Loading, experiment, experiment_to
 
     loading = Loading(allowed.offline, allowed.trust_remote_code, allowed.allow_pickle)
     try:
         with _threads(threads):
             experiment_to(
-                experiment(plain), folder, if_exists="resume", allow_code=allowed.code, loading=loading
+                experiment(plain),
+                folder,
+                if_exists="resume",
+                allow_code=allowed.code,
+                loading=loading,
+                start=None if start is None else Path(start),
+                shared=shared,
             )
     except Exception as error:
         known = isinstance(error, SecateurError | MemoryError)
@@ -136,9 +214,6 @@ def _threads(number: int | None) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-Job = tuple[Any, str, int | None, Allowed]
 
 
 def _in_processes(jobs: Sequence[Job], workers: int) -> Iterator[tuple[int, dict[str, Any] | None]]:
@@ -231,7 +306,7 @@ def _paths() -> list[str]:
     return [str(Path(__file__).resolve().parents[2])]
 
 
-def _there(here: str, plain: Any, folder: str, threads: int | None, allowed: Allowed) -> dict[str, Any] | None:
+def _there(here: str, plain: Any, folder: str, threads: int | None, *more: Any) -> Problem | None:
     """`_attempt` on another machine, in the same directory, so that relative names mean the same."""
     os.chdir(here)
-    return _attempt(plain, folder, threads or 1, allowed)
+    return _attempt(plain, folder, threads or 1, *more)
