@@ -14,6 +14,8 @@ from secateur import evaluate, own
 from secateur import measure as measuring
 from secateur import model as models
 from secateur.card import shrunk_card
+from secateur.checkpoint import read_object
+from secateur.compressed import layout_of
 from secateur.core.masks import Masks
 from secateur.deploy import Shrunk, shrink, shrunk
 from secateur.deploy.slots import ATTRIBUTE
@@ -26,7 +28,7 @@ from secateur.run import check_apart
 from secateur.shrunken import check_form
 from secateur.sources import input_of
 
-__all__ = ["Exported", "example_inputs", "export_to", "write_shrunk"]
+__all__ = ["Exported", "example_inputs", "export_plain", "export_to", "is_compressed", "write_shrunk"]
 
 LENGTH = 13  # tokens of a made-up example: no width of a model
 
@@ -159,6 +161,22 @@ def _masks_of(loaded: models.Loaded) -> Path | None:
         folder = place if place is None or place.is_dir() else place.parent
     path = None if folder is None else folder / "run" / "masks.safetensors"
     return path if path is not None and path.is_file() else None
+
+
+def is_compressed(folder: str | Path) -> bool:
+    """Whether a folder leaves zeros out as compressed-tensors did."""
+    config = Path(folder).expanduser() / "config.json"
+    return config.is_file() and layout_of(read_object(config)) is not None
+
+
+def export_plain(spec: str, out: str | Path, *, if_exists: str = "fail", tell: Tell, **loading: Any) -> None:
+    """Write such a folder as a plain checkpoint, zeros and all, that stock `from_pretrained` loads."""
+    check_apart(spec, out)
+    with new_folder(out, if_exists) as folder:
+        tell("loading the model", 0, 1)
+        loaded = models.load(spec, dtype="auto", **loading)
+        tell("loading the model", 1, 1)
+        models.save(loaded.model, loaded.tokenizer, folder, source=loaded.folder)
 
 
 def example_inputs(loaded: models.Loaded, data: str | None, *, seed: int = 0) -> Any:

@@ -125,11 +125,7 @@ def _of_config(checkpoint: Checkpoint) -> nn.Module:
             model = model_class(config)
         dtype = models._DTYPES.get(str(config.dtype).removeprefix("torch."))
         model = model if dtype is None else model.to(dtype)
-        generation = checkpoint.folder / "generation_config.json"
-        if generation.is_file():
-            with pretrained._told(checkpoint, "makes no config of generation", generation.name):
-                kind: Any = pretrained.import_transformers().GenerationConfig
-                model.generation_config = kind.from_dict(read_object(generation))
+        pretrained.read_generation_(model, checkpoint)
     return model
 
 

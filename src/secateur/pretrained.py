@@ -11,6 +11,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from secateur.checkpoint import TOKENIZER_FILES, Checkpoint, one_line, read_object
+from secateur.compressed import layout_of, read_compressed
 from secateur.core.quiet import quiet as hushed
 from secateur.errors import InputError, ResourceError, SecateurError, UsageError, nearest
 from secateur.manifest import write_json
 
-__all__ = ["build", "is_pretrained", "quiet", "save_pretrained", "some"]
+__all__ = ["build", "is_pretrained", "quiet", "read_generation_", "save_pretrained", "some"]
 
 # Keys that choose kernels, code or other places; none of them belongs to what the model is.
 _DROPPED = (
@@ -33,6 +35,7 @@ _DROPPED = (
     "transformers_weights",
     "auto_map",
 )
+_COMPRESSION = ("quantization_config", "compression_config")
 _COPIED = (*TOKENIZER_FILES, "preprocessor_config.json", "processor_config.json", "generation_config.json")
 _WITHOUT_FILES = ("ByT5Tokenizer", "CanineTokenizer", "PerceiverTokenizer")
 
@@ -57,11 +60,18 @@ def build(
         ResourceError: too little memory.
     """
     import_transformers()
+    layout = layout_of(checkpoint.config)
+    state = None if layout is None else read_compressed(checkpoint.weights, layout)
+    if state is not None:
+        config = {k: v for k, v in checkpoint.config.items() if k not in _COMPRESSION}
+        numbers = sum(tensor.numel() for tensor in state.values())
+        checkpoint = replace(checkpoint, config=config, tensors=len(state), elements=numbers)
     with quiet():
         model_class, config = _class_and_config(checkpoint, trust_remote_code)
         with _told(checkpoint, f"cannot be loaded as {model_class.__name__}"), _bounded(checkpoint):
             model, report = model_class.from_pretrained(
-                checkpoint.folder,
+                None if state is not None else checkpoint.folder,
+                state_dict=state,
                 config=config,
                 dtype=dtype,
                 local_files_only=True,
@@ -71,7 +81,18 @@ def build(
                 output_loading_info=True,
             )
         _refuse_gaps(checkpoint.folder, model_class.__name__, report, drop_unexpected)
+        if state is not None:
+            read_generation_(model, checkpoint)
         return model.eval(), tokenizer_of(checkpoint, config, trust_remote_code)
+
+
+def read_generation_(model: Any, checkpoint: Checkpoint) -> None:
+    """Give a model that was not built by `from_pretrained` the generation config of its folder."""
+    generation = checkpoint.folder / "generation_config.json"
+    if generation.is_file():
+        with _told(checkpoint, "makes no config of generation", generation.name):
+            kind: Any = import_transformers().GenerationConfig
+            model.generation_config = kind.from_dict(read_object(generation))
 
 
 def save_pretrained(

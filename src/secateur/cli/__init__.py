@@ -13,6 +13,7 @@ import typer
 # importing a verb adds it to the program, in the order of --help
 from secateur.cli import (  # noqa: F401
     align,
+    bench,
     demo,
     depth,
     doctor,

@@ -78,7 +78,7 @@ def export(
         return
     if kind is not None or outer is not None or block != 1:
         raise UsageError("--kind, --outer and --block belong to --to sparse")
-    from secateur.export import export_to
+    from secateur.export import export_plain, export_to, is_compressed
     from secateur.terminal import progress, show_measurements
 
     options: dict[str, Any] = {"to": to, "data": data, "if_exists": if_exists, "device": device, "seed": seed}
@@ -88,6 +88,12 @@ def export(
         "trust_remote_code": trust_remote_code,
         "allow_pickle": allow_pickle,
     }
+    if to in ("auto", "hf") and is_compressed(folder):
+        with progress() as tell:
+            export_plain(folder, out, if_exists=if_exists, tell=tell, **loading)
+        said = json.dumps({"out": str(out), "form": "hf"})
+        typer.echo(said if json_ else f"written  {out} (plain: zeros as ordinary numbers)")
+        return
     with progress() as tell:
         found = export_to(folder, out, tell=tell, **options, **loading)
     if json_:

@@ -1,0 +1,163 @@
+"""What the block pattern of CPUs costs in quality, beside what it gives in speed.
+
+    OMP_NUM_THREADS=1 python bench/blocks.py --work runs/blocks
+
+Single weights and `Blocks(4, 1)`, 4 rows that share an input, at the same sparsity of two real language models
+(perplexity) and a real CIFAR-10 ResNet-20 (accuracy, batch norms recalibrated), each with its recipes, no
+fine-tuning. Speed is that of a layer of 2048 x 2048 in float32 whose weights come from main memory, the fastest way
+by the table that `sparsify_` uses, over dense. Every point is a line in WORK/points.jsonl and is not computed again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+from cifar import ResNet, images
+from quality import CONTEXT, MODELS, SAMPLES, SHARED, ids, read
+from safetensors.torch import load_file
+
+from secateur import LeastSquares, Recipe, evaluate, prune_, recalibrate_
+from secateur import model as models
+from secateur.deploy.sparse.choice import Kind, measured
+from secateur.deploy.sparse.packed import pack
+from secateur.pattern import Blocks, Weights
+from secateur.recipes import alps, magnitude, sparsegpt, wanda
+
+SPARSITIES = (0.5, 0.7, 0.9)
+RECIPES: dict[str, dict[str, Recipe]] = {
+    "single weights": {"magnitude": magnitude, "Wanda": wanda, "SparseGPT": sparsegpt, "ALPS": alps},
+    "blocks of 4 x 1": {
+        "magnitude": magnitude,
+        "Wanda": wanda,
+        "Wanda, least squares": replace(wanda, update=LeastSquares()),
+    },
+}
+PATTERNS = {"single weights": Weights(), "blocks of 4 x 1": Blocks(4, 1)}
+
+
+class Network:
+    """ResNet-20 and its images."""
+
+    def __init__(self) -> None:
+        folder = SHARED / "data" / "images"
+        self.model = ResNet(20)
+        self.model.load_state_dict(load_file(SHARED / "models/cifar10_resnet20_jpegft/model.safetensors"))
+        self.model.eval()
+        self.test = images(folder / "cifar10_jpeg_test.parquet", 2000, 250)
+        self.train = images(folder / "cifar10_jpeg_train.parquet", 1024, 128)
+
+    def quality(self, model: Any) -> float:
+        if model is not self.model:
+            recalibrate_(model, [x for x, _ in self.train])
+        with torch.inference_mode():
+            right = sum(int((model(x).argmax(1) == y).sum()) for x, y in self.test)
+        return right / sum(len(y) for _, y in self.test)
+
+    def batches(self) -> list[Any]:
+        return [x for x, _ in self.train]
+
+
+class Language:
+    """A language model and its texts."""
+
+    def __init__(self, name: str):
+        folder, self.draw, tests = MODELS[name]
+        self.loaded = models.load(folder, offline=True)
+        self.model = self.loaded.model
+        self.text = ids(SHARED / "data/lm" / tests["TinyStories"], self.loaded.tokenizer)
+
+    def quality(self, model: Any) -> float:
+        return evaluate.perplexity(model, self.text, context=CONTEXT).value
+
+    def batches(self) -> list[Any]:
+        return self.draw(self.loaded.tokenizer, 0, SAMPLES)
+
+
+def points() -> Iterator[tuple[str, str, str, float]]:
+    for name in ("stories260K", "ResNet-20", "gpt2_3m"):
+        yield name, "-", "dense", 0.0
+        for shape, recipes in RECIPES.items():
+            for method in recipes:
+                for sparsity in SPARSITIES:
+                    yield name, shape, method, sparsity
+
+
+def run(file: Path) -> None:
+    done = {(p["model"], p["shape"], p["method"], p["sparsity"]) for p in read(file)}
+    held: dict[str, Any] = {}
+    for name, shape, method, sparsity in points():
+        if (name, shape, method, sparsity) in done:
+            continue
+        if name not in held:
+            held = {name: Network() if name == "ResNet-20" else Language(name)}
+        it, model = held[name], held[name].model
+        start = time.process_time()
+        if method != "dense":
+            model = copy.deepcopy(model)
+            recipe = replace(RECIPES[shape][method], pattern=PATTERNS[shape])
+            prune_(model, sparsity, recipe, data=it.batches(), seed=0)
+        line = {"model": name, "shape": shape, "method": method, "sparsity": sparsity}
+        line |= {"quality": it.quality(model), "seconds": round(time.process_time() - start, 1)}
+        with file.open("a", encoding="utf-8") as out:
+            out.write(json.dumps(line) + "\n")
+        print(line, flush=True)
+
+
+def speed() -> None:
+    """Speed-up over dense of one float32 layer, single weights beside blocks."""
+    weight = torch.randn(2048, 2048, generator=torch.Generator().manual_seed(0))
+    print("\n| float32 layer | 1 token | 16 | 64 | 128 |\n" + "|---" * 5 + "|")
+    for sparsity in SPARSITIES:
+        for shape, block in (("single weights", 1), ("blocks of 4 x 1", 4)):
+            cut = torch.rand(2048 // block, 2048) < sparsity
+            packed = pack(weight.masked_fill(cut.repeat_interleave(block, 0), 0), block=block, form="bitmask")
+            kind = Kind("Linear", torch.float32, cold=True)
+            tables = [measured(packed, kind, form) for form in ("bitmask", "index")[: 1 + (block == 1)]]
+            ratios = [max(times[at][0] / min(times[at][1:]) for times in tables) for at in (0, 4, 6, 7)]
+            print(f"| {sparsity:.0%} {shape} | " + " | ".join(f"{ratio:.2f}" for ratio in ratios) + " |")
+
+
+def table(found: list[dict[str, Any]]) -> None:
+    for name in ("stories260K", "gpt2_3m", "ResNet-20"):
+        cells = {(p["shape"], p["method"], p["sparsity"]): p["quality"] for p in found if p["model"] == name}
+        if ("-", "dense", 0.0) not in cells:
+            continue
+        shown = "{:.1%}" if name == "ResNet-20" else "{:.2f}"
+        print(
+            f"\n{name}, dense {shown.format(cells['-', 'dense', 0.0])}\n\n| | 50 % | 70 % | 90 % |\n|---|---|---|---|"
+        )
+        for shape, recipes in RECIPES.items():
+            for method in recipes:
+                row = [cells.get((shape, method, sparsity)) for sparsity in SPARSITIES]
+                if any(value is not None for value in row):
+                    words = ("-" if value is None else shown.format(value) for value in row)
+                    print(f"| {shape}, {method} | " + " | ".join(words) + " |")
+
+
+def main() -> None:
+    """Compute what is missing and print tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, default=Path("runs/blocks"))
+    parser.add_argument("--table", action="store_true", help="only print what is there")
+    given = parser.parse_args()
+    given.work.mkdir(parents=True, exist_ok=True)
+    file = given.work / "points.jsonl"
+    if not given.table:
+        run(file)
+    table(read(file))
+    speed()
+
+
+if __name__ == "__main__":
+    main()
