@@ -198,9 +198,9 @@ def _inputs(
     model: nn.Module, example: Any, asked: Asked
 ) -> list[tuple[str, Callable[[nn.Module], nn.Module], Any, int]]:
     """What is run: a name, the model as it is called, its input, and by what a time is divided."""
-    found: list[tuple[str, Callable[[nn.Module], nn.Module], Any, int]] = []
-    for rows in dict.fromkeys((1, asked.batch)):
-        found.append((f"batch {rows}", lambda one: one, _rows(example, rows), 1))
+    found: list[tuple[str, Callable[[nn.Module], nn.Module], Any, int]] = [
+        (f"batch {rows}", lambda one: one, _rows(example, rows), 1) for rows in dict.fromkeys((1, asked.batch))
+    ]
     if asked.tokens and writes_text(model):
         ids = _rows(example, 1)["input_ids"][:, :PROMPT]
         found.append(("decoding, a token", lambda one: _Writes(one, asked.tokens), ids, asked.tokens))
