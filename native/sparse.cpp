@@ -120,8 +120,8 @@ bool finite(const float* x, int64_t size) {
 // Buffers of one call; kept by the calling thread from call to call.
 struct Room {
     std::vector<float> plain, paired, packed;
-    std::vector<int8_t> integers;
-    float factor[FEW];
+    std::vector<int8_t> integers, magnitudes;
+    std::vector<float> factor;
 };
 
 void to_integers(const float* x, int64_t columns, int8_t* out, float* factor) {
@@ -138,15 +138,23 @@ void to_integers(const float* x, int64_t columns, int8_t* out, float* factor) {
     }
 }
 
+// Whether inputs straight from the stream are rounded to integers, which serves any number of tokens
+bool in_integers(const Matrix& m) { return (m.kind == I8 || m.kind == I4) && m.block == 1 && m.form != INDEX; }
+
 Inputs ready(const Matrix& m, const float* x, int64_t batch, Room& room) {
     Inputs in{};
     in.batch = batch, in.padded = (m.columns + SPAN - 1) / SPAN * SPAN;
-    const bool whole = (m.kind == I8 || m.kind == I4) && m.block == 1 && m.form != INDEX;
-    if (whole) {
+    if (in_integers(m)) {
         room.integers.assign(batch * in.padded, 0);
+        room.factor.resize(batch);
         for (int64_t b = 0; b < batch; ++b)
-            to_integers(x + b * m.columns, m.columns, room.integers.data() + b * in.padded, room.factor + b);
-        in.integers = room.integers.data(), in.factor = room.factor;
+            to_integers(x + b * m.columns, m.columns, room.integers.data() + b * in.padded, room.factor.data() + b);
+        in.integers = room.integers.data(), in.factor = room.factor.data();
+        if (batch <= FEW) {
+            room.magnitudes.resize(batch * in.padded);
+            for (int64_t i = 0; i < batch * in.padded; ++i) room.magnitudes[i] = int8_t(std::abs(room.integers[i]));
+            in.magnitudes = room.magnitudes.data();
+        }
         return in;
     }
     room.plain.resize(batch * in.padded);
@@ -282,7 +290,7 @@ API int64_t secateur_sparse_decode(
     return 0;
 }
 
-// y = x w^T + bias. `way` 0: straight from the stream, at most FEW tokens; 1: tokens in the lanes. `isa` 0: the plain
+// y = x w^T + bias. `way` 0: straight from the stream, at most FEW tokens unless they become integers; 1: tokens in the lanes. `isa` 0: the plain
 // kernels. Returns 1, with nothing done, where x holds NaN or Inf and the way would not carry them to every row.
 API int64_t secateur_sparse_multiply(const void* const* pointers, const int64_t* numbers) {
     Matrix m{};
@@ -303,6 +311,7 @@ API int64_t secateur_sparse_multiply(const void* const* pointers, const int64_t*
     const float* bias = static_cast<const float*>(pointers[8]);
     float* y = static_cast<float*>(const_cast<void*>(pointers[9]));
     if (m.form == DENSE && (m.kind != I8 || m.block != 1)) return 2;
+    if (way == 0 && batch > FEW && !in_integers(m)) return 2;
     if (!finite(x, batch * m.columns)) return 1;
     const Kernels* table = kernels(isa);
     thread_local Room room;

@@ -41,11 +41,12 @@ struct Inputs {
     const float* plain;           // batch x padded
     const float* paired;          // BF16: of every 16 columns the even ones, then the odd ones
     const int8_t* integers;       // I8, I4: batch x padded, in [-127, 127]
+    const int8_t* magnitudes;     // of those
     const float* factor;          // batch: what an integer stands for
 };
 
 struct Kernels {
-    // y[b][row] for the groups first..last-1 of a batch of at most FEW
+    // y[b][row] for the groups first..last-1 of a batch of at most FEW, or of any where inputs are integers
     void (*few)(const Matrix&, const Inputs&, const float* bias, float* y, int64_t first, int64_t last);
     // The same for `lanes` tokens whose inputs are x[column][lane]; lanes is 8, 16, 32 or 64; y[row][lane] is local
     void (*many)(const Matrix&, const float* x, int lanes, float* y, int64_t first, int64_t last);

@@ -33,10 +33,7 @@ namespace {
 struct Tables {
     alignas(64) int32_t words[256][8];   // lane -> position in the stream; the sign marks lanes that are kept
     alignas(64) uint8_t halves[256][16]; // control of a byte shuffle for 8 elements of 2 bytes
-    alignas(64) uint64_t low[256];       // the same for 8 elements of 1 byte, in the lower and upper half of 16
-    alignas(64) uint64_t high[256];
     alignas(64) uint64_t columns[256];   // bytes: the set bits in order
-    alignas(64) uint32_t nibbles[256];   // four bits for every set bit
 };
 
 Tables t;
@@ -44,19 +41,14 @@ Tables t;
 bool fill() {
     for (int mask = 0; mask < 256; ++mask) {
         int n = 0;
-        uint8_t low[8], high[8], columns[8] = {0};
-        t.nibbles[mask] = 0;
+        uint8_t columns[8] = {0};
         for (int bit = 0; bit < 8; ++bit) {
             const bool kept = mask >> bit & 1;
             t.words[mask][bit] = kept ? int32_t(0x80000000u | uint32_t(n)) : 0;
             t.halves[mask][2 * bit] = kept ? uint8_t(2 * n) : 0x80;
             t.halves[mask][2 * bit + 1] = kept ? uint8_t(2 * n + 1) : 0x80;
-            low[bit] = kept ? uint8_t(n) : 0x80;
-            high[bit] = kept ? uint8_t(n + 8) : 0x80;
-            if (kept) t.nibbles[mask] |= 15u << (4 * bit), columns[n++] = uint8_t(bit);
+            if (kept) columns[n++] = uint8_t(bit);
         }
-        std::memcpy(&t.low[mask], low, 8);
-        std::memcpy(&t.high[mask], high, 8);
         std::memcpy(&t.columns[mask], columns, 8);
     }
     return true;
@@ -72,19 +64,6 @@ ALWAYS int32_t sum(__m256i a) {
     __m128i b = _mm_add_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
     b = _mm_add_epi32(b, _mm_shuffle_epi32(b, 0x4e));
     return _mm_cvtsi128_si32(_mm_add_epi32(b, _mm_shuffle_epi32(b, 0xb1)));
-}
-
-// 8 bytes from each of two addresses, which need no alignment
-ALWAYS __m128i two_eights(const void* a, const void* b) {
-    int64_t high;
-    std::memcpy(&high, b, 8);
-    return _mm_insert_epi64(_mm_loadl_epi64((const __m128i*)a), high, 1);
-}
-
-ALWAYS __m256i bytes32(const void* a, const void* b, const void* c, const void* d) {
-    const __m128i one = two_eights(a, b);
-    const __m128i two = two_eights(c, d);
-    return _mm256_inserti128_si256(_mm256_castsi128_si256(one), two, 1);
 }
 
 // 8 float32 of the stream, put where bits of the mask are
@@ -108,44 +87,55 @@ ALWAYS __m256i expand_halves(const uint16_t*& at, int one, int two) {
     return _mm256_shuffle_epi8(from, where);
 }
 
-// 32 elements of one byte
-ALWAYS __m256i expand_bytes(const int8_t*& at, const uint8_t* bits) {
-    const int a = bits[0], b = bits[1], c = bits[2], d = bits[3];
-    uint32_t all;
-    std::memcpy(&all, bits, 4);
-    const int8_t *pb = at + __builtin_popcount(a), *pc = at + __builtin_popcount(all & 0xffff);
-    const __m256i from = bytes32(at, pb, pc, pc + __builtin_popcount(c));
-    at += __builtin_popcount(all);  // one addition from step to step
-    return _mm256_shuffle_epi8(from, bytes32(&t.low[a], &t.high[b], &t.low[c], &t.high[d]));
-}
-
-// 8 columns of 4-bit codes, each in its place; `at` counts half bytes
-ALWAYS uint32_t expand_nibbles(const uint8_t* values, int64_t& at, int mask) {
-    uint64_t raw;
-    std::memcpy(&raw, values + (at >> 1), 8);
-    const int shift = int(at & 1) * 4;
-    at += __builtin_popcount(mask);
-    return _pdep_u32(uint32_t(raw >> shift), t.nibbles[mask]);
-}
-
-// 32 of them, looked up in the codebook
-ALWAYS __m256i expand_codes(const uint8_t* values, int64_t& at, const uint8_t* bits, __m256i codebook) {
-    uint64_t low = expand_nibbles(values, at, bits[0]);
-    low |= uint64_t(expand_nibbles(values, at, bits[1])) << 32;
-    uint64_t high = expand_nibbles(values, at, bits[2]);
-    high |= uint64_t(expand_nibbles(values, at, bits[3])) << 32;
-    const __m128i packed = _mm_set_epi64x(int64_t(high), int64_t(low)), fifteen = _mm_set1_epi8(15);
-    const __m128i even = _mm_and_si128(packed, fifteen), odd = _mm_and_si128(_mm_srli_epi16(packed, 4), fifteen);
-    const __m256i codes = _mm256_inserti128_si256(
-        _mm256_castsi128_si256(_mm_unpacklo_epi8(even, odd)), _mm_unpackhi_epi8(even, odd), 1
+// Where the 32 bytes of a mask's columns lie among the values: bits spread to bytes, counted up to each column of a half of
+// 16, where columns that are not kept get a control that gives zero. Fewer steps than looking up four times.
+ALWAYS __m256i places(uint32_t bits) {
+    const __m256i spread = _mm256_setr_epi8(
+        0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 2, 2, 2, 2, 2, 2, 2, 2, 3, 3, 3, 3, 3, 3, 3, 3
     );
-    return _mm256_shuffle_epi8(codebook, codes);
+    const __m256i across4 = _mm256_broadcastsi128_si256(
+        _mm_setr_epi8(-1, -1, -1, -1, 3, 3, 3, 3, -1, -1, -1, -1, 11, 11, 11, 11)
+    );
+    const __m256i across8 = _mm256_broadcastsi128_si256(
+        _mm_setr_epi8(-1, -1, -1, -1, -1, -1, -1, -1, 7, 7, 7, 7, 7, 7, 7, 7)
+    );
+    const __m256i one = _mm256_set1_epi8(1), each = _mm256_set1_epi64x(int64_t(0x8040201008040201ull));
+    const __m256i bytes = _mm256_shuffle_epi8(_mm256_set1_epi32(int32_t(bits)), spread);
+    const __m256i kept = _mm256_min_epu8(_mm256_and_si256(bytes, each), one);
+    __m256i count = _mm256_mullo_epi32(kept, _mm256_set1_epi32(0x01010101));  // up to each byte of four
+    count = _mm256_add_epi8(count, _mm256_shuffle_epi8(count, across4));
+    count = _mm256_add_epi8(count, _mm256_shuffle_epi8(count, across8));
+    return _mm256_or_si256(_mm256_sub_epi8(count, one), _mm256_cmpeq_epi8(kept, _mm256_setzero_si256()));
+}
+
+// 32 elements of one byte
+ALWAYS __m256i expand_bytes(const int8_t*& at, uint32_t bits) {
+    const int8_t* next = at + __builtin_popcount(bits & 0xffff);
+    const __m256i from = _mm256_inserti128_si256(
+        _mm256_castsi128_si256(_mm_loadu_si128((const __m128i*)at)), _mm_loadu_si128((const __m128i*)next), 1
+    );
+    at += __builtin_popcount(bits);
+    return _mm256_shuffle_epi8(from, places(bits));
+}
+
+constexpr int64_t AHEAD = 16;  // words of 4-bit codes that are decoded at a time
+
+// 4-bit codes from a whole byte on, looked up in the codebook; writes up to 31 more than asked for
+ALWAYS void decode_codes(const uint8_t* codes, int64_t count, __m128i codebook, int8_t* out) {
+    const __m128i fifteen = _mm_set1_epi8(15);
+    for (int64_t i = 0; i < count; i += 32) {
+        const __m128i both = _mm_loadu_si128((const __m128i*)(codes + i / 2));
+        const __m128i even = _mm_shuffle_epi8(codebook, _mm_and_si128(both, fifteen));
+        const __m128i odd = _mm_shuffle_epi8(codebook, _mm_and_si128(_mm_srli_epi16(both, 4), fifteen));
+        _mm_storeu_si128((__m128i*)(out + i), _mm_unpacklo_epi8(even, odd));
+        _mm_storeu_si128((__m128i*)(out + i + 16), _mm_unpackhi_epi8(even, odd));
+    }
 }
 
 // sums of signed bytes times signed bytes, both in [-127, 127], four at a time
-ALWAYS __m256i dot_bytes(__m256i sum, __m256i w, const int8_t* at) {
+ALWAYS __m256i dot_bytes(__m256i sum, __m256i w, const int8_t* at, const int8_t* magnitudes) {
     const __m256i x = _mm256_loadu_si256((const __m256i*)at);
-    const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(x), _mm256_sign_epi8(w, x));
+    const __m256i pairs = _mm256_maddubs_epi16(_mm256_loadu_si256((const __m256i*)magnitudes), _mm256_sign_epi8(w, x));
     return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
 }
 
@@ -162,9 +152,12 @@ ALWAYS void row_in_float(const Matrix& m, const Inputs& in, int64_t group, float
     for (int b = 0; b < B; ++b) total[b][0] = total[b][1] = _mm256_setzero_ps();
     for (int64_t word = 0; word < number; ++word) {
         if (!mask[word]) continue;
+        const char* next = KIND == F32 ? (const char*)words + 1024 : (const char*)halves + 512;
+        _mm_prefetch(next, _MM_HINT_T0);
+        if (KIND == F32) _mm_prefetch(next + 64, _MM_HINT_T0);
         const uint8_t* bits = (const uint8_t*)(mask + word);  // x86 puts the lowest byte first
         const float* at = x + word * WORD;
-        for (int part = 0; part < 4; ++part, at += 16) {
+        _Pragma("GCC unroll 4") for (int part = 0; part < 4; ++part, at += 16) {
             const int one = bits[2 * part], two = bits[2 * part + 1];
             __m256 w[2];
             if (KIND == F32) {
@@ -191,42 +184,164 @@ ALWAYS void row_in_float(const Matrix& m, const Inputs& in, int64_t group, float
     for (int b = 0; b < B; ++b) out[b] = sum(_mm256_add_ps(total[b][0], total[b][1]));
 }
 
-// Whole words share a scale: see `serves` in secateur/sparse/kernels.py.
-template <int KIND, int B, bool WHOLE>
+// The values of a row as signed bytes, word after word: int8 as they lie, int4 decoded a few words ahead.
+template <int KIND>
+struct Bytes {
+    const uint64_t* mask;
+    const int8_t* at;
+    int64_t code, words;
+    const uint8_t* codes;
+    __m128i codebook;
+    alignas(32) int8_t room[AHEAD * WORD + 64];
+
+    ALWAYS void start(const Matrix& m, int64_t row) {
+        mask = m.mask + row * m.words, words = m.words;
+        at = (const int8_t*)m.values + m.offsets[row];
+        if (KIND == I4) {
+            codes = (const uint8_t*)m.values, code = m.offsets[row];
+            codebook = _mm_loadu_si128((const __m128i*)m.codebook);
+        }
+    }
+
+    ALWAYS void reach(int64_t word) {
+        if (KIND == I8) {
+            _mm_prefetch((const char*)at + 1024, _MM_HINT_T0);
+        } else if (word % AHEAD == 0) {
+            int64_t count = 0;
+            for (int64_t i = word; i < word + AHEAD && i < words; ++i) count += __builtin_popcountll(mask[i]);
+            decode_codes(codes + (code >> 1), count + (code & 1), codebook, room);
+            at = room + (code & 1), code += count;
+        }
+    }
+};
+
+// One row, expanded in registers. Whole words share a scale: see `_wrong_scale` in secateur/deploy/sparse/store.py.
+template <int KIND, int B>
 ALWAYS void row_in_integers(const Matrix& m, const Inputs& in, int64_t row, float* out) {
-    const uint64_t* mask = WHOLE ? nullptr : m.mask + row * m.words;
-    const int8_t* bytes = (const int8_t*)m.values + m.offsets[row];
-    int64_t at = m.offsets[row];
-    __m256i codebook = _mm256_setzero_si256();
-    if (KIND == I4) codebook = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)m.codebook));
-    const int8_t* inputs = in.integers;
+    Bytes<KIND> bytes;
+    bytes.start(m, row);
+    const uint64_t* mask = bytes.mask;
+    const int8_t* at = bytes.at;
+    const int8_t *inputs = in.integers, *magnitudes = in.magnitudes;
     const int64_t padded = in.padded, words = m.words;
     const int64_t reach = m.scales == 1 ? m.words : m.columns / m.scales / WORD;
-    for (int b = 0; b < B; ++b) out[b] = 0;
+    __m256 all[B];
+    for (int b = 0; b < B; ++b) all[b] = _mm256_setzero_ps();
     for (int64_t word = 0, scale = 0; word < words; ++scale) {
         __m256i total[B];
         for (int b = 0; b < B; ++b) total[b] = _mm256_setzero_si256();
         const int64_t stop = word + reach < words ? word + reach : words;
         for (; word < stop; ++word) {
-            if (!WHOLE && !mask[word]) continue;
-            const uint8_t* bits = WHOLE ? nullptr : (const uint8_t*)(mask + word);
-            const int64_t x = word * WORD;
+            if (KIND == I4 && word % AHEAD == 0) bytes.reach(word), at = bytes.at;
+            if (KIND == I8) _mm_prefetch((const char*)at + 1024, _MM_HINT_T0);
+            uint32_t bits[2];
+            std::memcpy(bits, mask + word, 8);
             for (int part = 0; part < 2; ++part) {
-                __m256i w;
-                if (WHOLE) {
-                    w = _mm256_loadu_si256((const __m256i*)(bytes + x + 32 * part));
-                } else if (KIND == I8) {
-                    w = expand_bytes(bytes, bits + 4 * part);
-                } else {
-                    w = expand_codes((const uint8_t*)m.values, at, bits + 4 * part, codebook);
-                }
+                const __m256i w = expand_bytes(at, bits[part]);
+                const int64_t x = word * WORD + 32 * part;
                 for (int b = 0; b < B; ++b)
-                    total[b] = dot_bytes(total[b], w, inputs + b * padded + x + 32 * part);
+                    total[b] = dot_bytes(total[b], w, inputs + b * padded + x, magnitudes + b * padded + x);
             }
         }
-        for (int b = 0; b < B; ++b) out[b] += float(sum(total[b])) * m.scale[row * m.scales + scale];
+        const __m256 factor = _mm256_broadcast_ss(m.scale + row * m.scales + scale);
+        for (int b = 0; b < B; ++b) all[b] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(total[b]), factor, all[b]);
     }
-    for (int b = 0; b < B; ++b) out[b] *= in.factor[b];
+    for (int b = 0; b < B; ++b) out[b] = sum(all[b]) * in.factor[b];
+}
+
+constexpr int64_t DEEP = 4096;  // columns of a panel: four rows of bytes in the nearest cache
+
+// Four rows of bytes times T tokens over `words` words; `ahead` bytes further on lie the next four
+template <int T>
+ALWAYS void four_rows(
+    const int8_t* const* w, int64_t ahead, const int8_t* x, int64_t padded, int64_t words, int64_t reach,
+    const float* const* scale, float (*out)[4]
+) {
+    __m256 all[4][T];
+    for (int r = 0; r < 4; ++r)
+        for (int t = 0; t < T; ++t) all[r][t] = _mm256_setzero_ps();
+    for (int64_t word = 0, number = 0; word < words; ++number) {
+        __m256i total[4][T];
+        for (int r = 0; r < 4; ++r)
+            for (int t = 0; t < T; ++t) total[r][t] = _mm256_setzero_si256();
+        const int64_t stop = word + reach < words ? word + reach : words;
+        for (; word < stop; ++word) {
+            if (ahead)
+                for (int r = 0; r < 4; ++r) _mm_prefetch((const char*)w[r] + word * WORD + ahead, _MM_HINT_T0);
+            for (int64_t at = word * WORD; at < word * WORD + WORD; at += 32) {
+                __m256i values[T], magnitudes[T];
+                for (int t = 0; t < T; ++t) {
+                    values[t] = _mm256_loadu_si256((const __m256i*)(x + t * padded + at));
+                    magnitudes[t] = _mm256_abs_epi8(values[t]);
+                }
+                for (int r = 0; r < 4; ++r) {
+                    const __m256i row = _mm256_loadu_si256((const __m256i*)(w[r] + at));
+                    for (int t = 0; t < T; ++t) {
+                        const __m256i pairs = _mm256_maddubs_epi16(magnitudes[t], _mm256_sign_epi8(row, values[t]));
+                        total[r][t] = _mm256_add_epi32(total[r][t], _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+                    }
+                }
+            }
+        }
+        for (int r = 0; r < 4; ++r) {
+            const __m256 factor = _mm256_broadcast_ss(scale[r] + number);
+            for (int t = 0; t < T; ++t)
+                all[r][t] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(total[r][t]), factor, all[r][t]);
+        }
+    }
+    for (int t = 0; t < T; ++t)
+        for (int r = 0; r < 4; ++r) out[t][r] = sum(all[r][t]);
+}
+
+// Any number of tokens: four rows at a time are expanded into the nearest cache, or lie there as they are (DENSE)
+template <int KIND, bool WHOLE>
+void panels(const Matrix& m, const Inputs& in, const float* bias, float* y, int64_t first, int64_t last) {
+    alignas(64) int8_t room[4][DEEP + 64];
+    Bytes<KIND> bytes[4];
+    const int64_t reach = m.scales == 1 ? m.words : m.columns / m.scales / WORD;
+    for (int64_t row = first; row < last; row += 4) {
+        const int rows = int(last - row < 4 ? last - row : 4);
+        const int8_t* w[4];
+        const float* scale[4];
+        if (!WHOLE)
+            for (int r = 0; r < rows; ++r) bytes[r].start(m, row + r);
+        // as deep as the nearest cache holds, and no further than whole scales, or than one
+        const int64_t step = WHOLE ? m.words : reach < DEEP / WORD ? DEEP / WORD / reach * reach : DEEP / WORD;
+        for (int64_t word = 0, stop; word < m.words; word = stop) {
+            stop = word + step < m.words ? word + step : m.words;
+            if (reach > step && stop > (word / reach + 1) * reach) stop = (word / reach + 1) * reach;
+            for (int r = 0; r < 4; ++r) {
+                const int64_t here = row + (r < rows ? r : 0);
+                scale[r] = m.scale + here * m.scales + word / reach;
+                w[r] = WHOLE ? (const int8_t*)m.values + m.offsets[here] : room[r < rows ? r : 0];
+                if (WHOLE || r >= rows) continue;
+                for (int64_t i = word; i < stop; ++i) {
+                    bytes[r].reach(i);
+                    const uint64_t bits = bytes[r].mask[i];
+                    __m256i* out = (__m256i*)(room[r] + (i - word) * WORD);
+                    _mm256_store_si256(out, expand_bytes(bytes[r].at, uint32_t(bits)));
+                    _mm256_store_si256(out + 1, expand_bytes(bytes[r].at, uint32_t(bits >> 32)));
+                }
+            }
+            const int64_t ahead = WHOLE && in.batch <= FEW ? 4 * m.columns : 0;
+            for (int64_t b = 0; b < in.batch; b += 2) {
+                float out[2][4];
+                const int8_t* x = in.integers + b * in.padded + word * WORD;
+                const int tokens = b + 1 < in.batch ? 2 : 1;
+                if (tokens == 2) {
+                    four_rows<2>(w, ahead, x, in.padded, stop - word, reach, scale, out);
+                } else {
+                    four_rows<1>(w, ahead, x, in.padded, stop - word, reach, scale, out);
+                }
+                for (int t = 0; t < tokens; ++t)
+                    for (int r = 0; r < rows; ++r) {
+                        float* to = y + (b + t) * m.rows + row + r;
+                        const float before = word ? *to : bias ? bias[row + r] : 0.0f;
+                        *to = out[t][r] * in.factor[b + t] + before;
+                    }
+            }
+        }
+    }
 }
 
 // n values from a position of the stream as float32, without scale; writes up to 7 more
@@ -242,10 +357,9 @@ ALWAYS void widen(const Matrix& m, int64_t at, int64_t n, float* out) {
             const __m128i raw = _mm_loadl_epi64((const __m128i*)((const int8_t*)m.values + at + i));
             w = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(raw));
         } else {
-            int64_t from = at + i;
-            const uint64_t spread = _pdep_u64(
-                expand_nibbles((const uint8_t*)m.values, from, 255), 0x0f0f0f0f0f0f0f0full
-            );
+            uint64_t raw;
+            std::memcpy(&raw, (const uint8_t*)m.values + ((at + i) >> 1), 8);
+            const uint64_t spread = _pdep_u64(raw >> (4 * (at & 1)), 0x0f0f0f0f0f0f0f0full);
             const __m128i codes = _mm_shuffle_epi8(
                 _mm_loadu_si128((const __m128i*)m.codebook), _mm_cvtsi64_si128(int64_t(spread))
             );
@@ -352,12 +466,76 @@ void few_units(const Matrix& m, const Inputs& in, const float* bias, float* y, i
     }
 }
 
-template <int KIND, int B, bool WHOLE>
+// The index form, one row at a time: columns as 16 bits over the whole of up to FLAT columns, so that no short loop ends in
+// every span, and inputs gathered.
+constexpr int64_t FLAT = 16384;
+
+void few_gathered(const Matrix& m, const Inputs& in, const float* bias, float* y, int64_t first, int64_t last) {
+    uint16_t columns[FLAT + 16];
+    alignas(32) float room[FLAT + 16];
+    const int64_t size = m.offsets[m.groups], width = m.columns / m.scales;
+    const int shift = width & (width - 1) ? -1 : __builtin_ctzll(uint64_t(width));
+    for (int64_t row = first; row < last; ++row) {
+        int64_t at = m.offsets[row];
+        float total[FEW] = {0};
+        for (int64_t span = 0; span < m.words; span += FLAT / SPAN) {
+            const int64_t stop = span + FLAT / SPAN < m.words ? span + FLAT / SPAN : m.words;
+            int64_t n = 0;
+            for (int64_t i = span; i < stop; ++i) {
+                const int count = m.counts[row * m.words + i];
+                const __m256i base = _mm256_set1_epi16(int16_t((i - span) * SPAN));
+                int k = 0;
+                // whole vectors, the last over what comes next, except where nothing comes next
+                for (; k < count && at + n + k + 16 <= size; k += 16) {
+                    const __m128i some = _mm_loadu_si128((const __m128i*)(m.index + at + n + k));
+                    _mm256_storeu_si256((__m256i*)(columns + n + k), _mm256_add_epi16(base, _mm256_cvtepu8_epi16(some)));
+                }
+                for (; k < count; ++k) columns[n + k] = uint16_t((i - span) * SPAN + m.index[at + n + k]);
+                n += count;
+            }
+            const float* values = (const float*)m.values + at;
+            if (m.kind != F32) widen(m, at, n, room), values = room;
+            if (m.scales > 1) {
+                const float* scale = m.scale + row * m.scales;
+                int64_t i = 0;
+                for (; shift >= 0 && i + 8 <= n; i += 8) {
+                    const __m128i some = _mm_loadu_si128((const __m128i*)(columns + i));
+                    const __m256i column = _mm256_add_epi32(
+                        _mm256_cvtepu16_epi32(some), _mm256_set1_epi32(int32_t(span * SPAN))
+                    );
+                    const __m256 found = _mm256_i32gather_ps(scale, _mm256_srl_epi32(column, _mm_cvtsi32_si128(shift)), 4);
+                    _mm256_storeu_ps(room + i, _mm256_mul_ps(_mm256_loadu_ps(room + i), found));
+                }
+                for (; i < n; ++i) room[i] *= scale[(span * SPAN + columns[i]) / width];
+            }
+            for (int64_t b = 0; b < in.batch; ++b) {
+                const float* x = in.plain + b * in.padded + span * SPAN;
+                __m256 one = _mm256_setzero_ps(), two = _mm256_setzero_ps();
+                int64_t i = 0;
+                for (; i + 16 <= n; i += 16) {
+                    const __m256i where = _mm256_loadu_si256((const __m256i*)(columns + i));
+                    const __m256i low = _mm256_cvtepu16_epi32(_mm256_castsi256_si128(where));
+                    const __m256i high = _mm256_cvtepu16_epi32(_mm256_extracti128_si256(where, 1));
+                    one = _mm256_fmadd_ps(_mm256_loadu_ps(values + i), _mm256_i32gather_ps(x, low, 4), one);
+                    two = _mm256_fmadd_ps(_mm256_loadu_ps(values + i + 8), _mm256_i32gather_ps(x, high, 4), two);
+                }
+                float rest = 0;
+                for (; i < n; ++i) rest += values[i] * x[columns[i]];
+                total[b] += sum(_mm256_add_ps(one, two)) + rest;
+            }
+            at += n;
+        }
+        const float factor = m.scale && m.scales == 1 ? m.scale[row] : 1.0f;
+        for (int64_t b = 0; b < in.batch; ++b) y[b * m.rows + row] = total[b] * factor + (bias ? bias[row] : 0.0f);
+    }
+}
+
+template <int KIND, int B>
 void few_rows(const Matrix& m, const Inputs& in, const float* bias, float* y, int64_t first, int64_t last) {
     for (int64_t row = first; row < last; ++row) {
         float out[B];
         if (KIND == I8 || KIND == I4) {
-            row_in_integers<KIND, B, WHOLE>(m, in, row, out);
+            row_in_integers<KIND, B>(m, in, row, out);
         } else {
             row_in_float<KIND, B>(m, in, row, out);
         }
@@ -367,24 +545,27 @@ void few_rows(const Matrix& m, const Inputs& in, const float* bias, float* y, in
 
 using Few = void (*)(const Matrix&, const Inputs&, const float*, float*, int64_t, int64_t);
 
-template <int KIND, bool WHOLE>
+template <int KIND>
 Few few_for(int64_t batch) {
-    if (batch == 1) return few_rows<KIND, 1, WHOLE>;
-    if (batch == 2) return few_rows<KIND, 2, WHOLE>;
-    if (batch == 3) return few_rows<KIND, 3, WHOLE>;
-    return few_rows<KIND, 4, WHOLE>;
+    if (batch == 1) return few_rows<KIND, 1>;
+    if (batch == 2) return few_rows<KIND, 2>;
+    if (batch == 3) return few_rows<KIND, 3>;
+    return few_rows<KIND, 4>;
 }
 
 void few(const Matrix& m, const Inputs& in, const float* bias, float* y, int64_t first, int64_t last) {
     Few function = few_units;
     if (m.form == DENSE && m.kind == I8 && m.block == 1) {
-        function = few_for<I8, true>(in.batch);
+        function = panels<I8, true>;
+    } else if (m.form == INDEX && m.block == 1) {
+        function = few_gathered;
     } else if (m.form == BITMASK && m.block == 1) {
-        if (m.kind == F32) function = few_for<F32, false>(in.batch);
-        if (m.kind == BF16) function = few_for<BF16, false>(in.batch);
-        if (m.kind == F16) function = few_for<F16, false>(in.batch);
-        if (m.kind == I8) function = few_for<I8, false>(in.batch);
-        if (m.kind == I4) function = few_for<I4, false>(in.batch);
+        const bool more = in.batch > FEW;
+        if (m.kind == F32) function = few_for<F32>(in.batch);
+        if (m.kind == BF16) function = few_for<BF16>(in.batch);
+        if (m.kind == F16) function = few_for<F16>(in.batch);
+        if (m.kind == I8) function = more ? panels<I8, false> : few_for<I8>(in.batch);
+        if (m.kind == I4) function = more ? panels<I4, false> : few_for<I4>(in.batch);
     }
     function(m, in, bias, y, first, last);
 }

@@ -190,7 +190,9 @@ def test_a_library_of_another_version_is_not_used(kernels, monkeypatch):
     monkeypatch.setattr(native, "ABI", 99)
     try:
         native._opened.cache_clear()
-        assert native.path() == f"torch (the native kernels are of version {current}, expected 99; install again)"
+        assert (
+            native.path() == f"torch (the native kernels are of version {current}, expected 99; install again)"
+        )
     finally:
         monkeypatch.undo()
         native._opened.cache_clear()

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from secateur.core import native
 from secateur.deploy.sparse import kernels, pack
 from secateur.deploy.sparse.ops import BATCHES, STREAM, TILES, UNPACK, sparse_linear
+from secateur.deploy.sparse.packed import pack_integers
 from secateur.errors import UsageError
 
 KINDS = ("float32", "bfloat16", "float16", "int8", "int4")
@@ -43,9 +44,7 @@ def check(found, x, bias, way, tolerance=2e-6):
     assert y.dtype == x.dtype
     dense = found.dense().double()
     whole = found.kind.startswith("int") and found.block == 1 and found.form != "index"
-    tokens = x.reshape(-1, found.columns).shape[0]
-    native_way = way == STREAM and tokens <= 4 and native.library() is not None
-    inputs = rounded(x) if whole and native_way else x.double()
+    inputs = rounded(x) if whole and way == STREAM and native.library() is not None else x.double()
     expected = inputs @ dense.T + bias.double()
     size = x.double().abs() @ dense.abs().T + bias.double().abs() + 1e-30
     assert float(((y.double() - expected).abs() / size).max()) < tolerance
@@ -69,6 +68,23 @@ def test_every_form_and_way_is_the_dense_product(path, kind, block):
                 x, bias = torch.randn(batch, columns), torch.randn(rows)
                 for way in (STREAM, TILES, UNPACK) if path != "torch" else (UNPACK,):
                     check(found, x, bias, way)
+
+
+def test_integers_of_wide_rows(path):
+    """More columns than a panel, and scales that fit it, do not divide it, or are longer than it."""
+    generator = torch.Generator().manual_seed(0)
+    for columns, scales in ((9000, 1), (4224, 33), (12288, 2), (17000, 1), (20480, 160)):
+        integers = torch.randint(-7, 8, (6, columns), generator=generator, dtype=torch.int8)
+        integers[torch.rand(6, columns, generator=generator) < 0.6] = 0
+        scale = torch.rand(6, scales, generator=generator) + 0.5
+        for form in ("bitmask", "index"):
+            for kind in ("int8", "int4") if scales == 1 else ("int4",):
+                found = pack_integers(integers, scale, kind, form=form)
+                for batch in (1, 3, 7) if path != "plain" else (1, 5):
+                    x = torch.randint(-127, 128, (batch, columns), generator=generator).float()
+                    x[:, 0] = 127  # rounded without a change
+                    for way in (STREAM, TILES):
+                        check(found, x, torch.randn(6), way)
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from secateur.core import native
 from secateur.deploy.sparse import kernels, table
 from secateur.deploy.sparse.modules import SparseConv2d, SparseLayer, SparseLinear
-from secateur.deploy.sparse.ops import BATCHES, DENSE, FEW, STREAM, TILES, UNPACK
+from secateur.deploy.sparse.ops import BATCHES, DENSE, STREAM, TILES, UNPACK, streams
 from secateur.deploy.sparse.packed import Packed, pack, reformed
 
 __all__ = ["Choice", "Kind", "choose", "kind_of", "measured"]
@@ -156,7 +156,7 @@ def _measure(like: Packed, kind: Kind, rows: int, columns: int, zeros: float) ->
     found = []
     for batch in (*BATCHES, 2 * BATCHES[-1]):
         runs: dict[int, Sequence[nn.Module]] = {DENSE: dense}
-        runs |= {way: each for way, each in sparse.items() if way != STREAM or batch <= FEW}
+        runs |= {way: each for way, each in sparse.items() if way != STREAM or streams(made, batch)}
         found.append(_times(runs, _inputs(kind, columns, batch, generator)))
     return found
 

@@ -26,6 +26,7 @@ __all__ = [
     "bucket",
     "product_of",
     "sparse_linear",
+    "streams",
     "usual_ways",
 ]
 
@@ -80,7 +81,7 @@ def product_of(
         raise RuntimeError(f"inputs of {flat.shape[1]} columns meet a matrix of {columns}")
     way = min(ways[bucket(batch)], UNPACK)
     if way != UNPACK and batch and native.library() is not None:
-        if way == STREAM and (batch > FEW or columns > INTEGER_COLUMNS):
+        if way == STREAM and not streams(packed, batch):
             way = TILES
         wide = flat if flat.dtype == torch.float32 else flat.float()
         y = (product or kernels.Product(packed, bias))(wide.contiguous(), way)
@@ -103,6 +104,11 @@ def _unpacked(packed: Packed, flat: Tensor, bias: Tensor | None) -> Tensor:
     ]
     y = panels[0] if len(panels) == 1 else torch.cat(panels, -1)
     return y if bias is None else y + bias.to(y.dtype)
+
+
+def streams(packed: Packed, batch: int) -> bool:
+    """Whether a batch can be multiplied straight from the stream."""
+    return (batch <= FEW or packed.in_integers) and packed.columns <= INTEGER_COLUMNS
 
 
 @torch.library.register_fake("secateur::sparse_linear", lib=_library)
@@ -139,5 +145,5 @@ def sparse_linear(
 
 
 def usual_ways(packed: Packed) -> tuple[int, ...]:
-    """The stream for few tokens, tiles for more."""
-    return (*(STREAM if most <= FEW else TILES for most in BATCHES), TILES)
+    """The stream where it serves the batch, tiles where not."""
+    return tuple(STREAM if streams(packed, most) else TILES for most in (*BATCHES, 2 * BATCHES[-1]))

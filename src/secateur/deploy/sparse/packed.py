@@ -89,6 +89,11 @@ class Packed:
         return torch.cat([torch.zeros(1, dtype=torch.int64), each.cumsum(0)])
 
     @property
+    def in_integers(self) -> bool:
+        """Whether inputs that meet the stream are rounded to integers; this way serves any number of tokens."""
+        return self.kind in ("int8", "int4") and self.block == 1 and self.form != "index"
+
+    @property
     def nonzeros(self) -> int:
         """Values in the stream, those of kept blocks included."""
         return int(self.per_group.sum()) * self.block
