@@ -126,9 +126,10 @@ def _pieces(shape: tuple[int, ...], draw: torch.Generator) -> Iterator[torch.Ten
 
 def sliced(work: Path, holes: bool, drop: bool, tell: Any) -> None:
     """Take half of the heads and neurons out of the files."""
-    from secateur import choose_units, l2, shrink_checkpoint
+    from secateur import choose_units, shrink_checkpoint
     from secateur.core.example import analysis_of
     from secateur.pattern import Heads, Neurons
+    from secateur.recipes import l2
     from secateur.stream.opened import open_units
 
     source, target = work / "big", work / "small"

@@ -57,6 +57,8 @@ NAMES = [
     "choose_units",
     "constant",
     "cubic",
+    "decouple_",
+    "decoupling",
     "distill_",
     "drop_blocks",
     "drop_blocks_",

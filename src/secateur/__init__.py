@@ -55,6 +55,8 @@ _HOME = {
     "choose_units": "secateur.stream",
     "constant": "secateur.schedule",
     "cubic": "secateur.schedule",
+    "decouple_": "secateur.deploy",
+    "decoupling": "secateur.deploy",
     "distill_": "secateur.recover",
     "drop_blocks": "secateur.deploy",
     "drop_blocks_": "secateur.deploy",
@@ -162,6 +164,8 @@ __all__ = [
     "choose_units",
     "constant",
     "cubic",
+    "decouple_",
+    "decoupling",
     "distill_",
     "drop_blocks",
     "drop_blocks_",
@@ -234,6 +238,8 @@ if TYPE_CHECKING:
     from secateur.core.masks import Masks, undo_
     from secateur.deploy import (
         Quantized,
+        decouple_,
+        decoupling,
         drop_blocks,
         drop_blocks_,
         fake_quantize_,

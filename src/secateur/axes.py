@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from secateur import data, own
 from secateur.core.axes.blocks import analyse_blocks
 from secateur.core.example import analysis_of, prepared
 from secateur.core.units import Analysis, Units
+from secateur.deploy.decoupling import Decoupling, decouple_, decoupling, entries_of
 from secateur.errors import UsageError
 from secateur.measure import Tell
 from secateur.model import Loaded
@@ -29,14 +30,16 @@ class Axes:
         analyses: submodule path -> its analysis; "" is the whole model, several where it cannot be exported as a whole.
         refused: submodule path -> why nothing in it can be pruned.
         why: why the model was taken apart, "" where it was not.
+        decoupled: what was decoupled first, and its cost.
     """
 
     analyses: Mapping[str, Analysis]
     refused: Mapping[str, str] = field(default_factory=dict)
     why: str = ""
+    decoupled: Decoupling | None = None
 
     def __str__(self) -> str:
-        lines = []
+        lines = [] if self.decoupled is None else [f"decoupled:\n{self.decoupled}", ""]
         if self.why:
             lines += [f"not exported as a whole, so its parts were, their borders frozen: {self.why}", ""]
         for path, analysis in self.analyses.items():
@@ -61,7 +64,15 @@ class Axes:
             unused += [at + name for name in analysis.unused]
             unruled |= analysis.unruled
         return {"axes": rows, "frozen": frozen, "unused": unused, "operators without a rule": unruled,
-                "not analysed": dict(self.refused), "taken apart": self.why}  # fmt: skip
+                "not analysed": dict(self.refused), "taken apart": self.why,
+                "decoupled": self._decoupled()}  # fmt: skip
+
+    def _decoupled(self) -> dict[str, Any] | None:
+        made = self.decoupled
+        if made is None:
+            return None
+        cost = {"bytes of indices": made.bytes_kept, "bytes moved a token": made.bytes_moved, "macs": made.macs}
+        return {"taps": entries_of(made.taps), **cost}
 
 
 def _row(analysis: Analysis, units: Units, path: str) -> dict[str, Any]:
@@ -92,19 +103,24 @@ def _said(analysis: Analysis) -> str:
     return f"{analysis}\n{len(analysis.units)} prunable axes: {', '.join(sums) or 'none'}; {total}"
 
 
-def axes_of(loaded: Loaded, batches: str | None, tell: Tell) -> Axes:
+def axes_of(loaded: Loaded, batches: str | None, tell: Tell, decouple: Sequence[str] = ()) -> Axes:
     """Find the axes of a loaded model.
 
     Args:
         loaded: the model.
         batches: file.py:function whose first batch is followed through the model; None where an input is known.
         tell: progress.
+        decouple: what is decoupled first, in the loaded model; see `decoupling`.
 
     Raises:
         UsageError: no input is known, or neither the model nor any part of it can be exported.
     """
     given = input_for(loaded, batches)
     tell("axes of the model", 0, 1)
+    made = None
+    if decouple:
+        made = decoupling(loaded.model, given, decouple)
+        decouple_(loaded.model, made, given)
     try:
         found = Axes({"": analysis_of(loaded.model, given)[0]})
     except UsageError as error:
@@ -115,7 +131,7 @@ def axes_of(loaded: Loaded, batches: str | None, tell: Tell) -> Axes:
             raise UsageError(f"{error} Nor can its parts: {none}") from None
         found = Axes(parts.analyses, parts.refused, str(error))
     tell("axes of the model", 1, 1)
-    return found
+    return replace(found, decoupled=made)
 
 
 def input_for(loaded: Loaded, batches: str | None) -> Any:

@@ -21,8 +21,10 @@ from torch import Tensor, nn
 
 from secateur import pretrained
 from secateur.checkpoint import Checkpoint, look_through, read_object, read_state
+from secateur.core.taps import taps_of
 from secateur.deploy import Shrunk, load_quantized_, shrunk
 from secateur.deploy.cuts import cut, from_json, to_json
+from secateur.deploy.decoupling import check_indices, entries_of, restore_
 from secateur.deploy.packed import quantized_header
 from secateur.deploy.twin import built_empty, differences
 from secateur.errors import InputError, UsageError
@@ -92,6 +94,8 @@ def write_compact(
             transformers that cannot be built again and cut to this very model, by the first difference.
     """
     cuts = to_json(shrunk(model))
+    if taps := entries_of(taps_of(model)):
+        cuts["decoupled"] = taps
     if cuts["config"] is not None and _known(model):
         _refuse_strange(model, cuts)
     else:
@@ -169,6 +173,7 @@ def _refuse_strange(model: nn.Module, cuts: dict[str, Any]) -> None:
     checkpoint = Checkpoint(Path(), cuts["config"], (Path(WEIGHTS),), 2**20, 2**60, None, {}, COMPACT)
     try:
         built = _of_config(checkpoint)
+        restore_(built, cuts.get("decoupled", []))
         said = next(differences(model, cut(built, from_json(cuts, built))), "")
     except InputError as error:
         said = str(error)
@@ -234,9 +239,11 @@ def read_compact(found: Compact, build: Build | None = None) -> nn.Module:
         )
     try:
         built = _of_config(found.checkpoint) if build is None else _of_code(build, str(folder))
+        restore_(built, found.cuts.get("decoupled", []))
         note = from_json(found.cuts, built)
         small = cut(built, note)
         _fill(small, found)
+        check_indices(small)
     except InputError as error:
         if str(folder) in str(error):
             raise

@@ -154,6 +154,9 @@ class PruneRequest(BaseModel):
     multiple: Annotated[int, Field(ge=1)] = 1
     homogeneous: bool = False
     shrink: bool = False  # write the model without the units that went
+    decouple: Annotated[
+        tuple[str, ...], BeforeValidator(_words)
+    ] = ()  # an index of their own for layers that share
     mend: Literal["none", "bias", "least-squares"] | None = None  # the method's own
     permute: bool = False  # input channels into the order in which N:M keeps most
     evolution: bool = False  # best also searches a share for each layer
@@ -295,6 +298,7 @@ def _check_units(asked: PruneRequest) -> None:
             "multiple": 1,
             "homogeneous": False,
             "shrink": False,
+            "decouple": (),
             "mend": None,
         }
         for name, default in settings.items():
@@ -311,6 +315,11 @@ def _check_units(asked: PruneRequest) -> None:
         return
     if asked.stream and not asked.shrink:
         raise UsageError("with --stream whole units are taken out of the files, not zeroed; add --shrink")
+    if asked.decouple and (asked.stream or not asked.shrink):
+        raise UsageError(
+            "--decouple changes the model's modules, which only a compact folder can say; give --shrink, and leave "
+            "--stream out"
+        )
     if asked.nonzero is not None:
         raise UsageError(
             "--nonzero counts single weights; for whole units say --target '1.2M parameters' or --sparsity"

@@ -23,6 +23,7 @@ from secateur import report
 from secateur.apply import Applied, apply_, intention, needs_calibration, planned
 from secateur.checkpoint import headers
 from secateur.core.gradients import GRADIENTS
+from secateur.deploy import decouple_, decoupling
 from secateur.errors import UsageError
 from secateur.folder import new_folder
 from secateur.measure import Tell, Yardstick
@@ -103,12 +104,32 @@ def prepare(
     todo = None if cuts_units(asked) else planned(asked, loaded.model)
     labels = any(name in GRADIENTS for name in statistics_of(recipe.score))
     given = sources(asked, loaded, needs_data=needs_calibration(recipe), labels=labels, tell=tell)
+    said: list[str] = []
     if todo is None:
         tell("axes of the model", 0, 1)
+        said = _decoupled(asked, loaded, given)
         todo = planned(asked, loaded.model, given.by.example)
         tell("axes of the model", 1, 1)
-    notes = [*intention(asked, typed), *_long(asked, loaded, todo, given), *given.notes, *_rounding(loaded)]
+    notes = [
+        *said,
+        *intention(asked, typed),
+        *_long(asked, loaded, todo, given),
+        *given.notes,
+        *_rounding(loaded),
+    ]
     return Run(asked, loaded, todo, given.calibration, given.by, tuple(notes))
+
+
+def _decoupled(asked: PruneRequest, loaded: models.Loaded, given: Sources) -> list[str]:
+    """Decouple what was asked for; what that costs."""
+    if not asked.decouple:
+        return []
+    made = decoupling(loaded.model, given.by.example, asked.decouple)
+    decouple_(loaded.model, made, given.by.example)
+    return [
+        f"Decoupled {', '.join(asked.decouple)}: {sum(map(len, made.taps.values()))} indices of "
+        f"{made.bytes_kept:,} bytes in all, {made.bytes_moved:,} bytes moved a token before anything goes."
+    ]
 
 
 def _long(asked: PruneRequest, loaded: models.Loaded, todo: Plan, given: Sources) -> list[str]:

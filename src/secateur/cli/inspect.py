@@ -35,6 +35,12 @@ def inspect(
     axes: Annotated[
         bool, typer.Option("--axes", help="every axis along which the model can shrink, and why others cannot")
     ] = False,
+    decouple: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="for --axes: first give layers an index of their own into what they share: rope, bias, residual"
+        ),
+    ] = None,
     sensitivity: Annotated[
         bool, typer.Option("--sensitivity", help="what each layer's sparsity alone costs")
     ] = False,
@@ -67,9 +73,12 @@ def inspect(
         from secateur.axes import axes_of
 
         with progress() as tell:
-            found_axes = axes_of(models.load(model, dtype="auto", **settings), data, tell)
+            loaded = models.load(model, dtype="auto", **settings)
+            found_axes = axes_of(loaded, data, tell, listed(decouple) or ())
         typer.echo(json.dumps(found_axes.to_dict()) if json_ else str(found_axes))
         return
+    if decouple:
+        raise UsageError("--decouple belongs to --axes; give both or neither")
     if not sensitivity:
         loaded = models.load(model, dtype="auto", **settings)
         show_layers(loaded.model, listed(only), listed(skip), as_json=json_)

@@ -85,6 +85,12 @@ def prune(
             "--shrink", help="for units: write the model without them, plain or compact (see secateur export)"
         ),
     ] = False,
+    decouple: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="for --shrink: first give layers an index of their own into what they share: rope, bias, residual"
+        ),
+    ] = None,
     mend: Annotated[
         str | None,
         typer.Option(
@@ -149,7 +155,7 @@ def prune(
         "model": model, "method": method, "sparsity": sparsity, "tau": tau, "percentile": percentile,
         "nonzero": nonzero, "target": target, "pattern": pattern, "mend": mend,
         "multiple": multiple if multiple != 1 else None, "minimum": minimum if minimum != 1 else None,
-        "homogeneous": homogeneous or None, "shrink": shrink or None,
+        "homogeneous": homogeneous or None, "shrink": shrink or None, "decouple": listed(decouple),
         "allocate": allocate, "only": listed(only), "skip": listed(skip),
         "data": ",".join(data) if data else None, "samples": samples, "context": context, "evaluate": evaluate,
         "labelled": labelled, "evaluate_tokens": evaluate_tokens, "seed": seed, "dtype": dtype, "device": device,

@@ -1,6 +1,7 @@
 """How does the gain become real? Fewer blocks, smaller tensors; the same classes, checked."""
 
 from secateur.deploy.aware import FakeQuantized, fake_quantize_
+from secateur.deploy.decoupling import Decoupling, decouple_, decoupling
 from secateur.deploy.depth import drop_blocks, drop_blocks_
 from secateur.deploy.merge import merge_blocks, merge_blocks_
 from secateur.deploy.optimizer import slice_like_, slice_optimizer_
@@ -11,10 +12,13 @@ from secateur.deploy.shrunk import Axis, Shrunk, shrunk
 
 __all__ = [
     "Axis",
+    "Decoupling",
     "FakeQuantized",
     "Quantized",
     "QuantizedLayer",
     "Shrunk",
+    "decouple_",
+    "decoupling",
     "drop_blocks",
     "drop_blocks_",
     "fake_quantize_",

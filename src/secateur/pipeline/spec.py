@@ -292,7 +292,7 @@ def _pruning(given: dict[str, Any], place: Place, common: Common, at: Document) 
     rest = {key: value for key, value in given.items() if key in Gradually.model_fields}
     known = [key for key in (*PruneRequest.model_fields, *Gradually.model_fields) if key not in shared]
     for key in own:
-        if key in shared or key in ("stream", "max_ram", "permute"):
+        if key in shared or key in ("stream", "max_ram", "permute", "decouple"):
             raise UsageError(
                 f"{at.where((*place, key))}: {key} "
                 + (

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from secateur.core.axes.adding import adds_to
 from secateur.core.axes.atoms import Label
 from secateur.core.axes.layout import Extent
 from secateur.core.axes.rules import Dims, Step, Unruled, operator, rule
@@ -132,7 +133,40 @@ def scatter(step: Step) -> Any:
     return dims
 
 
-@rule("index_add index_add_ index_copy index_copy_")
+@rule("index_copy")
+def index_copy(step: Step) -> Dims:
+    """Positions of one dimension are replaced; the source may lose those that the index of a tap loses.
+
+    Where the source is what was read at these positions plus something, masked positions of it hold what they
+    replace, as a block of a residual stream adds nothing to them; where not, they may not go.
+    """
+    dims, chosen = step.dims("self"), step.dims("index")
+    source: tuple[Label, ...] = step.dims("source")
+    at = step.axis(step["dim"], len(dims))
+    if step.axes.frozen(chosen[0]):
+        return index_add(step)
+    step.freeze([dims[at]], WHY)
+    if not adds_to(step["source"], _read_at(step)):
+        step.freeze(
+            [chosen[0], source[at]], "does not add to what was read, so that its result cannot be left out"
+        )
+    step.unify(chosen[0], source[at])
+    step.broadcast([(*dims[:at], (), *dims[at + 1 :]), (*source[:at], (), *source[at + 1 :])])
+    step.zeros("all", step["self"], step["source"])
+    return dims
+
+
+def _read_at(step: Step) -> set[fx.Node]:
+    """Where the positions that are written are read of the same tensor."""
+    where = str(step["index"].target)
+    return {
+        user
+        for user in step["self"].users
+        if operator(user) == "aten.index_select" and str(user.args[2].target) == where  # type: ignore[union-attr]
+    }
+
+
+@rule("index_add index_add_ index_copy_")
 def index_add(step: Step) -> Dims:
     """Rows of one dimension receive rows of another tensor."""
     dims = step.dims("self")

@@ -18,6 +18,7 @@ from secateur.core.axes.atoms import Reason
 from secateur.core.axes.rules import visit
 from secateur.core.axes.step import Trace, sizes_of
 from secateur.core.axes.tables import shared_tables
+from secateur.core.taps import selections
 from secateur.errors import UsageError
 
 __all__ = ["attribute", "evaluating", "export", "label_graph", "tied"]
@@ -181,6 +182,7 @@ def label_graph(
     }
     if decouple:
         trace.shared = shared_tables(module.graph)
+    chosen = selections(model)
     shared: dict[str, Any] = {}
     holders: dict[str, fx.Node] = {}
     for node in module.graph.nodes:
@@ -189,7 +191,9 @@ def label_graph(
             if isinstance(value, torch.Tensor):
                 names = ties.get(str(node.target), (str(node.target),))
                 node.meta["val"] = value
-                trace.dims[node] = shared.setdefault(names[0], _attribute_dims(trace, node, value, ties, whole))
+                trace.dims[node] = shared.setdefault(
+                    names[0], _attribute_dims(trace, node, value, ties, whole, chosen)
+                )
                 if str(node.target) in ties and (node.users or names[0] not in holders):
                     holders[names[0]] = node
         elif node.op == "placeholder":
@@ -232,12 +236,13 @@ def overlaps(model: nn.Module) -> set[str]:
 
 
 def _attribute_dims(
-    trace: Trace, node: fx.Node, value: torch.Tensor, ties: dict[str, tuple[str, ...]], whole: Mapping[str, str]
-) -> Any:
+    trace: Trace, node: fx.Node, value: torch.Tensor, ties: dict[str, tuple[str, ...]],
+    whole: Mapping[str, str], chosen: set[str],
+) -> Any:  # fmt: skip
     why = None
     if str(node.target) in whole:
         why = Reason(whole[str(node.target)], "constant", str(node.target))
-    elif not (value.is_floating_point() or value.is_complex()):
+    elif not (value.is_floating_point() or value.is_complex() or str(node.target) in chosen):
         why = Reason("a table of positions", "constant", str(node.target))
     elif str(node.target) not in ties:
         why = Reason("a constant made in the forward", "constant", str(node.target))
