@@ -2,12 +2,12 @@
 
     OMP_NUM_THREADS=1 python bench/scale.py gpt2 llama-7b llama-70b
     OMP_NUM_THREADS=1 python bench/scale.py llama-7b --work /tmp/scale            # also sliced shard by shard
-    OMP_NUM_THREADS=1 python bench/scale.py llama-70b --work /tmp/scale --holes --drop
+    OMP_NUM_THREADS=1 python bench/scale.py llama-70b --work /tmp/scale --holes --files 10
 
 With --work a bfloat16 checkpoint of that shape is written there in shards, and half of its heads and neurons, those of
 the smallest l2 score, are taken out of the files; the folder is removed afterwards. --holes makes shards that take no
-place on the disk (all zeros; the first half of the units stays then, without scores); --drop removes every finished
-file of the small model as soon as it is hashed, where a disk cannot hold them all.
+place on the disk (all zeros; the first half of the units stays then, without scores); --files N stops after N files
+of the small model, where neither disk nor patience hold them all.
 
 Every shape has a process of its own, which loads torch and transformers first; seconds are of processor time without
 that. Memory is the largest resident set of the process, torch and transformers (about 500 MB) included.
@@ -24,6 +24,7 @@ import struct
 import time
 import warnings
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from math import prod
 from pathlib import Path
@@ -124,46 +125,53 @@ def _pieces(shape: tuple[int, ...], draw: torch.Generator) -> Iterator[torch.Ten
         left -= count
 
 
-def sliced(work: Path, holes: bool, drop: bool, tell: Any) -> None:
-    """Take half of the heads and neurons out of the files."""
+class _EnoughError(Exception):
+    """So many files are enough to know what one takes."""
+
+
+def sliced(work: Path, holes: bool, files: int, tell: Any) -> None:
+    """Take half of the heads and neurons out of the files; with `files` that many are written, and none is kept."""
     from secateur import choose_units, shrink_checkpoint
     from secateur.core.example import analysis_of
+    from secateur.deploy.unseen import plan_cuts
     from secateur.pattern import Heads, Neurons
     from secateur.recipes import l2
     from secateur.stream.opened import open_units
+    from secateur.stream.shrinking import write_small
 
     source, target = work / "big", work / "small"
-    written = 0
 
     def heard(label: str, done: int, total: int) -> None:
-        nonlocal written
         if label != "writing":
             return
-        for path in (work / ".small.secateur-partial").glob("model-*.safetensors"):
-            size = path.stat().st_size
-            if drop and size:
-                written += size
-                path.write_bytes(b"")  # its digest is known
+        for path in target.glob("model-*.safetensors") if files else ():
+            path.write_bytes(b"")  # its digest is known
         if done == total or not done % 5:
-            tell(f"{done} of {total} files written" + (f", {written / 1e9:.1f} GB" if drop else ""))
+            tell(f"{done} of {total} files written")
+        if files and done >= files:
+            raise _EnoughError
 
-    if holes:
-        opened = open_units(source, lambda *_: None)
-        tell("digests of the source")
-        analysis, _ = analysis_of(opened.model, opened.example)
-        kinds = ("head", "KV group", "feed-forward unit")
-        keep: Any = {u.name: range(u.size // 2) for u in analysis.units if u.kind in kinds}
-    else:
-        keep = choose_units(source, 0.5, replace(l2, pattern=Heads() | Neurons()))
-    tell(f"{sum(map(len, keep.values())):,} units chosen on {len(keep)} axes")
-    form = shrink_checkpoint(source, keep, target, tell=heard)
-    if not drop:
-        written = sum(path.stat().st_size for path in target.glob("*.safetensors"))
     before = sum(path.stat().st_size for path in source.glob("*.safetensors"))
-    tell(f"written as {form}, {before / 1e9:.1f} GB became {written / 1e9:.1f} GB")
+    if not holes:
+        keep = choose_units(source, 0.5, replace(l2, pattern=Heads() | Neurons()))
+        tell(f"{sum(map(len, keep.values())):,} units chosen on {len(keep)} axes")
+        form = shrink_checkpoint(source, keep, target, tell=heard)
+        after = sum(path.stat().st_size for path in target.glob("*.safetensors"))
+        tell(f"written as {form}, {before / 1e9:.1f} GB became {after / 1e9:.1f} GB")
+        return
+    opened = open_units(source, lambda *_: None)
+    tell(f"digests of {before / 1e9:.1f} GB")
+    analysis, given = analysis_of(opened.model, opened.example)
+    kinds = ("head", "KV group", "feed-forward unit")
+    halves = {u.name: range(u.size // 2) for u in analysis.units if u.kind in kinds}
+    note = plan_cuts(opened.model, halves, given, analysis=analysis)
+    tell(f"cuts of {len(halves)} axes planned")
+    target.mkdir()
+    with suppress(_EnoughError):
+        tell(f"written as {write_small(opened, note, target, to='auto', tell=heard)}")
 
 
-def child(name: str, work: Path | None, holes: bool, drop: bool) -> None:
+def child(name: str, work: Path | None, holes: bool, files: int) -> None:
     import transformers  # noqa: F401
 
     from secateur import shrink  # noqa: F401
@@ -182,7 +190,7 @@ def child(name: str, work: Path | None, holes: bool, drop: bool) -> None:
     tell("libraries loaded")
     with torch.no_grad():
         if work is not None:
-            sliced(work, holes, drop, tell)
+            sliced(work, holes, files, tell)
         elif name == "gpt2":
             gpt2(tell)
         else:
@@ -201,16 +209,16 @@ def main() -> None:
     parser.add_argument("names", nargs="*", default=["gpt2", *LLAMA], choices=["gpt2", *LLAMA])
     parser.add_argument("--work", type=Path, help="folder, for checkpoints that are sliced from file to file")
     parser.add_argument("--holes", action="store_true", help="shards without contents")
-    parser.add_argument("--drop", action="store_true", help="keep no finished file of the small model")
+    parser.add_argument("--files", type=int, default=0, help="with --holes: so many files, none of them kept")
     asked = parser.parse_args()
     for name in asked.names:
-        apart(child, name, None, False, False)
+        apart(child, name, None, False, 0)
         if asked.work is None or name == "gpt2":
             continue
         try:
             (asked.work / "big").mkdir(parents=True)
             apart(write_source, name, asked.work / "big", asked.holes)
-            apart(child, name, asked.work, asked.holes, asked.drop)
+            apart(child, name, asked.work, asked.holes, asked.files)
         finally:
             shutil.rmtree(asked.work)
 
