@@ -14,7 +14,7 @@ from secateur.core.axes.adding import adds_to
 from secateur.core.axes.tables import shared_tables
 from secateur.core.axes.trace import evaluating
 from secateur.core.depth import series
-from secateur.core.example import Example, analysis_of
+from secateur.core.example import Example, analysis_of, main_output, prepared
 from secateur.core.taps import NAME, Tap, parameter_names, tap_, taps_of, untap_
 from secateur.core.units import Analysis
 from secateur.deploy.compare import answer
@@ -346,7 +346,5 @@ def _tokens(example: Example) -> int:
 
 
 def _answer(model: nn.Module, example: Any) -> list[Tensor]:
-    from secateur.core.example import main_output, prepared
-
     with evaluating(model):
         return answer(model, prepared(model, example), main_output)

@@ -162,7 +162,7 @@ def _read_at(step: Step) -> set[fx.Node]:
     return {
         user
         for user in step["self"].users
-        if operator(user) == "aten.index_select" and str(user.args[2].target) == where  # type: ignore[union-attr]
+        if operator(user) == "aten.index_select" and str(user.args[2].target) == where
     }
 
 
