@@ -38,8 +38,8 @@ def prune(
     method: Annotated[
         str | None,
         typer.Option(
-            help="best, magnitude, wanda, sparsegpt, alps, structured, gradual, ... (see docs/methods.md); default: best for causal "
-            "language models, magnitude for all others, flap for whole units"
+            help="best, magnitude, wanda, sparsegpt, alps, structured, gradual, ... (see docs/methods.md); default: "
+            "best for causal language models, magnitude for all others, flap for whole units"
         ),
     ] = None,
     sparsity: Annotated[
