@@ -37,7 +37,7 @@ def export(
         str | None, typer.Option(help="for sparse: float32, bfloat16, float16, int8 or int4; default as stored")
     ] = None,
     outer: Annotated[
-        str | None, typer.Option(help="for sparse: int8 holds embeddings and heads in 8 bits")
+        str | None, typer.Option(help="for sparse: int8 or int4 holds embeddings and heads in integers")
     ] = None,
     block: Annotated[int, typer.Option(help="for sparse: rows of a block, 1, 4 or 16")] = 1,
     speed: Annotated[bool, typer.Option(help="also latency, beside the masked model")] = True,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 from secateur import Blocks, magnitude, prune_
-from secateur.deploy.sparse import choice, sparsify_
+from secateur.deploy.sparse import choice, load_sparse_, save_sparse, sparsify_
 from secateur.deploy.sparse import table as times
 from secateur.deploy.sparse.modules import SparseConv2d, SparseEmbedding, SparseLinear
 from secateur.deploy.sparse.ops import BATCHES, DENSE, STREAM, TILES, UNPACK
@@ -58,18 +59,28 @@ def test_gpt2_computes_the_same_with_its_conv1d_replaced(fast):
     assert again.shape == (1, 12)
 
 
+@pytest.mark.parametrize(("outer", "bits", "off"), [("int8", 8.6, 0.05), ("int4", 6.1, 0.4)])
 @torch.no_grad()
-def test_a_tied_head_and_embedding_are_one_table_of_integers(fast):
+def test_a_tied_head_and_embedding_are_one_table_of_integers(fast, tmp_path, outer, bits, off):
     model = gpt2()
     prune_(model, 0.6)
     ids = torch.randint(0, 211, (2, 9))
     expected = model(ids).logits
-    sparsify_(model, "int8", outer="int8", measure=False)
+    done = sparsify_(model, "int8", outer=outer, measure=False)
     head, embedding = model.lm_head, model.transformer.wte
     assert isinstance(embedding, SparseEmbedding)
     assert head.values.data_ptr() == embedding.values.data_ptr()
+    assert torch.equal(embedding(ids), embedding.weight[ids])
+    assert embedding(ids[:0]).shape == (0, 9, 64)
+    size = next(layer for layer in done.layers if "wte" in layer.name)
+    assert size.kind == outer
+    assert size.packed_bytes * 8 < bits * 211 * 64 + 512
     close = (model(ids).logits - expected).abs().max() / expected.abs().max()
-    assert float(close) < 0.05
+    assert float(close) < off
+    save_sparse(model, tmp_path / "m.safetensors")
+    again = load_sparse_(gpt2(), tmp_path / "m.safetensors")
+    assert isinstance(again.transformer.wte, SparseEmbedding)
+    assert torch.equal(again(ids).logits, model(ids).logits)
 
 
 @torch.no_grad()
@@ -112,6 +123,31 @@ def test_compile_and_export_take_the_operator_whole(fast):
         arguments,
         test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"),
     )
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@torch.no_grad()
+def test_compiled_by_inductor_a_model_writes_the_same(fast):
+    """The default backend, whole: linear layers, Conv1D, a head of integers, a convolution, dense weights beside."""
+    if shutil.which("g++") is None:
+        pytest.skip("inductor needs a C++ compiler")
+    model = gpt2()
+    prune_(model, 0.6)
+    sparsify_(model, "int8", outer="int4", measure=False)
+    ids = torch.randint(0, 211, (2, 9))
+    compiled = torch.compile(model, fullgraph=True)
+    assert torch.allclose(compiled(ids).logits, model(ids).logits, atol=1e-5)
+    image = nn.Sequential(
+        nn.Conv2d(8, 16, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(16 * 16, 32)
+    ).eval()
+    prune_(image, 0.8)
+    sparsify_(image, measure=False)
+    image[3].ways, image[3].dense = (STREAM, *[DENSE] * 8), image[3].weight
+    small = torch.compile(image, fullgraph=True)
+    for rows in (1, 3):
+        x = torch.randn(rows, 8, 4, 4)
+        assert torch.allclose(small(x), image(x), atol=1e-5)
 
 
 @torch.no_grad()

@@ -82,7 +82,8 @@ def sparsify_(
         model: pruned; its masks do not apply to the packed weights any more.
         kind: how kept weights are held: float32, bfloat16, float16, int8 (a scale for each row; at most 4 tokens
             are multiplied in integers) or int4 (a scale for each 128 columns). None: as they are.
-        outer: "int8" holds embeddings and output heads as dense integers, tied ones once; None leaves them alone.
+        outer: "int8" or "int4" holds embeddings and output heads as integers, zeros and all, tied ones once; int4 takes
+            5.25 bits a weight; None leaves them alone.
         block: rows that share an index: what `Blocks(block, 1)` pruned; 1, 4 or 16.
         only, skip: which layers, as for `prune_`; default every `nn.Linear`, `Conv1D` and `nn.Conv2d` of one group.
         measure: choose for each layer the fastest form and ways on this machine, and leave layers dense that would be
@@ -106,7 +107,7 @@ def sparsify_(
         >>> print(sparsify_(model, measure=False))
         1 weights packed as float32: 8,192 bytes are 4,416
     """
-    for given, known in ((kind, KINDS), (outer, ("int8",))):
+    for given, known in ((kind, KINDS), (outer, INTEGERS)):
         if given is not None and given not in known:
             raise UsageError(f"{given!r} is not known here; {nearest(given, known)}")
     if block not in BLOCKS:
@@ -143,7 +144,7 @@ def _planned(layer: Layer, kind: str | None, outer: str | None, block: int) -> P
         return reason
     matrix = layer.layout.to_matrices(layer.weight.detach())[0]
     if layer.role in OUTER and outer is not None:
-        return pack(matrix, outer, form="dense")
+        return pack(matrix, outer, form="dense" if outer == "int8" else "bitmask")
     wanted = kind or str(layer.weight.dtype).removeprefix("torch.")
     if wanted not in KINDS:
         return f"its type is {wanted}"
@@ -177,6 +178,12 @@ def install_sparse_(
         else:
             made = SparseLinear(packed, module.bias, module.weight.dtype, ways, kept)
             put_(model, path, made).train(module.training)
+
+
+def can_look_up(module: nn.Module, packed: Packed) -> bool:
+    """Whether an embedding can find its rows in a packed weight."""
+    single = packed.form == "bitmask" and packed.block == 1
+    return _looks_up(module) and (packed.form == "dense" or (packed.kind == "int4" and single))
 
 
 def can_hold(module: nn.Module) -> bool:

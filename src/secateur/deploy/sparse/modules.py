@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from secateur.core import native
+from secateur.deploy.sparse.gpu import rows_of
 from secateur.deploy.sparse.kernels import Product
 from secateur.deploy.sparse.ops import DENSE, bucket, product_of, sparse_linear, usual_ways
 from secateur.deploy.sparse.packed import Packed
@@ -77,7 +78,12 @@ class SparseLayer(nn.Module):
 
     def multiply(self, x: Tensor) -> Tensor:
         """`x w^T + bias`: the operator where something traces, else what it does without the way through torch."""
-        if type(x) is not Tensor or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        if (
+            type(x) is not Tensor
+            or x.device.type != "cpu"
+            or torch.compiler.is_compiling()
+            or torch._C._len_torch_dispatch_stack()
+        ):
             return sparse_linear(self.packed, x, self.bias, ways=self.ways)
         held = self.__dict__.get("_product")
         if held is None or held[0] != (self.values.data_ptr(), native.library()):
@@ -165,7 +171,7 @@ class SparseConv2d(SparseLayer):
 
 
 class SparseEmbedding(SparseLayer):
-    """An embedding whose rows are integers; nothing is left out, so a row is found at once."""
+    """An embedding of integers: 8 bits with nothing left out, or 4 bits whose rows are found by their offsets."""
 
     def __init__(self, packed: Packed, like: nn.Embedding):
         super().__init__(packed, like.weight.dtype)
@@ -174,5 +180,4 @@ class SparseEmbedding(SparseLayer):
 
     def forward(self, ids: Tensor) -> Tensor:
         """The rows of the ids."""
-        rows = self.values[: self.num_embeddings * self.embedding_dim].view(self.num_embeddings, -1)
-        return (F.embedding(ids, rows).float() * F.embedding(ids, self.scale)).to(self.dtype)
+        return rows_of(self.packed, ids.flatten()).to(self.dtype).view(*ids.shape, self.embedding_dim)

@@ -79,6 +79,10 @@ def product_of(
     batch = flat.shape[0]
     if flat.shape[1] != columns:
         raise RuntimeError(f"inputs of {flat.shape[1]} columns meet a matrix of {columns}")
+    if x.device.type != "cpu":
+        from secateur.deploy.sparse import gpu
+
+        return gpu.multiply(packed, flat, bias).view(*x.shape[:-1], rows)
     way = min(ways[bucket(batch)], UNPACK)
     if way != UNPACK and batch and native.library() is not None:
         if way == STREAM and not streams(packed, batch):
@@ -117,6 +121,7 @@ def _fake(x: Tensor, values: Tensor, *rest: Any) -> Tensor:
 
 
 _library.impl("sparse_linear", _sparse_linear, "CPU")
+_library.impl("sparse_linear", _sparse_linear, "CUDA")
 
 
 def sparse_linear(

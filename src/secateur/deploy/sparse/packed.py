@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -113,6 +114,13 @@ class Packed:
         """What is stored, by its name here."""
         names = ("values", "mask", "negative", "counts", "index", "scale", "codebook")
         return {name: tensor for name in names if (tensor := getattr(self, name)) is not None}
+
+    def to(self, device: torch.device | str) -> Packed:
+        """The same on another device."""
+        moved: dict[str, Any] = {name: tensor.to(device) for name, tensor in self.tensors().items()}
+        found = replace(self, **moved)
+        found.__dict__["offsets"] = self.offsets.to(device)
+        return found
 
     def dense(self) -> Tensor:
         """The matrix: floating-point kinds bit for bit in their own type, integers times their scales in float32."""

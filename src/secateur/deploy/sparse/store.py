@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from secateur.core.matrix import Layout
 from secateur.deploy.quantize import layouts_of
 from secateur.deploy.sparse.choice import CACHES, Choice, Kind, choose, kind_of
-from secateur.deploy.sparse.convert import can_hold, install_sparse_, packed_of
+from secateur.deploy.sparse.convert import can_hold, can_look_up, install_sparse_, packed_of
 from secateur.deploy.sparse.kernels import bits_of
 from secateur.deploy.sparse.packed import BLOCKS, DTYPES, FORMS, KINDS, PADDING, SPAN, WORD, Packed, pack
 from secateur.errors import InputError, UsageError, nearest
@@ -186,7 +186,7 @@ def load_sparse_(
     done: dict[tuple[int, Kind], Choice] = {}
     for name, each in packed.items():
         module = model.get_submodule(name.rpartition(".")[0])
-        looks_up = type(module) is nn.Embedding and each.form == "dense"
+        looks_up = can_look_up(module, each)
         how = Choice(None, ())
         if not dense and (can_hold(module) or looks_up) and name.endswith("weight"):
             how = Choice(each, ())
