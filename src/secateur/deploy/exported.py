@@ -1,20 +1,26 @@
-"""Static int8 through torchao's PT2E path: weights and activations as integers in a graph that torch.compile takes."""
+"""Static int8 through torchao's PT2E path: weights and activations as integers in a graph that torch.compile takes.
+
+After training (`quantize_static`), or with the rounding in view while the graph trains (`quantize_static_aware`).
+"""
 
 from __future__ import annotations
 
+import copy
+import inspect
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from secateur.core.example import Example, prepared
 from secateur.core.quiet import quiet
 from secateur.errors import InputError, NumericError, UsageError
 
-__all__ = ["load_static", "quantize_static", "save_static"]
+__all__ = ["load_static", "quantize_static", "quantize_static_aware", "save_static"]
 
 FORMAT = "secateur.static.v1"
 
@@ -28,24 +34,56 @@ def quantize_static(model: nn.Module, data: Iterable[Any]) -> nn.Module:
     in integer kernels where the processor has them.
 
     Args:
-        model: takes one tensor; not changed. Convolutions and linear layers become integers.
-        data: batches, as tensors or pairs (input, labels); the first dimension is the batch and may vary.
+        model: not changed. Convolutions and linear layers become integers.
+        data: tensors, pairs (input, labels), tuples of inputs, or mappings of keyword inputs, of which
+            "labels" is left out. The first size of every tensor is the batch and may vary; lengths are those of the
+            first batch.
 
     Raises:
-        UsageError: torchao is missing, no data, or a model that cannot be exported or takes more than a tensor.
+        UsageError: torchao is missing, no data, batches of different inputs, or a model that cannot be exported.
         NumericError: a scale that is not symmetric about zero.
 
     Cost: one export of the model and a forward pass of the data; the float weights once more while it works.
 
     Source: torchao's X86InductorQuantizer and PT2E (torch.ao's eager quantization is deprecated).
     """
-    batches = [_input_of(batch) for batch in data]
+    batches = [prepared(model, batch) for batch in data]
     if not batches:
         raise UsageError("data holds no batch; static scales come from data")
-    prepared = _prepared(model, batches[0])
+    first = len(batches[0].args), set(batches[0].kwargs)
+    for number, batch in enumerate(batches):
+        if (len(batch.args), set(batch.kwargs)) != first:
+            raise UsageError(
+                f"batch {number} of the data has other inputs than the first: {len(batch.args)} in place and "
+                f"{', '.join(sorted(batch.kwargs)) or 'none'} by name"
+            )
+    graph = _observed(_torchao(), model, batches[0])
     for batch in batches:
-        prepared(batch)
-    return _converted(prepared)
+        graph(*batch.args, **batch.kwargs)
+    return _converted(graph)
+
+
+def quantize_static_aware(model: nn.Module, example: Any, train: Callable[[nn.Module], Any]) -> nn.Module:
+    """Static int8 of a model that is trained on with weights and activations rounded: what they lose is learned.
+
+    Args:
+        model: pruned or not; not changed.
+        example: a batch of training, as in the data of `quantize_static`.
+        train: gets the graph that trains, every parameter under the name that it has in the model, and trains it in
+            place: `lambda graph: finetune_(graph, batches, masks)`. Pruned weights must be held at zero there, as by
+            masks; then they are integer zeros in the end.
+
+    Raises:
+        UsageError, NumericError: as `quantize_static`.
+
+    Cost: one export and torchao's pattern matching, which takes longer than training a small network: 3 to 50 seconds.
+
+    Source: torchao's prepare_qat_pt2e; batch norms train on and are folded in the end.
+    """
+    mine = copy.deepcopy(model)  # the graph shares its tensors
+    graph = _aware(_torchao(), mine, prepared(mine, example))
+    train(graph)
+    return _converted(graph, aware=True)
 
 
 def save_static(model: nn.Module, path: str | Path) -> None:
@@ -65,7 +103,8 @@ def save_static(model: nn.Module, path: str | Path) -> None:
         raise UsageError("the model holds no static integers; make them with quantize_static")
     path = Path(path)
     beside = path.with_name(f".{path.name}.tmp")
-    header = json.dumps({"format": FORMAT, "constants": constants}, sort_keys=True)
+    aware = {"aware": True} if getattr(model, "meta", {}).get("secateur.aware") else {}
+    header = json.dumps({"format": FORMAT, "constants": constants, **aware}, sort_keys=True)
     try:
         save_file(tensors, beside, metadata={"secateur": header})
         os.replace(beside, path)
@@ -79,7 +118,7 @@ def load_static(model: nn.Module, example: Any, path: str | Path) -> nn.Module:
 
     Args:
         model: as it is built, whatever its weights; not changed.
-        example: an input, for the export.
+        example: an input, for the export, as the data that it was made with.
         path: the file.
 
     Raises:
@@ -97,9 +136,10 @@ def load_static(model: nn.Module, example: Any, path: str | Path) -> nn.Module:
         found = load_file(path)
     except (OSError, SafetensorError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise InputError(f"{path}: no file of a static model ({error})") from None
-    prepared = _prepared(model, _input_of(example))
-    prepared(_input_of(example))
-    graph = _converted(prepared)
+    given, parts, aware = prepared(model, example), _torchao(), header.get("aware") is True
+    observed = _aware(parts, copy.deepcopy(model), given) if aware else _observed(parts, model, given)
+    observed(*given.args, **given.kwargs)
+    graph = _converted(observed, aware=aware)
     nodes = {node.name: node for node in _constant(graph)}
     wanted = dict((*graph.named_parameters(), *graph.named_buffers()))
     misfit = [
@@ -116,26 +156,14 @@ def load_static(model: nn.Module, example: Any, path: str | Path) -> nn.Module:
     return graph
 
 
-def _input_of(batch: Any) -> Tensor:
-    first = batch[0] if isinstance(batch, tuple | list) and batch else batch
-    if not isinstance(first, Tensor):
-        raise UsageError(
-            f"static quantization takes models of one tensor; got a batch of {type(first).__name__}. Weight-only "
-            "int8 and int4 (quantize_) take any"
-        )
-    return first
-
-
-def _prepared(model: nn.Module, example: Tensor) -> Any:
-    """The exported model with an observer wherever something becomes integers."""
-    parts = _torchao()
-    batch = torch.export.Dim("batch", min=1, max=1 << 16)
-    rows = (
-        example if len(example) > 1 else torch.cat([example, example])
-    )  # a batch of one would be taken for fixed
+def _exported(model: nn.Module, example: Example, *, aware: bool = False) -> Any:
+    """The model as a graph in which the batch may vary; in evaluation mode, or in that of training."""
     modes = [(module, module.training) for module in model.modules()]
     try:
-        exported = torch.export.export(model.eval(), (rows,), dynamic_shapes=({0: batch},)).module()
+        exported = torch.export.export(
+            model.train(aware), example.args, dict(example.kwargs), dynamic_shapes=_sizes(model, example)
+        )
+        return exported.module()
     except Exception as error:  # torch.export raises whatever the model's own code does
         raise UsageError(
             f"the model cannot be exported ({type(error).__name__}: {' '.join(str(error).split())[:200]}); weight-only "
@@ -144,18 +172,54 @@ def _prepared(model: nn.Module, example: Tensor) -> Any:
     finally:
         for module, mode in modes:
             module.training = mode
-    quantizer = parts["quantizer"]()
-    quantizer.set_global(parts["config"]())
+
+
+def _sizes(model: nn.Module, example: Example) -> Any:
+    """That the first size of every tensor is the batch, by the names of the inputs where some are keywords."""
+    batch = torch.export.Dim("batch", min=1, max=1 << 16)
+
+    def of(value: Any) -> Any:
+        return {0: batch} if isinstance(value, Tensor) and value.dim() else None
+
+    if not example.kwargs:
+        return tuple(of(value) for value in example.args)
+    bound = inspect.signature(model.forward).bind(*example.args, **example.kwargs).arguments
+    return {name: of(value) for name, value in bound.items()}
+
+
+def _observed(parts: dict[str, Any], model: nn.Module, example: Example) -> Any:
+    """The exported model with an observer wherever something becomes integers."""
+    exported, quantizer = _exported(model, example), _quantizer(parts)
     with quiet():
         return parts["prepare"](exported, quantizer)
 
 
-def _converted(prepared: Any) -> Any:
+def _aware(parts: dict[str, Any], model: nn.Module, example: Example) -> Any:
+    """The exported model with a rounding that training sees wherever something becomes integers, in training mode."""
+    exported = _exported(model, example, aware=True)
+    with quiet():
+        graph = parts["prepare_aware"](exported, _quantizer(parts, aware=True))
+    parts["modes"](graph)
+    graph.train()
+    return graph
+
+
+def _quantizer(parts: dict[str, Any], aware: bool = False) -> Any:
+    quantizer = parts["quantizer"]()
+    quantizer.set_global(parts["config"](is_qat=aware))
+    return quantizer
+
+
+@torch.no_grad()
+def _converted(observed: Any, aware: bool = False) -> Any:
     """Integers in place of observed weights, the floats that nobody reads any more dropped."""
     parts = _torchao()
+    if aware:
+        parts["to_eval"](observed)
     with quiet():
-        graph = parts["convert"](prepared)
+        graph = parts["convert"](observed)
     parts["to_eval"](graph)
+    graph.meta["secateur.aware"] = aware
     read = {str(node.target) for node in graph.graph.nodes if node.op == "get_attr"}
     for name in [n for n, _ in (*graph.named_parameters(), *graph.named_buffers()) if n not in read]:
         path, _, attribute = name.rpartition(".")
@@ -176,8 +240,11 @@ def _constant(graph: Any) -> list[Any]:
 def _torchao() -> dict[str, Any]:
     with quiet():
         try:
-            from torchao.quantization.pt2e import move_exported_model_to_eval
-            from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+            from torchao.quantization.pt2e import (
+                allow_exported_model_train_eval,
+                move_exported_model_to_eval,
+            )
+            from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e, prepare_qat_pt2e
             from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import (
                 X86InductorQuantizer,
                 get_default_x86_inductor_quantization_config,
@@ -188,6 +255,8 @@ def _torchao() -> dict[str, Any]:
             ) from error
     return {
         "prepare": prepare_pt2e,
+        "prepare_aware": prepare_qat_pt2e,
+        "modes": allow_exported_model_train_eval,
         "convert": convert_pt2e,
         "to_eval": move_exported_model_to_eval,
         "quantizer": X86InductorQuantizer,
