@@ -6,6 +6,10 @@
 #include <cstring>
 #include <vector>
 
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
+
 #include "pool.h"
 #include "sparse.h"
 
@@ -22,22 +26,76 @@ inline bool is_zero(T value, T sign) {
     return T(value & T(~sign)) == 0;
 }
 
+struct Found {
+    uint64_t kept, minus;  // bits of the non-zeros of a word, and of the zeros with a sign
+};
+
+template <class T>
+Found look(const T* row, int64_t n, T sign) {
+    Found found{0, 0};
+    for (int64_t c = 0; c < n; ++c) {
+        const uint64_t kept = !is_zero(row[c], sign);
+        found.kept |= kept << c;
+        found.minus |= uint64_t(!kept && row[c] != 0) << c;
+    }
+    return found;
+}
+
+#if defined(__SSE2__)
+// Bits of the bytes of 16 elements: which are zero in the masked bits
+inline uint32_t zeros(const uint8_t* at, __m128i mask) {
+    const __m128i x = _mm_and_si128(_mm_loadu_si128((const __m128i*)at), mask);
+    return uint32_t(_mm_movemask_epi8(_mm_cmpeq_epi8(x, _mm_setzero_si128())));
+}
+
+inline uint32_t zeros(const uint16_t* at, __m128i mask) {
+    const __m128i none = _mm_setzero_si128();
+    const __m128i a = _mm_cmpeq_epi16(_mm_and_si128(_mm_loadu_si128((const __m128i*)at), mask), none);
+    const __m128i b = _mm_cmpeq_epi16(_mm_and_si128(_mm_loadu_si128((const __m128i*)(at + 8)), mask), none);
+    return uint32_t(_mm_movemask_epi8(_mm_packs_epi16(a, b)));
+}
+
+inline uint32_t zeros(const uint32_t* at, __m128i mask) {
+    __m128i found[4];
+    for (int i = 0; i < 4; ++i) {
+        const __m128i x = _mm_and_si128(_mm_loadu_si128((const __m128i*)(at + 4 * i)), mask);
+        found[i] = _mm_cmpeq_epi32(x, _mm_setzero_si128());
+    }
+    const __m128i low = _mm_packs_epi32(found[0], found[1]), high = _mm_packs_epi32(found[2], found[3]);
+    return uint32_t(_mm_movemask_epi8(_mm_packs_epi16(low, high)));
+}
+
+template <class T>
+Found look_at_word(const T* row, T sign) {
+    const __m128i all = _mm_set1_epi8(-1);
+    const __m128i magnitude = sizeof(T) == 1   ? all
+                              : sizeof(T) == 2 ? _mm_set1_epi16(int16_t(~sign))
+                                               : _mm_set1_epi32(int32_t(~sign));
+    Found found{0, 0};
+    for (int i = 0; i < 4; ++i) {
+        const uint64_t zero = zeros(row + 16 * i, magnitude);
+        found.kept |= (~zero & 0xffff) << (16 * i);
+        if (sign && zero) found.minus |= (zero & ~uint64_t(zeros(row + 16 * i, all))) << (16 * i);
+    }
+    return found;
+}
+#else
+template <class T>
+Found look_at_word(const T* row, T sign) {
+    return look(row, WORD, sign);
+}
+#endif
+
 // Bits of the non-zeros of a row, and those themselves; returns how many. `negative` (or null) gets the zeros with a sign.
 template <class T>
 int64_t encode_row(const T* row, int64_t columns, T sign, uint64_t* mask, uint64_t* negative, T* out) {
     int64_t n = 0;
     for (int64_t start = 0; start < columns; start += WORD) {
-        const int64_t stop = std::min(columns, start + WORD);
-        uint64_t bits = 0, minus = 0;
-        for (int64_t c = start; c < stop; ++c) {
-            const uint64_t kept = !is_zero(row[c], sign);
-            out[n] = row[c];
-            n += kept;
-            bits |= kept << (c - start);
-            minus |= uint64_t(!kept && row[c] != 0) << (c - start);
-        }
-        mask[start / WORD] = bits;
-        if (negative) negative[start / WORD] = minus;
+        const int64_t size = std::min(columns - start, WORD);
+        const Found found = size == WORD ? look_at_word(row + start, sign) : look(row + start, size, sign);
+        for (uint64_t bits = found.kept; bits; bits &= bits - 1) out[n++] = row[start + __builtin_ctzll(bits)];
+        mask[start / WORD] = found.kept;
+        if (negative) negative[start / WORD] = found.minus;
     }
     return n;
 }
@@ -231,11 +289,12 @@ API int64_t secateur_sparse_count(
 ) {
     int64_t minus = 0;
     auto count = [&](auto* x, auto sign) {
-        for (int64_t row = 0; row < rows; ++row) {
+        for (int64_t row = 0; row < rows; ++row, x += columns) {
             int64_t n = 0;
-            for (int64_t c = 0; c < columns; ++c) {
-                n += !is_zero(x[row * columns + c], sign);
-                minus += x[row * columns + c] == sign && sign != 0;
+            for (int64_t start = 0; start < columns; start += WORD) {
+                const int64_t size = std::min(columns - start, WORD);
+                const Found found = size == WORD ? look_at_word(x + start, sign) : look(x + start, size, sign);
+                n += __builtin_popcountll(found.kept), minus += __builtin_popcountll(found.minus);
             }
             counts[row] = n;
         }
@@ -287,6 +346,41 @@ API int64_t secateur_sparse_decode(
             mask, nullptr, static_cast<const uint8_t*>(values), offsets, rows, columns, 0, static_cast<uint8_t*>(dense),
             threads
         );
+    return 0;
+}
+
+// Counts in every 256 columns and the columns in them, of a bitmask. offsets: where every row starts.
+API int64_t secateur_sparse_spans(
+    const uint64_t* mask, int64_t rows, int64_t columns, const int64_t* offsets, uint16_t* counts, uint8_t* index,
+    int32_t threads
+) {
+    const int64_t words = (columns + WORD - 1) / WORD, spans = (columns + SPAN - 1) / SPAN;
+    std::memset(counts, 0, rows * spans * sizeof(uint16_t));
+    by_rows(rows, threads, [&](int64_t row) {
+        uint8_t* out = index + offsets[row];
+        for (int64_t word = 0; word < words; ++word) {
+            const uint8_t base = uint8_t(word * WORD % SPAN);
+            uint64_t bits = mask[row * words + word];
+            counts[row * spans + word * WORD / SPAN] += uint16_t(__builtin_popcountll(bits));
+            for (; bits; bits &= bits - 1) *out++ = uint8_t(base + __builtin_ctzll(bits));
+        }
+    });
+    return 0;
+}
+
+// The bitmask of counts and columns that were checked.
+API int64_t secateur_sparse_bits(
+    const uint16_t* counts, const uint8_t* index, int64_t rows, int64_t columns, const int64_t* offsets, uint64_t* mask,
+    int32_t threads
+) {
+    const int64_t words = (columns + WORD - 1) / WORD, spans = (columns + SPAN - 1) / SPAN;
+    std::memset(mask, 0, rows * words * sizeof(uint64_t));
+    by_rows(rows, threads, [&](int64_t row) {
+        const uint8_t* from = index + offsets[row] - offsets[0];
+        uint64_t* out = mask + row * words;
+        for (int64_t span = 0; span < spans; ++span, out += SPAN / WORD)
+            for (int n = counts[row * spans + span]; n > 0; --n, ++from) out[*from / WORD] |= 1ull << (*from % WORD);
+    });
     return 0;
 }
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 __all__ = ["between", "eliminate", "library", "path", "serves", "smallest", "zero"]
 
-ABI = 4
+ABI = 5
 ROOM = 1 << 22  # scores collected at most
 MOST = 1 << 13  # of 65,536: where there are more (ties, mostly) they are only counted
 FILE = Path(__file__).with_name("kernels.native.so")
@@ -40,6 +40,8 @@ _ARGUMENTS = {
     "secateur_sparse_decode": [
         _POINTER, _POINTER, _POINTER, _POINTER, _SIZE, _SIZE, _FLAG, _POINTER, _THREADS
     ],
+    "secateur_sparse_spans": [_POINTER, _SIZE, _SIZE, _POINTER, _POINTER, _POINTER, _THREADS],
+    "secateur_sparse_bits": [_POINTER, _POINTER, _SIZE, _SIZE, _POINTER, _POINTER, _THREADS],
     "secateur_sparse_multiply": [_POINTER, _POINTER],
 }  # fmt: skip
 

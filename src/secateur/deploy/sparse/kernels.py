@@ -16,7 +16,7 @@ from secateur.errors import UsageError
 if TYPE_CHECKING:
     from secateur.deploy.sparse.packed import Packed
 
-__all__ = ["Encoded", "Product", "bits_of", "decode", "encode", "level", "scaled"]
+__all__ = ["Encoded", "Product", "bits_of", "decode", "encode", "level", "scaled", "spans"]
 
 FORM = {"bitmask": 0, "index": 1, "dense": 2}
 KIND = {"float32": 0, "bfloat16": 1, "float16": 2, "int8": 3, "int4": 4}
@@ -81,17 +81,40 @@ def decode(packed: Packed, first: int = 0, last: int | None = None) -> Tensor:
     if packed.form == "dense":
         return packed.values[first * packed.columns : last * packed.columns].view(rows, packed.columns)
     library = native.library()
-    if library is None or packed.form != "bitmask" or packed.block > 1 or packed.kind == "int4":
+    if library is None or packed.block > 1 or packed.kind == "int4":
         return _decode_in_numpy(packed)[first:last]
-    assert packed.mask is not None
-    mask, negative = packed.mask[first:last], None if packed.negative is None else packed.negative[first:last]
-    offsets = packed.offsets[first:]
+    negative, offsets = None if packed.negative is None else packed.negative[first:last], packed.offsets[first:]
+    mask = _mask_of_index(packed, first, last) if packed.mask is None else packed.mask[first:last]
     dense = torch.empty(rows, packed.columns, dtype=packed.values.dtype)
     library.secateur_sparse_decode(
         mask.data_ptr(), _at(negative), packed.values.data_ptr(), offsets.data_ptr(), rows, packed.columns,
         dense.element_size(), dense.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return dense
+
+
+def spans(mask: Tensor, columns: int, per_group: Tensor) -> tuple[Tensor, Tensor]:
+    """Counts in every 256 columns, and the columns in them, of a bitmask with so many bits a row."""
+    library, (rows, _), width = native.library(), mask.shape, -(-columns // 256)
+    if library is None:
+        kept = bits_of(mask, columns)
+        counts = np.stack([kept[:, i * 256 : (i + 1) * 256].sum(1) for i in range(width)], 1)
+        return torch.from_numpy(counts.astype(np.int16)), torch.from_numpy(
+            (np.nonzero(kept)[1] % 256).astype(np.uint8)
+        )
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), per_group.cumsum(0)])
+    found = torch.empty(rows, width, dtype=torch.int16)
+    index = torch.empty(int(offsets[-1]), dtype=torch.uint8)
+    library.secateur_sparse_spans(
+        mask.data_ptr(),
+        rows,
+        columns,
+        offsets.data_ptr(),
+        found.data_ptr(),
+        index.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return found, index
 
 
 def scaled(packed: Packed, raw: Tensor, first: int = 0) -> Tensor:
@@ -179,6 +202,20 @@ def _encode_in_numpy(weight: Tensor, block: int) -> Encoded:
     return Encoded(
         _words(kept.numpy()), negative, tiles[kept].reshape(-1), kept.sum(1), int(kept.sum()) * block
     )
+
+
+def _mask_of_index(packed: Packed, first: int, last: int) -> Tensor:
+    assert packed.counts is not None
+    assert packed.index is not None
+    offsets, mask = (
+        packed.offsets[first:],
+        torch.empty(last - first, -(-packed.columns // 64), dtype=torch.int64),
+    )
+    native.library().secateur_sparse_bits(  # type: ignore[union-attr]
+        packed.counts[first:].data_ptr(), packed.index.data_ptr() + int(offsets[0]), last - first, packed.columns,
+        offsets.data_ptr(), mask.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return mask
 
 
 def _decode_in_numpy(packed: Packed) -> Tensor:

@@ -204,7 +204,7 @@ def _packed(weight: Tensor, kind: str, form: str | None, block: int) -> Packed:
         values = _nibbles(values, found.per_group * block, whole=form == "bitmask")
     if form == "bitmask":
         return Packed("bitmask", values=padded(values), mask=found.mask, negative=found.negative, **start)  # type: ignore[arg-type]
-    counts, index = _spans(found.mask, columns)
+    counts, index = kernels.spans(found.mask, columns, found.per_group)
     return Packed(
         "index",
         values=padded(values),
@@ -229,12 +229,3 @@ def _nibbles(values: Tensor, each: Tensor, *, whole: bool) -> Tensor:
     shift = torch.repeat_interleave(starts[:-1] - source[:-1], each)
     codes[(torch.arange(len(values)) + shift).numpy()] = values.numpy().view(np.uint8) & 15
     return torch.from_numpy(codes[0::2] | (codes[1::2] << 4))
-
-
-def _spans(mask: Tensor, columns: int) -> tuple[Tensor, Tensor]:
-    """Counts and columns of a bitmask."""
-    kept = kernels.bits_of(mask, columns)
-    spans = -(-columns // SPAN)
-    counts = np.stack([kept[:, i * SPAN : (i + 1) * SPAN].sum(1) for i in range(spans)], 1)
-    index = (np.nonzero(kept)[1] % SPAN).astype(np.uint8)
-    return torch.from_numpy(counts.astype(np.int16)), torch.from_numpy(index)
