@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from secateur.deploy.sparse.ops import STREAM, TILES, UNPACK, sparse_linear
+from secateur.deploy.sparse.ops import STREAM, TILES, UNPACK, sparse_linear, streams
 from secateur.deploy.sparse.packed import Packed, pack, pack_integers
 
 # one thread's own time does not count what other processes take from it
@@ -125,11 +125,9 @@ def main() -> None:
                         continue
                     packed = held_as(pruned.to(dtype), kind, block)
                     inputs = x.to(dtype)
-                    ways = (
-                        [STREAM, TILES]
-                        if batch <= 4
-                        else [TILES, *([UNPACK] if block == 1 and kind != "int4" else [])]
-                    )
+                    ways = [STREAM, TILES] if streams(packed, batch) else [TILES]
+                    if batch > 4 and block == 1 and kind != "int4":
+                        ways.append(UNPACK)
                     for way in ways:
                         shape = " 4x1" if block > 1 else ""
                         name = f"{kind}{shape} {sparsity:.0%} {('stream', 'tiles', 'unpack')[way]}"
