@@ -217,5 +217,8 @@ def kept_of(candidates: Candidates, counts: Tensor) -> Tensor:
     keys, competing = candidates.keys(), candidates.shape[1]
     if len(counts) == 1:  # the whole layer is one competition
         keys, competing = keys.reshape(1, -1), candidates.units
-    guess = candidates.cuts[-1] if candidates.cuts else None
-    return smallest(keys, competing - counts, guess=guess).logical_not_().reshape(candidates.shape)
+    return (
+        smallest(keys, competing - counts, guess=candidates.guess.value)
+        .logical_not_()
+        .reshape(candidates.shape)
+    )

@@ -72,7 +72,7 @@ def globally(layers: Mapping[str, Candidates], keep: int) -> Counts:
     for (name, layer), under, at in zip(layers.items(), below, equal, strict=True):
         tied = min(ties, at)
         ties -= tied
-        layer.cuts.append(value)
+        layer.guess.value = value
         counts[name] = torch.tensor([layer.units - under - tied])
     return counts
 

@@ -22,6 +22,7 @@ from secateur.core import halves, native
 __all__ = [
     "Candidates",
     "Cut",
+    "Guess",
     "Magnitudes",
     "apportion",
     "cut_by_part",
@@ -63,6 +64,13 @@ class Magnitudes:
 Keys = Tensor | Magnitudes
 
 
+@dataclass
+class Guess:
+    """The score at which a cut was found: the first guess of `smallest`, which then needs one pass instead of two."""
+
+    value: float | None = None
+
+
 @dataclass(frozen=True)
 class Candidates:
     """The units of one layer that may be pruned, and what they are worth.
@@ -76,8 +84,7 @@ class Candidates:
         step: counts are multiples of it, or all units.
         alike: those that say the same keep equally many units; "" says nothing.
         magnitudes: the weights whose magnitudes are the scores, where scores are nothing else; only a saving.
-        cuts: where an allocator has found the cut of all units, its value: the first guess of `smallest`, which
-            then needs one pass instead of two; only a saving.
+        guess: of where these units are cut, once an allocator knows; only a saving.
     """
 
     shape: tuple[int, int]
@@ -87,7 +94,7 @@ class Candidates:
     step: int = 1
     alike: str = ""
     magnitudes: Callable[[], Float[Tensor, "competition unit"]] | None = None
-    cuts: list[float] = field(default_factory=list, compare=False)
+    guess: Guess = field(default_factory=Guess, compare=False)
 
     def keys(self) -> Keys:
         """What `cut_by_part` and `smallest` choose from: the scores, computed only where they have to be."""
