@@ -100,7 +100,9 @@ def test_a_loaded_folder_is_as_fast_as_measured_or_as_small_as_can_be(folder, co
     assert layer.ways == (0, *[3] * 8)
     assert torch.equal(layer.dense, model.transformer.h[0].mlp.c_fc.weight.t())
     assert small.transformer.h[0].mlp.c_fc.dense is None
-    assert torch.allclose(quick(ids).logits, small(ids).logits, atol=1e-3)
+    assert small.transformer.h[0].mlp.c_fc.ways == (0, *[0] * 8)
+    off = (quick(ids).logits - small(ids).logits).abs().max()  # the head's inputs are rounded to 8 bits
+    assert float(off) < 0.02
     choice._known.clear()
     table.place().unlink()
     monkeypatch.setattr(choice, "_measure", lambda *_: [[1.0, 2.0, 2.0, 2.0]] * 9)

@@ -80,7 +80,7 @@ def kind_of(module: nn.Module, dtype: torch.dtype, cold: bool = False) -> Kind:
     return Kind("Conv1D" if type(module).__name__ == "Conv1D" else "Linear", dtype, cold=cold)
 
 
-def choose(packed: Packed, kind: Kind, *, keep_dense: bool = False) -> Choice:
+def choose(packed: Packed, kind: Kind, *, keep_dense: bool = False, always: bool = False) -> Choice:
     """The fastest form and ways of a matrix.
 
     Without native kernels every matrix is unpacked and torch multiplies: right, and slower than dense.
@@ -90,7 +90,10 @@ def choose(packed: Packed, kind: Kind, *, keep_dense: bool = False) -> Choice:
         kind: of the layer that it belongs to.
         keep_dense: let batches at which every packed way is slower use the dense weight, kept beside the packed one.
             Otherwise a layer with such a batch is dense.
+        always: packed as it is, in the fastest packed way, even where dense is faster.
     """
+    if always and native.library() is not None:
+        return Choice(packed, tuple(others.index(min(others)) for _, *others in measured(packed, kind)))
     if native.library() is None:
         return Choice(packed, (UNPACK,) * (len(BATCHES) + 1))
     best, gain = Choice(None, ()), WORTH

@@ -149,8 +149,8 @@ def load_sparse_(
         dense: give every layer an ordinary weight; otherwise linear layers, convolutions and embeddings that were
             packed run packed.
         prefer: "speed" takes for each layer the fastest form and ways on this machine, measured once, with the dense
-            weight kept beside, or alone, for batches at which that is faster; "memory" never keeps dense weights, and
-            takes the usual ways where `speed` would; None measures nothing and keeps every form as it is stored.
+            weight kept beside, or alone, for batches at which that is faster; "memory" keeps no dense weights and every
+            form as it is stored, and takes the fastest packed ways; None measures nothing and keeps every form as it is stored.
 
     Raises:
         InputError: no such file, altered content, or another architecture.
@@ -193,8 +193,8 @@ def load_sparse_(
             if prefer is not None and not looks_up:
                 kind = kind_of(module, state[name].dtype, cold)
                 key = id(each), kind
-                done[key] = done.get(key) or choose(each, kind, keep_dense=prefer == "speed")
-                how = done[key] if prefer == "speed" else Choice(each, done[key].ways)
+                how = done.get(key) or choose(each, kind, keep_dense=True, always=prefer == "memory")
+                done[key] = how
         if how.keeps_dense:
             state[name].copy_(places[name].from_matrices(each.dense().view(places[name].shape)))
         if how.packed is not None:
