@@ -63,7 +63,8 @@ def test_each_point_is_a_runs_folder_and_a_row(whole):
         stages = json.loads((out / "points" / row["folder"] / "run" / "results.json").read_text())["stages"]
         last = {m["name"]: m["value"] for m in stages[-1]["measurements"]}
         assert float(row["accuracy"]) == last["accuracy"]
-        assert float(row["sparsity"]) == pytest.approx(0.5, abs=0.01)
+        assert row["sparsity"] == "0.5"  # asked
+        assert float(row["sparsity reached"]) == last["sparsity"] == pytest.approx(0.5, abs=0.01)
     assert "latency" not in rows[0]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -53,6 +54,8 @@ def log_to(
         if held or figures:
             wandb = _wandb()
             sent |= {tag: wandb.Histogram(np_histogram=_binned(one, 512)) for tag, one in held.items()}
+            with suppress(ImportError):
+                import matplotlib.pyplot  # noqa: F401 - wandb.Image looks at it and does not import it
             sent |= {tag: wandb.Image(figure) for tag, figure in (figures or {}).items()}
         board.log(sent, **({} if step is None else {"step": step}))
     else:

@@ -107,7 +107,10 @@ def measured(found: Sequence[Line]) -> list[str]:
 def columns(sweep: Sweep, found: Sequence[Line]) -> tuple[list[str], list[list[Any]]]:
     """Columns and rows of the table; no time in it, so that the same sweep gives the same table."""
     names = measured(found)
-    head = [*sweep.axes, "status", *names, "error", "folder"]
+    shown = [
+        f"{name} reached" if name in sweep.axes else name for name in names
+    ]  # asked and measured: two columns
+    head = [*sweep.axes, "status", *shown, "error", "folder"]
     rows = [
         [
             *(_cell(line.at[axis]) for axis in sweep.axes),
