@@ -18,9 +18,11 @@ class Prepared(nn.Module):
 
     def __init__(self, weight: Tensor, bias: Tensor | None):
         super().__init__()
-        self.held = torch.ops.mkldnn._reorder_linear_weight(weight.detach().to_mkldnn())
+        with torch.inference_mode(False), torch.no_grad():
+            self.held = torch.ops.mkldnn._reorder_linear_weight(weight.detach().clone())
         self.bias = bias
         self.in_features, self.out_features = weight.shape[1], weight.shape[0]
+        self(torch.zeros(2, 3, weight.shape[1], dtype=weight.dtype))  # fails here, or never
 
     def forward(self, x: Tensor) -> Tensor:
         """The product."""
