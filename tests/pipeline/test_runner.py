@@ -109,16 +109,23 @@ def weights(out: Path):
     return load_file(out / "model.safetensors")
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The folder of a run that nothing stopped."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    run(spec(), out)
+    return out
+
+
 @pytest.mark.parametrize("after", [3, 20, 80, 140])
-def test_a_run_that_stops_goes_on_to_the_same_result(tmp_path, after):
-    run(spec(), tmp_path / "whole")
+def test_a_run_that_stops_goes_on_to_the_same_result(tmp_path, whole, after):
     with pytest.raises(Stop):
         run(spec(), tmp_path / "parts", tell=stopping(after))
     left = interrupted(tmp_path / "parts")
     assert left is None or not (tmp_path / "parts").exists()
     run(spec(), tmp_path / "parts")
-    assert results(tmp_path / "parts") == results(tmp_path / "whole")
-    one, other = weights(tmp_path / "parts"), weights(tmp_path / "whole")
+    assert results(tmp_path / "parts") == results(whole)
+    one, other = weights(tmp_path / "parts"), weights(whole)
     assert all(torch.equal(one[name], other[name]) for name in other)
 
 

@@ -82,22 +82,30 @@ def test_what_is_written_is_what_was_measured_and_holds_its_zeros(chain):
     assert "secateur.load('FOLDER', build)" in (out / "README.md").read_text()
 
 
-@pytest.mark.parametrize("stage", ["1 train", "2 prune", "3 shrink", "4 fine-tune"])
-def test_a_run_that_stops_goes_on_to_the_same_smaller_model(tmp_path, stage):
-    stages = [STAGES[0], {"prune": {**UNITS["prune"], "shrink": True}}, "shrink", FINE, UNITS, "shrink"]
-    stages = [STAGES[0], UNITS, "shrink", FINE, {"prune": {**UNITS["prune"], "shrink": True}}]
-    run(spec(stages), tmp_path / "whole")
+TWICE = [UNITS, "shrink", {"fine-tune": {"epochs": 1}}, {"prune": {**UNITS["prune"], "shrink": True}}]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The folder of a run that shrinks twice, and nothing stopped it."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    run(spec(TWICE), out)
+    return out
+
+
+@pytest.mark.parametrize("stage", ["1 prune", "2 shrink", "3 fine-tune"])
+def test_a_run_that_stops_goes_on_to_the_same_smaller_model(tmp_path, whole, stage):
 
     def say(line):
         if line.startswith(stage):
             raise Stop
 
     with pytest.raises(Stop):
-        run(spec(stages), tmp_path / "parts", say=say)
+        run(spec(TWICE), tmp_path / "parts", say=say)
     assert interrupted(tmp_path / "parts") is not None
-    run(spec(stages), tmp_path / "parts")
-    assert results(tmp_path / "parts") == results(tmp_path / "whole")
-    one, other = (loaded(tmp_path / name) for name in ("parts", "whole"))
+    run(spec(TWICE), tmp_path / "parts")
+    assert results(tmp_path / "parts") == results(whole)
+    one, other = loaded(tmp_path / "parts"), loaded(whole)
     assert one[0].out_features == 6
     assert len(shrunk(one).axes) == 2
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
