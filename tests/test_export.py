@@ -131,9 +131,6 @@ def test_layers_that_differ_are_padded_to_the_widest(secateur, folders, tmp_path
     (tmp_path / "run" / "run").mkdir(parents=True)
     models.save(loaded.model, loaded.tokenizer, tmp_path / "run")
     masks.save(tmp_path / "run" / "run" / "masks.safetensors")
-    words = secateur.refused(2, "export", tmp_path / "run", "--to", "hf", "--out", tmp_path / "a")
-    assert "LlamaForCausalLM: no config of its class says these widths" in words
-    assert "mlp." in words
     said = secateur("export", "--no-speed", tmp_path / "run", "--to", "padded", "--out", tmp_path / "a")
     assert "held as 30: equal widths were asked for" in said.out
     found = load(tmp_path / "a")

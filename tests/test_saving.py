@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from tests.deploy.models import build, example
 from torch import nn
 
-from secateur import drop_blocks, load, own, save, shrink, shrunk
+from secateur import decouple_, decoupling, drop_blocks, load, own, save, shrink, shrunk
 from secateur.core.units import Analysis
 from secateur.errors import InputError, SecateurError, UsageError
 
@@ -60,6 +60,35 @@ def attention():
     return layer
 
 
+class Block(nn.Module):
+    """Adds to a stream."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(8), nn.Linear(8, 12), nn.Linear(12, 8)
+
+    def forward(self, x):
+        return x + self.down(self.up(self.norm(x)).relu())
+
+
+class Stream(nn.Module):
+    """Blocks on a stream."""
+
+    def __init__(self):
+        super().__init__()
+        self.enter, self.blocks, self.leave = nn.Linear(16, 8), nn.ModuleList([Block(), Block()]), nn.Linear(8, 2)
+
+    def forward(self, x):
+        x = self.enter(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.leave(x)
+
+
+def stream():
+    return Stream().eval()
+
+
 def picky():
     model = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 2))
     float(model[0].weight.detach().sum())  # looks at values: cannot be built on the meta device
@@ -88,7 +117,7 @@ assert "secateur" not in sys.modules
 import secateur
 
 compare("compact", secateur.load(f"{root}/compact"))
-for name in ("net", "attention"):
+for name in ("net", "attention", "stream"):
     compare(name, secateur.load(f"{root}/{name}", f"{root}/own.py:{name}"))
 """
 
@@ -129,10 +158,10 @@ def gpt2() -> nn.Module:
 
 
 @pytest.fixture(scope="module")
-def llama() -> nn.Module:
+def equal() -> nn.Module:
     """Equal widths in all layers."""
     torch.manual_seed(0)
-    return shrunken("llama", *WIDTHS, seed=None)
+    return shrunken("gpt2", "feed-forward unit", seed=None)
 
 
 @pytest.fixture(scope="module")
@@ -162,11 +191,10 @@ def logits(model: nn.Module) -> torch.Tensor:
         return model(**example(model), use_cache=False)["logits"]
 
 
-def test_a_fresh_process_loads_every_form(tmp_path: Path, gpt2, llama, net, code: Path) -> None:
+def test_a_fresh_process_loads_every_form(tmp_path: Path, gpt2, equal, net, code: Path) -> None:
     (tmp_path / "own.py").write_text(OWN)
-    padded = shrunken("gpt2", *WIDTHS, seed=3)
-    assert save(llama, tmp_path / "hf") == "hf"
-    assert save(padded, tmp_path / "padded", to="padded") == "padded"
+    assert save(equal, tmp_path / "hf") == "hf"
+    assert save(gpt2, tmp_path / "padded", to="padded") == "padded"
     assert save(gpt2, tmp_path / "compact") == "compact"
     assert save(net, tmp_path / "net") == "compact"
     torch.manual_seed(0)
@@ -175,7 +203,12 @@ def test_a_fresh_process_loads_every_form(tmp_path: Path, gpt2, llama, net, code
     analysis = axes(layer, x)
     attention = shrink(layer, kept(analysis, "head", "feed-forward unit"), x, analysis=analysis)
     save(attention, tmp_path / "attention")
-    for name, model in {"hf": llama, "padded": padded, "compact": gpt2}.items():
+    stream = own.call(f"{code}:stream")
+    decouple_(stream, decoupling(stream, x, ["residual"]), x)
+    stream = shrink(stream, kept(axes(stream, x)), x)
+    assert stream.blocks[0].decoupled.residual.tolist() != stream.blocks[1].decoupled.residual.tolist()
+    save(stream, tmp_path / "stream")
+    for name, model in {"hf": equal, "padded": gpt2, "compact": gpt2}.items():
         inputs = example(model)
         with torch.no_grad():
             save_file(
@@ -185,6 +218,7 @@ def test_a_fresh_process_loads_every_form(tmp_path: Path, gpt2, llama, net, code
     for name, model, x in (
         ("net", net, torch.randn(3, 3, 8, 8)),
         ("attention", attention, torch.randn(3, 5, 16)),
+        ("stream", stream, torch.randn(3, 5, 16)),
     ):
         with torch.no_grad():
             save_file({"x": x, "wanted": model(x)}, tmp_path / f"{name}.safetensors")
@@ -198,9 +232,9 @@ def test_a_fresh_process_loads_every_form(tmp_path: Path, gpt2, llama, net, code
     sizes = {
         name: sum(p.numel() for p in load(tmp_path / name).parameters()) for name in ("hf", "padded", "compact")
     }
-    assert sizes["hf"] == shrunk(llama).parameters[1] < shrunk(llama).parameters[0]
+    assert sizes["hf"] == shrunk(equal).parameters[1] < shrunk(equal).parameters[0]
     assert sizes["compact"] == shrunk(gpt2).parameters[1]
-    assert sizes["padded"] == shrunk(padded).parameters[0]
+    assert sizes["padded"] == shrunk(gpt2).parameters[0]
 
 
 def test_what_is_loaded_is_the_model_bit_for_bit(tmp_path: Path, gpt2, net, code: Path) -> None:
@@ -284,8 +318,10 @@ def slow(*values: Any) -> Any:
         slow("convnext", ("channel", "hidden", "feed-forward unit"), "hidden_sizes", [4, 6]),
     ],
 )  # fmt: skip
-def test_a_config_is_found_where_one_can_say_the_widths(tmp_path: Path, kind, kinds, field, value) -> None:
-    small = shrunken(kind, *kinds, seed=None)
+def test_a_config_is_found_where_one_can_say_the_widths(
+    tmp_path: Path, equal, kind, kinds, field, value
+) -> None:
+    small = equal if kind == "gpt2" else shrunken(kind, *kinds, seed=None)
     before = small.config.to_dict()
     assert save(small, tmp_path / "a", to="hf") == "hf"
     assert json.loads((tmp_path / "a" / "config.json").read_text())[field] == value

@@ -55,7 +55,7 @@ def lost(analysis, *kinds: str) -> dict[str, Tensor]:
     ("kind", "what", "lose"),
     [
         ("llama", ("rope", "residual"), ("hidden", "KV group", "feed-forward unit")),
-        ("gpt2", ("residual",), ("hidden", "head")),
+        pytest.param("gpt2", ("residual",), ("hidden", "head"), marks=pytest.mark.slow),
         pytest.param(
             "t5", ("bias", "residual"), ("hidden", "head", "feed-forward unit"), marks=pytest.mark.slow
         ),
@@ -156,6 +156,7 @@ with torch.no_grad():
 """
 
 
+@pytest.mark.slow  # tests/test_saving.py does it with a module of one's own
 def test_saved_and_loaded_in_a_fresh_process(tmp_path: Path) -> None:
     model, inputs, analysis = decoupled("llama", "rope", "residual")
     small = shrink(model, lost(analysis, "KV group", "feed-forward unit"), inputs, analysis=analysis)

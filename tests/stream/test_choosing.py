@@ -11,7 +11,6 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-import secateur
 from secateur import choose_units, flap, prune_, shrink, shrink_checkpoint
 from secateur.cli import app
 from secateur.core.example import analysis_of
@@ -22,8 +21,6 @@ from secateur.pattern import Axes, Heads, Neurons
 from secateur.recipes import METHODS, activation, l2, magnitude, random, taylor
 from secateur.stream import prune_checkpoint
 from secateur.stream.writing import write_tensors
-
-from .support import contents
 
 BOTH = Heads() | Neurons()
 IDS = torch.randint(0, 64, (2, 13), generator=torch.Generator().manual_seed(1))
@@ -52,16 +49,17 @@ def same_units(source: Path, recipe, **named) -> dict[str, torch.Tensor]:
     [
         replace(l2, pattern=BOTH),
         replace(magnitude, pattern=Neurons(multiple=8), allocate=METHODS["global-magnitude"].allocate),
-        replace(random, pattern=BOTH),
-        replace(l2, pattern=Axes("hidden", "feed-forward unit")),
+        replace(random, pattern=Axes("hidden", "feed-forward unit")),
     ],
-    ids=["l2", "global", "random", "hidden"],
+    ids=["l2", "global", "random"],
 )
 def test_scores_of_weights_choose_as_in_memory(checkpoints, recipe) -> None:
-    same_units(checkpoints("qwen", torch.bfloat16), recipe, sparsity=0.4, seed=3)
+    same_units(checkpoints("llama", torch.bfloat16), recipe, sparsity=0.4, seed=3)
 
 
-@pytest.mark.parametrize(("kind", "score"), [("llama", flap), ("gpt2", activation)])
+@pytest.mark.parametrize(
+    ("kind", "score"), [("llama", flap), pytest.param("gpt2", activation, marks=pytest.mark.slow)]
+)
 def test_scores_of_activations_choose_as_in_memory(checkpoints, kind, score) -> None:
     draw = torch.Generator().manual_seed(2)
     data = [{"input_ids": torch.randint(3, 64, (2, 11), generator=draw)} for _ in range(2)]
@@ -76,17 +74,32 @@ def test_targets_in_real_units(checkpoints) -> None:
 
 
 def test_files_are_those_of_saving_in_memory(checkpoints, tmp_path: Path) -> None:
-    """Byte for byte: a plain checkpoint of one file, from shards in bfloat16."""
-    source = checkpoints("llama", torch.bfloat16)
-    keep = choose_units(source, 0.5, replace(l2, pattern=BOTH))
-    assert shrink_checkpoint(source, keep, tmp_path / "streamed") == "hf"
+    """Byte for byte in one file, from shards in bfloat16; and the same tensors in several, which transformers loads."""
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM
+
+    source, weights = checkpoints("llama", torch.bfloat16), "model.safetensors"
     model, analysis = analysed(source)
+    keep = {
+        u.name: range(1, u.size, 2)
+        for u in analysis.units
+        if u.kind in ("head", "KV group", "feed-forward unit")
+    }
+    assert shrink_checkpoint(source, keep, tmp_path / "streamed") == "hf"
     small = shrink(model, keep, {"input_ids": IDS}, analysis=analysis)
     save(small, None, tmp_path / "memory", source=source, dtype=torch.bfloat16)
-    weights = "model.safetensors"
     assert (tmp_path / "streamed" / weights).read_bytes() == (tmp_path / "memory" / weights).read_bytes()
     one, other = (json.loads((tmp_path / d / "config.json").read_text()) for d in ("streamed", "memory"))
     assert {k: v for k, v in one.items() if other.get(k) != v} == {}
+    assert shrink_checkpoint(source, keep, tmp_path / "several", to="hf", shard="12 kB") == "hf"
+    files = [*(tmp_path / "several").glob("*.safetensors")]
+    assert len(files) > 1
+    parts = {name: value for path in files for name, value in load_file(path).items()}
+    whole = load_file(tmp_path / "streamed" / weights)
+    assert parts.keys() == whole.keys()
+    assert all(torch.equal(parts[name], whole[name]) for name in whole)
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "several")
+    assert found.num_parameters() == small.num_parameters()
 
 
 def test_the_writer_writes_what_the_library_writes(tmp_path: Path) -> None:
@@ -149,11 +162,9 @@ def test_on_the_command_line(checkpoints, tmp_path: Path, monkeypatch) -> None:
     (tmp_path / "data.py").write_text(
         "import torch\n\ndef batches():\n    return [torch.randint(3, 64, (2, 10), generator=torch.Generator())]\n"
     )
-    found = json.loads(run(*words, "--data", "data.py:batches", "--out", "flap", "--json"))
-    assert found["form"] == "compact"  # flap compares all axes, so their widths differ
-    assert secateur.load(tmp_path / "flap").num_parameters() == found["parameters"][1]
-    assert "No --method was given: flap" in (tmp_path / "flap" / "README.md").read_text()
-    assert "memory   about" in run(*words, "--method", "random", "--dry-run")
+    plan = json.loads(run(*words, "--data", "data.py:batches", "--dry-run", "--json"))["plan"]
+    assert any("No --method was given: flap" in line for line in plan)
+    assert any(line.startswith("memory   about") for line in plan)
     assert not [path for path in tmp_path.rglob(".*") if "secateur" in path.name]
 
 
@@ -192,10 +203,10 @@ def test_export_from_file_to_file(checkpoints, tmp_path: Path) -> None:
         run("export", tmp_path / "run", "--stream", "--out", tmp_path / "none")
     masks.save(tmp_path / "run" / "run" / "masks.safetensors")
     assert "(plain)" in run("export", tmp_path / "run", "--stream", "--out", tmp_path / "small")
-    keep = keep_of(analysed(source)[1], masks)
-    shrink_checkpoint(source, keep, tmp_path / "wanted")
-    weights = "model.safetensors"
-    assert contents(tmp_path / "small")[weights] == contents(tmp_path / "wanted")[weights]
+    small, inputs = load(tmp_path / "small").model, {"input_ids": IDS}
+    assert small.num_parameters() < loaded.model.num_parameters()
+    with torch.no_grad():
+        assert torch.allclose(small(**inputs).logits, loaded.model(**inputs).logits, atol=1e-6)
     for words, match in [
         (["--to", "padded"], "is that already"),
         (["--to", "sparse"], "does not go with --stream"),

@@ -27,24 +27,6 @@ def logits(model) -> torch.Tensor:
         return model.eval()(**example(model), use_cache=False).logits
 
 
-def test_equal_widths_in_several_files_are_plain(tmp_path: Path) -> None:
-    model = stored("llama", tmp_path / "big", max_shard_size="20KB")
-    assert len([*(tmp_path / "big").glob("*.safetensors")]) > 1
-    inputs = example(model)
-    analysis, _ = analysis_of(model, inputs)
-    keep = {u.name: range(1, u.size, 2) for u in analysis.units if u.kind in ("KV group", "feed-forward unit")}
-    assert shrink_checkpoint(tmp_path / "big", keep, tmp_path / "small", shard="12 kB") == "hf"
-    assert len([*(tmp_path / "small").glob("*.safetensors")]) > 1
-    from transformers import AutoModelForCausalLM
-
-    found = AutoModelForCausalLM.from_pretrained(tmp_path / "small", attn_implementation="eager")
-    wanted = shrink(model, keep, inputs, analysis=analysis)
-    assert torch.equal(logits(found), logits(wanted))
-    masks = analysis.masks(keep)
-    assert shrink_checkpoint(tmp_path / "big", masks, tmp_path / "again") == "hf"
-    assert (tmp_path / "again" / "model.safetensors").is_file()
-
-
 def test_layers_that_differ_are_compact_and_ties_are_kept(tmp_path: Path) -> None:
     model = stored("gpt2", tmp_path / "big")
     inputs = example(model)

@@ -18,7 +18,7 @@ from secateur.errors import UsageError
 from secateur.measure import Tell
 from secateur.prune import Plan, _check_total, plan
 from secateur.recipes import Recipe, magnitude
-from secateur.scoring import Statistics, candidates_of, kept_of
+from secateur.scoring import Statistics, candidates_of, kept_of, statistics_of
 from secateur.stream.architecture import build_empty
 from secateur.stream.blocks import Unwritten, statistics_of_blocks
 from secateur.stream.job import _batches, needed_of_data
@@ -166,14 +166,17 @@ def prepare_units(
             f"{recipe.update!r} mends what stays on the model in memory, which is not there; leave it out "
             "(update=None, --mend none), and mend or fine-tune the small model"
         )
+    asks = statistics_of(recipe.score)
+    if slopes := [name for name in asks if name in GRADIENTS]:
+        raise UsageError(
+            f"{recipe} needs {', '.join(slopes)}, and gradients need the whole model in memory; choose a score of "
+            "weights, such as l2, or of activations, such as flap"
+        )
+    if data is None and (missing := [name for name in asks if name != "generator"]):
+        raise UsageError(f"{recipe} needs calibration data for {', '.join(missing)}; pass data=")
     tell("axes of the model", 0, 1)
     todo = plan(opened.model, sparsity, recipe, target=target, only=only, skip=skip, example=opened.example)
     tell("axes of the model", 1, 1)
-    if slopes := [name for name in todo.statistics if name in GRADIENTS]:
-        raise UsageError(
-            f"{todo.recipe} needs {', '.join(slopes)}, and gradients need the whole model in memory; choose a score of "
-            "weights, such as l2, or of activations, such as flap"
-        )
     opened.places.check(layer.name for layer in todo.layers)
     names = needed_of_data(todo)
     work = Work(opened.model, todo, opened.places, None, seed, tell, budget)
