@@ -33,6 +33,8 @@ namespace {
 struct Tables {
     alignas(64) int32_t words[256][8];   // lane -> position in the stream; the sign marks lanes that are kept
     alignas(64) uint8_t halves[256][16]; // control of a byte shuffle for 8 elements of 2 bytes
+    alignas(64) uint64_t low[256];       // the same for 8 elements of 1 byte, in the lower and upper half of 16
+    alignas(64) uint64_t high[256];
     alignas(64) uint64_t columns[256];   // bytes: the set bits in order
 };
 
@@ -41,14 +43,18 @@ Tables t;
 bool fill() {
     for (int mask = 0; mask < 256; ++mask) {
         int n = 0;
-        uint8_t columns[8] = {0};
+        uint8_t low[8], high[8], columns[8] = {0};
         for (int bit = 0; bit < 8; ++bit) {
             const bool kept = mask >> bit & 1;
             t.words[mask][bit] = kept ? int32_t(0x80000000u | uint32_t(n)) : 0;
             t.halves[mask][2 * bit] = kept ? uint8_t(2 * n) : 0x80;
             t.halves[mask][2 * bit + 1] = kept ? uint8_t(2 * n + 1) : 0x80;
+            low[bit] = kept ? uint8_t(n) : 0x80;
+            high[bit] = kept ? uint8_t(n + 8) : 0x80;
             if (kept) columns[n++] = uint8_t(bit);
         }
+        std::memcpy(&t.low[mask], low, 8);
+        std::memcpy(&t.high[mask], high, 8);
         std::memcpy(&t.columns[mask], columns, 8);
     }
     return true;
@@ -64,6 +70,19 @@ ALWAYS int32_t sum(__m256i a) {
     __m128i b = _mm_add_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
     b = _mm_add_epi32(b, _mm_shuffle_epi32(b, 0x4e));
     return _mm_cvtsi128_si32(_mm_add_epi32(b, _mm_shuffle_epi32(b, 0xb1)));
+}
+
+// 8 bytes from each of two addresses, which need no alignment
+ALWAYS __m128i two_eights(const void* a, const void* b) {
+    int64_t high;
+    std::memcpy(&high, b, 8);
+    return _mm_insert_epi64(_mm_loadl_epi64((const __m128i*)a), high, 1);
+}
+
+ALWAYS __m256i bytes32(const void* a, const void* b, const void* c, const void* d) {
+    const __m128i one = two_eights(a, b);
+    const __m128i two = two_eights(c, d);
+    return _mm256_inserti128_si256(_mm256_castsi128_si256(one), two, 1);
 }
 
 // 8 float32 of the stream, put where bits of the mask are
@@ -87,35 +106,15 @@ ALWAYS __m256i expand_halves(const uint16_t*& at, int one, int two) {
     return _mm256_shuffle_epi8(from, where);
 }
 
-// Where the 32 bytes of a mask's columns lie among the values: bits spread to bytes, counted up to each column of a half of
-// 16, where columns that are not kept get a control that gives zero. Fewer steps than looking up four times.
-ALWAYS __m256i places(uint32_t bits) {
-    const __m256i spread = _mm256_setr_epi8(
-        0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 2, 2, 2, 2, 2, 2, 2, 2, 3, 3, 3, 3, 3, 3, 3, 3
-    );
-    const __m256i across4 = _mm256_broadcastsi128_si256(
-        _mm_setr_epi8(-1, -1, -1, -1, 3, 3, 3, 3, -1, -1, -1, -1, 11, 11, 11, 11)
-    );
-    const __m256i across8 = _mm256_broadcastsi128_si256(
-        _mm_setr_epi8(-1, -1, -1, -1, -1, -1, -1, -1, 7, 7, 7, 7, 7, 7, 7, 7)
-    );
-    const __m256i one = _mm256_set1_epi8(1), each = _mm256_set1_epi64x(int64_t(0x8040201008040201ull));
-    const __m256i bytes = _mm256_shuffle_epi8(_mm256_set1_epi32(int32_t(bits)), spread);
-    const __m256i kept = _mm256_min_epu8(_mm256_and_si256(bytes, each), one);
-    __m256i count = _mm256_mullo_epi32(kept, _mm256_set1_epi32(0x01010101));  // up to each byte of four
-    count = _mm256_add_epi8(count, _mm256_shuffle_epi8(count, across4));
-    count = _mm256_add_epi8(count, _mm256_shuffle_epi8(count, across8));
-    return _mm256_or_si256(_mm256_sub_epi8(count, one), _mm256_cmpeq_epi8(kept, _mm256_setzero_si256()));
-}
-
 // 32 elements of one byte
-ALWAYS __m256i expand_bytes(const int8_t*& at, uint32_t bits) {
-    const int8_t* next = at + __builtin_popcount(bits & 0xffff);
-    const __m256i from = _mm256_inserti128_si256(
-        _mm256_castsi128_si256(_mm_loadu_si128((const __m128i*)at)), _mm_loadu_si128((const __m128i*)next), 1
-    );
-    at += __builtin_popcount(bits);
-    return _mm256_shuffle_epi8(from, places(bits));
+ALWAYS __m256i expand_bytes(const int8_t*& at, const uint8_t* bits) {
+    const int a = bits[0], b = bits[1], c = bits[2], d = bits[3];
+    uint32_t all;
+    std::memcpy(&all, bits, 4);
+    const int8_t *pb = at + __builtin_popcount(a), *pc = at + __builtin_popcount(all & 0xffff);
+    const __m256i from = bytes32(at, pb, pc, pc + __builtin_popcount(c));
+    at += __builtin_popcount(all);  // one addition from step to step
+    return _mm256_shuffle_epi8(from, bytes32(&t.low[a], &t.high[b], &t.low[c], &t.high[d]));
 }
 
 constexpr int64_t AHEAD = 16;  // words of 4-bit codes that are decoded at a time
@@ -195,7 +194,7 @@ struct Bytes {
     alignas(32) int8_t room[AHEAD * WORD + 64];
 
     ALWAYS void start(const Matrix& m, int64_t row) {
-        mask = m.mask + row * m.words, words = m.words;
+        mask = m.mask ? m.mask + row * m.words : nullptr, words = m.words;
         at = (const int8_t*)m.values + m.offsets[row];
         if (KIND == I4) {
             codes = (const uint8_t*)m.values, code = m.offsets[row];
@@ -216,7 +215,7 @@ struct Bytes {
 };
 
 // One row, expanded in registers. Whole words share a scale: see `_wrong_scale` in secateur/deploy/sparse/store.py.
-template <int KIND, int B>
+template <int KIND, int B, bool WHOLE>
 ALWAYS void row_in_integers(const Matrix& m, const Inputs& in, int64_t row, float* out) {
     Bytes<KIND> bytes;
     bytes.start(m, row);
@@ -233,12 +232,11 @@ ALWAYS void row_in_integers(const Matrix& m, const Inputs& in, int64_t row, floa
         const int64_t stop = word + reach < words ? word + reach : words;
         for (; word < stop; ++word) {
             if (KIND == I4 && word % AHEAD == 0) bytes.reach(word), at = bytes.at;
-            if (KIND == I8) _mm_prefetch((const char*)at + 1024, _MM_HINT_T0);
-            uint32_t bits[2];
-            std::memcpy(bits, mask + word, 8);
+            if (KIND == I8 && !WHOLE) _mm_prefetch((const char*)at + 1024, _MM_HINT_T0);
+            const uint8_t* bits = (const uint8_t*)(mask + word);  // x86 puts the lowest byte first
             for (int part = 0; part < 2; ++part) {
-                const __m256i w = expand_bytes(at, bits[part]);
                 const int64_t x = word * WORD + 32 * part;
+                const __m256i w = WHOLE ? _mm256_loadu_si256((const __m256i*)(at + x)) : expand_bytes(at, bits + 4 * part);
                 for (int b = 0; b < B; ++b)
                     total[b] = dot_bytes(total[b], w, inputs + b * padded + x, magnitudes + b * padded + x);
             }
@@ -317,10 +315,10 @@ void panels(const Matrix& m, const Inputs& in, const float* bias, float* y, int6
                 if (WHOLE || r >= rows) continue;
                 for (int64_t i = word; i < stop; ++i) {
                     bytes[r].reach(i);
-                    const uint64_t bits = bytes[r].mask[i];
+                    const uint8_t* bits = (const uint8_t*)(bytes[r].mask + i);
                     __m256i* out = (__m256i*)(room[r] + (i - word) * WORD);
-                    _mm256_store_si256(out, expand_bytes(bytes[r].at, uint32_t(bits)));
-                    _mm256_store_si256(out + 1, expand_bytes(bytes[r].at, uint32_t(bits >> 32)));
+                    _mm256_store_si256(out, expand_bytes(bytes[r].at, bits));
+                    _mm256_store_si256(out + 1, expand_bytes(bytes[r].at, bits + 4));
                 }
             }
             const int64_t ahead = WHOLE && in.batch <= FEW ? 4 * m.columns : 0;
@@ -530,12 +528,12 @@ void few_gathered(const Matrix& m, const Inputs& in, const float* bias, float* y
     }
 }
 
-template <int KIND, int B>
+template <int KIND, int B, bool WHOLE>
 void few_rows(const Matrix& m, const Inputs& in, const float* bias, float* y, int64_t first, int64_t last) {
     for (int64_t row = first; row < last; ++row) {
         float out[B];
         if (KIND == I8 || KIND == I4) {
-            row_in_integers<KIND, B>(m, in, row, out);
+            row_in_integers<KIND, B, WHOLE>(m, in, row, out);
         } else {
             row_in_float<KIND, B>(m, in, row, out);
         }
@@ -545,18 +543,19 @@ void few_rows(const Matrix& m, const Inputs& in, const float* bias, float* y, in
 
 using Few = void (*)(const Matrix&, const Inputs&, const float*, float*, int64_t, int64_t);
 
-template <int KIND>
+template <int KIND, bool WHOLE = false>
 Few few_for(int64_t batch) {
-    if (batch == 1) return few_rows<KIND, 1>;
-    if (batch == 2) return few_rows<KIND, 2>;
-    if (batch == 3) return few_rows<KIND, 3>;
-    return few_rows<KIND, 4>;
+    if (batch == 1) return few_rows<KIND, 1, WHOLE>;
+    if (batch == 2) return few_rows<KIND, 2, WHOLE>;
+    if (batch == 3) return few_rows<KIND, 3, WHOLE>;
+    return few_rows<KIND, 4, WHOLE>;
 }
 
 void few(const Matrix& m, const Inputs& in, const float* bias, float* y, int64_t first, int64_t last) {
     Few function = few_units;
     if (m.form == DENSE && m.kind == I8 && m.block == 1) {
-        function = panels<I8, true>;
+        // long rows are read four at a time, or fetching starts anew too often
+        function = in.batch > FEW || m.columns >= 2048 ? panels<I8, true> : few_for<I8, true>(in.batch);
     } else if (m.form == INDEX && m.block == 1) {
         function = few_gathered;
     } else if (m.form == BITMASK && m.block == 1) {
