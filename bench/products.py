@@ -1,7 +1,7 @@
 """Sparse products beside torch, the best dense kernel of the same type, and 8-bit dense, in turns in one process.
 
-    OMP_NUM_THREADS=1 python bench/kernels.py
-    OMP_NUM_THREADS=2 python bench/kernels.py
+    OMP_NUM_THREADS=1 python bench/products.py
+    OMP_NUM_THREADS=2 python bench/products.py
 
 Three ratios a line: against torch's `F.linear` of the same type (int8: torch's dynamic 8-bit product); against the
 best dense kernel of that type (`F.linear`, oneDNN with packed weights, for int8 secateur's own dense kernel); against
