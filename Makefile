@@ -1,4 +1,4 @@
-# make demo   a real model pruned, measured, saved and shown; make test   every test.
+# make demo   a real model pruned, measured, saved and shown; make test   the tests.
 # Both make the virtual environment .venv on first use and need nothing but Python 3.11 or later.
 PYTHON ?= python3
 VENV ?= .venv
@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FL
 SHARED_TEXT := $(wildcard ../shared/data/lm/wikitext2_raw_test.txt ../shared/data/lm/tinystories_test.txt)
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test test-slow test-quantize test-sanitized lint types examples bench clean
+.PHONY: demo test test-thorough test-slow test-quantize test-sanitized lint types examples bench clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed-all
@@ -19,6 +19,10 @@ demo: $(VENV)/.installed-all
 
 test: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(THREADS) --dist loadfile
+
+# what takes seconds a test and minutes in all: part of .ci/run
+test-thorough: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(THREADS) --dist loadfile -m thorough
 
 test-slow: $(VENV)/.installed-dev
 	SECATEUR_EXAMPLES=200 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(THREADS) --dist loadfile -m slow
