@@ -142,6 +142,7 @@ def test_judging_and_showing_know_neither_masks_nor_recipes(axis):
         assert not {name for name in ours(module) if below(name, *unknown)}, module
 
 
+@pytest.mark.thorough
 def test_no_import_cycle():
     """Imports inside functions included: they hide a cycle, they do not remove it."""
     graph = {module: {name for name in ours(module) if name in FILES and name != module} for module in FILES}
@@ -195,6 +196,7 @@ def test_importing_the_package_loads_none_of_the_large_packages():
     assert not loaded & {"torch", "numpy", *HEAVY}
 
 
+@pytest.mark.thorough
 def test_pruning_loads_torch_and_no_extra():
     loaded = loaded_by(
         "import secateur\nsecateur.prune_, secateur.sparsity, secateur.Measurement, secateur.Masks"

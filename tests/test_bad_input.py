@@ -149,6 +149,7 @@ def test_a_layer_narrower_than_m(recipe):
 
 
 @pytest.mark.parametrize("update", [None, *(u for name, u in UPDATES.items() if "swaps" not in name)], ids=str)
+@pytest.mark.thorough
 def test_a_sparsity_that_whole_units_cannot_reach(update):
     """An allocator that gives other counts than were asked, and blocks that do not fit."""
     recipe = Recipe(known.wanda.score, Rows(), lambda layers, keep: {"4.weight": torch.tensor([0])}, update)

@@ -39,6 +39,7 @@ def same(model: nn.Module, before: dict) -> bool:
 
 
 @pytest.mark.parametrize("given", [{"sparsity": 0.5}, {"pattern": NM(2, 4)}])
+@pytest.mark.thorough
 def test_never_worse_than_alps_alone_on_what_judges(given):
     dense = sharp()
     fit, judged = module._dealt({"input_ids": ids()}, 0.125, 0)
@@ -58,6 +59,7 @@ def test_never_worse_than_alps_alone_on_what_judges(given):
         assert all((mask.reshape(-1, 4).sum(1) == 2).all() for mask in found.masks.values())
 
 
+@pytest.mark.thorough
 def test_what_was_tried_is_said():
     found = best_(sharp(), 0.7, data(12), epochs=1, only="ffn")
     names = [step.name for step in found.steps]
@@ -87,6 +89,7 @@ def test_equal_shares_and_no_reconstruction_where_nothing_helps(monkeypatch):
     assert same(model, bits(alone))
 
 
+@pytest.mark.thorough
 def test_the_same_seed_gives_the_same_bytes_and_leaves_mode_and_random_state():
     dense = sharp().train()
     state = torch.get_rng_state()
@@ -107,6 +110,7 @@ def test_an_exact_number_of_nonzeros():
     assert sum(int(torch.count_nonzero(p)) for p in model.parameters()) == total - 1234
 
 
+@pytest.mark.thorough
 def test_evolution_is_one_more_allocation():
     found = best_(sharp(), 0.5, data(12), epochs=1, evolution=True, only="ffn")
     assert sum("evolution" in step.name for step in found.steps) == 1

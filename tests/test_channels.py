@@ -48,6 +48,7 @@ def mlp() -> nn.Sequential:
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.thorough
 def test_the_model_computes_the_same_and_more_of_the_score_is_kept(kind):
     torch.manual_seed(0)
     model = uneven(CONFIGS[kind]())

@@ -74,6 +74,7 @@ def test_neighbours_are_scored_as_one_run():
     assert choose_blocks(model, 2, block_influence, DATA) != paths(3, 4)
 
 
+@pytest.mark.thorough
 def test_one_block_by_loss_is_the_best_of_all_and_several_are_greedy():
     model = Net(3, 1, 2, 1.5, 1)
 
@@ -98,6 +99,7 @@ def test_a_loss_of_ones_own_decides():
     assert worst != choose_blocks(model, 1, loss_without, DATA)
 
 
+@pytest.mark.thorough
 def test_controls_need_no_data():
     model = Net(1, 1, 1, 1, 1)
     assert choose_blocks(model, 2, last_blocks) == paths(3, 4)
@@ -135,6 +137,7 @@ def test_blocks_that_change_the_shape_are_never_chosen():
 
 
 @pytest.mark.parametrize("method", DEPTH_METHODS)
+@pytest.mark.thorough
 def test_on_t5_the_block_that_holds_the_positions_is_left_alone(method):
     """Whatever the score says, what is chosen can be taken out, and the config can say it."""
     transformers = pytest.importorskip("transformers")

@@ -64,6 +64,7 @@ def logits(model: Any) -> torch.Tensor:
         return model(**tokens()).logits
 
 
+@pytest.mark.thorough
 def test_a_run_is_written_compact_and_all_verbs_read_it(secateur, gpt2: Path, tmp_path: Path) -> None:
     said = secateur("export", "--no-speed", gpt2, "--out", tmp_path / "small", "--json").json
     assert said["form"] == "compact"  # the config of GPT-2 cannot say fewer heads
@@ -121,6 +122,7 @@ def test_equal_widths_are_plain(secateur, folders, tmp_path: Path) -> None:
     assert not (tmp_path / "small" / "compact.json").exists()
 
 
+@pytest.mark.thorough
 def test_layers_that_differ_are_padded_to_the_widest(secateur, folders, tmp_path: Path) -> None:
     llama = str(folders["llama"])
     loaded = models.load(llama)
@@ -169,6 +171,7 @@ def test_a_network_of_ones_own(secateur, own_file: Path, tmp_path: Path) -> None
     assert "of your own code; say what builds it" in secateur.refused(2, "evaluate", tmp_path / "small")
 
 
+@pytest.mark.thorough
 def test_what_cannot_be_exported_is_refused_by_name(secateur, folders, gpt2: Path, tmp_path: Path) -> None:
     words = secateur.refused(2, "export", folders["gpt2"], "--out", tmp_path / "a")
     assert "no run/masks.safetensors beside the weights, so nothing says which units go" in words
@@ -190,6 +193,7 @@ def test_what_cannot_be_exported_is_refused_by_name(secateur, folders, gpt2: Pat
     assert isinstance(Masks.load(tmp_path / "run" / "run" / "masks.safetensors"), Masks)
 
 
+@pytest.mark.thorough
 def test_prune_writes_the_smaller_model_at_once(secateur, folders, tmp_path: Path) -> None:
     given = ("--pattern", "neurons", "--method", "magnitude", "--sparsity", 0.4, "--homogeneous", "--shrink")
     (tmp_path / "story.txt").write_text(text())

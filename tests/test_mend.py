@@ -278,6 +278,7 @@ for name in sys.argv[1:]:
 """
 
 
+@pytest.mark.thorough
 def test_the_same_bytes_at_1_2_and_4_threads():
     """In a process of its own, because the tests run on one thread."""
     names = ["wanda", *MENDING]
@@ -311,6 +312,7 @@ def starve(model, expert: int) -> None:
 
 
 @mending
+@pytest.mark.thorough
 def test_experts_of_mixtral_are_exact_each_for_itself(recipe):
     model = mixtral()
     tokens = [{"input_ids": torch.randint(0, 32, (4, 12))}]

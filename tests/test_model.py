@@ -319,6 +319,7 @@ def mutations(content: str) -> st.SearchStrategy[str]:
 )
 @settings(max_examples=25)
 @given(data=st.data())
+@pytest.mark.thorough
 def test_mutated_files_load_or_give_one_line(
     data: st.DataObject, name: str, made: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -406,6 +407,7 @@ print(transformers.AutoTokenizer.from_pretrained(sys.argv[1]).encode("a b"))
 """
 
 
+@pytest.mark.thorough
 def test_what_is_saved_loads_in_a_fresh_process_with_stock_transformers(made: Path, tmp_path: Path) -> None:
     arguments, expected = [], []
     for kind in ("gpt2", "mixtral", "bert", "t5"):

@@ -155,6 +155,7 @@ def test_magnitude_needs_no_masks_to_find_its_zeros_again(amount):
 @settings(max_examples=3)
 @given(st.tuples(SPARSITIES, SPARSITIES).map(sorted))
 @example([0.5, 0.5])
+@pytest.mark.thorough
 def test_what_earlier_masks_prune_stays_pruned_and_counts(name, amounts):
     """Trap 7: sparsity is of all weights, not of those that are left; weights that grew back are no exception."""
     masks, model = pruned(EVERY[name], amounts[0])

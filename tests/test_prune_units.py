@@ -96,6 +96,7 @@ def padded(texts, width, labels=None):
 @pytest.mark.parametrize("name", ALLOCATIONS)
 @settings(max_examples=12)
 @given(st.floats(0, 0.95), st.integers(0, 3))
+@pytest.mark.thorough
 def test_masks_are_unions_of_units_and_counts_are_exact(net, name, sparsity, seed):
     model, analysis = net
     recipe = Recipe(score.random, UNITS, ALLOCATIONS[name])
@@ -185,6 +186,7 @@ PAIRS = [
 
 
 @pytest.mark.parametrize(("name", "recipe"), PAIRS)
+@pytest.mark.thorough
 def test_padding_and_batching_do_not_change_a_mask(name, recipe):
     model, texts = transformer(name)
     labels = torch.tensor([0, 1, 2, 1]) if name == "bert" else None
@@ -230,6 +232,7 @@ def test_heads_of_gpt2_by_brute_force():
         assert int((~bias).sum()) == 18
 
 
+@pytest.mark.thorough
 def test_groups_of_queries_go_with_their_keys():
     model, texts = transformer("llama")
     analysis, _ = analysis_of(model, texts[0][None])

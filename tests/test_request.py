@@ -148,6 +148,7 @@ REQUESTS = st.fixed_dictionaries(
 
 
 @given(REQUESTS)
+@pytest.mark.thorough
 def test_a_recipe_file_gives_the_request_back(given):
     asked = request(given)
     written = yaml.safe_dump(asked.model_dump(mode="json", exclude_unset=True), allow_unicode=True)

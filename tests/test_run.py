@@ -179,6 +179,7 @@ def test_the_recipe_runs_again_to_the_same_bytes(finished, tmp_path):
     assert circumstances[0]["inputs"] == circumstances[1]["inputs"]
 
 
+@pytest.mark.thorough
 def test_channels_are_put_in_order_first_where_that_is_asked(prune, models, story):
     asked = {
         "method": "ria",
@@ -247,6 +248,7 @@ def test_the_card_says_what_was_done_and_how_to_load_it(finished):
     assert card.count("\n| perplexity | ") == 1
 
 
+@pytest.mark.thorough
 def test_stock_transformers_in_a_fresh_process_load_it(finished):
     """Plain `from_pretrained`, nothing of ours imported; the zeros are where the masks say, read by hand."""
     code = """
@@ -300,6 +302,7 @@ def test_a_threshold_cuts_what_lies_at_or_below_it(prune, models):
         assert torch.equal(after[name], expected), name
 
 
+@pytest.mark.thorough
 def test_a_percentile_of_each_layer(prune, models):
     out = prune(models["gpt2"], method="percentile", percentile=30)
     masks = Masks.load(out / "run/masks.safetensors")
@@ -307,11 +310,13 @@ def test_a_percentile_of_each_layer(prune, models):
     assert all(abs(float((~mask).double().mean()) - 0.3) < 1e-3 for mask in masks.values())
 
 
+@pytest.mark.thorough
 def test_two_of_four(prune, models):
     masks = Masks.load(prune(models["llama"], method="ria", pattern="2:4") / "run/masks.safetensors")
     assert all((mask.reshape(-1, 4).sum(1) == 2).all() for mask in masks.values())
 
 
+@pytest.mark.thorough
 def test_blocks(prune, models):
     masks = Masks.load(prune(models["llama"], pattern="blocks:4x1", sparsity=0.75) / "run/masks.safetensors")
     assert masks.sparsity == 0.75
@@ -330,6 +335,7 @@ def test_rows_of_the_users_own_module(prune, own):
     )
 
 
+@pytest.mark.thorough
 def test_the_files_keep_the_type_of_the_source(prune, models, own):
     out = prune(models["bf16"], method="wanda", sparsity=0.5)
     before, after = weights(models["bf16"]), weights(out)
@@ -342,6 +348,7 @@ def test_the_files_keep_the_type_of_the_source(prune, models, own):
     assert {w.dtype for w in weights(prune(f"{own}:half", sparsity=0.5)).values()} == {torch.float16}
 
 
+@pytest.mark.thorough
 def test_files_that_mix_types_lose_nothing(prune, models, tmp_path):
     mixed = _copy(models["bf16"], tmp_path / "mixed")
     precise = torch.linspace(0.9, 1.1, 32)  # what bfloat16 cannot hold
@@ -353,6 +360,7 @@ def test_files_that_mix_types_lose_nothing(prune, models, tmp_path):
     assert torch.equal(weights(prune(mixed, sparsity=0.5))["model.norm.weight"], precise)
 
 
+@pytest.mark.thorough
 def test_a_type_too_small_for_the_weights_is_told(models):
     run = prepare(request({"model": str(models["gpt2"]), "sparsity": 0.5, "dtype": "bfloat16"}), offline=True)
     assert any("rounded to torch.bfloat16; the files hold torch.float32" in note for note in run.notes)
@@ -361,6 +369,7 @@ def test_a_type_too_small_for_the_weights_is_told(models):
 
 
 @pytest.mark.parametrize("kind", ["mixtral", "tied"])
+@pytest.mark.thorough
 def test_models_whose_files_name_weights_otherwise(prune, models, kind):
     from secateur.verification import problems
 
@@ -372,6 +381,7 @@ def test_models_whose_files_name_weights_otherwise(prune, models, kind):
 # The default method
 
 
+@pytest.mark.thorough
 def test_a_language_model_gets_the_best_that_was_tried_and_every_file_says_so(models, story, tmp_path):
     asked = {"model": str(models["gpt2"]), "sparsity": 0.5, "only": ["ffn"], "data": str(story)}
     asked |= {"samples": 6, "context": 16, "evaluate_tokens": 100}
@@ -434,6 +444,7 @@ def test_a_seed_is_one_choice(own, seed):
     assert masks(seed) != masks(seed + 1)
 
 
+@pytest.mark.thorough
 def test_the_source_is_left_alone(prune, models):
     before = digests(models["llama"])
     prune(models["llama"], method="wanda", sparsity=0.5)
@@ -457,6 +468,7 @@ def test_images_come_as_mappings_in_pairs(prune, models, own):
     assert Masks.load(out / "run/masks.safetensors").sparsity == 0.5
 
 
+@pytest.mark.thorough
 def test_an_encoder_decoder_reads_the_calibration_text_on_both_sides(prune, models, story):
     out = prune(models["t5"], method="wanda", sparsity=0.5, data=str(story), context=16)
     layers = json.loads((out / "run/layers.json").read_text())
@@ -519,6 +531,7 @@ def test_pruning_on_from_a_pruned_file(prune, own):
         ("OWN:shared", {"only": ["first"]}, "is the same tensor as second.weight"),
     ],
 )
+@pytest.mark.thorough
 def test_what_does_not_fit_together_is_told(models, own, tmp_path, kind, asked, message):
     model = kind.replace("OWN", str(own)) if "OWN" in kind else str(models[kind])
     asked = {k: v.replace("OWN", str(own)) if isinstance(v, str) else v for k, v in asked.items()}
@@ -616,6 +629,7 @@ def test_the_source_is_not_written_into(models, out, monkeypatch):
 
 
 @pytest.mark.parametrize("step", ["model.save_pretrained", "results.write_json", "report.write"])
+@pytest.mark.thorough
 def test_a_full_disk_leaves_the_earlier_result(models, tmp_path, monkeypatch, step):
     out = tmp_path / "out"
     asked = {"model": str(models["gpt2"]), "method": "magnitude", "sparsity": 0.5, "evaluate_tokens": 100}
@@ -655,6 +669,7 @@ def rows():
 
 
 @pytest.mark.parametrize(("kill", "code"), [(signal.SIGKILL, -9), (signal.SIGINT, 130)])
+@pytest.mark.thorough
 def test_a_run_that_dies_leaves_no_folder_that_looks_finished(tmp_path, own, kill, code):
     (tmp_path / "slow.py").write_text(SLOW)
     command = [
@@ -697,6 +712,7 @@ def test_a_run_that_dies_leaves_no_folder_that_looks_finished(tmp_path, own, kil
 
 
 @pytest.mark.shared
+@pytest.mark.thorough
 def test_a_trained_model_loses_as_much_as_is_known(shared, tmp_path):
     model, stories = shared / "models/stories260K", shared / "data/lm/tinystories_test.txt"
     if not (model.is_dir() and stories.is_file()):

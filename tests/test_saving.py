@@ -191,6 +191,7 @@ def logits(model: nn.Module) -> torch.Tensor:
         return model(**example(model), use_cache=False)["logits"]
 
 
+@pytest.mark.thorough
 def test_a_fresh_process_loads_every_form(tmp_path: Path, gpt2, equal, net, code: Path) -> None:
     (tmp_path / "own.py").write_text(OWN)
     assert save(equal, tmp_path / "hf") == "hf"
@@ -290,6 +291,7 @@ def test_blocks_dropped_first_and_training_between(tmp_path: Path) -> None:
     assert {p.dtype for p in load(tmp_path / "a", dtype=torch.float32).parameters()} == {torch.float32}
 
 
+@pytest.mark.thorough
 def test_rotary_tables_keep_their_numbers_and_their_type(tmp_path: Path) -> None:
     small = shrunken("llama", "rotary pair", "v dimension", seed=None, head_dim=8)
     assert small.model.rotary_emb.inv_freq.shape == (2,)

@@ -46,6 +46,7 @@ def test_blocks_are_dropped_and_the_folder_loads(models, secateur, tmp_path):
     assert done.replace("_", "\\_") in (out / "README.md").read_text()
 
 
+@pytest.mark.thorough
 def test_blocks_are_merged(models, secateur, tmp_path):
     import transformers
 

@@ -78,6 +78,7 @@ def of(found: dict, variant: str, name: str) -> float:
     return next(m["value"] for m in found["measurements"][variant] if m["name"] == name)
 
 
+@pytest.mark.thorough
 def test_heads_and_neurons_go_whole_and_the_smaller_model_is_measured(models, story, secateur, tmp_path):
     out = tmp_path / "out"
     given = ("--pattern", "heads,neurons", "--target", "0.8 parameters", "--data", story, "--samples", 4)
@@ -132,6 +133,7 @@ def test_activation_pruning_takes_out_the_neurons_at_most_lambda(own, secateur, 
     assert "as much as the threshold says" in said.out
 
 
+@pytest.mark.thorough
 def test_the_size_of_weights_is_no_judge_of_heads(models, secateur):
     given = ("--pattern", "heads", "--sparsity", 0.5, "--dry-run", "--offline", "--evaluate-tokens", 100)
     assert "poor judge of heads and neurons" in secateur("prune", models["gpt2"], "--method", "l2", *given).out
@@ -162,6 +164,7 @@ def test_without_an_input_nothing_can_be_followed(own, secateur, tmp_path):
 # inspect --axes
 
 
+@pytest.mark.thorough
 def test_every_axis_in_words(models, secateur):
     said = secateur("inspect", models["gpt2"], "--axes", "--offline")
     assert said.code == 0

@@ -66,6 +66,7 @@ def test_totals_are_exact_and_shares_grow_for_every_target(found, choice):
 
 @settings(max_examples=6)
 @given(layers(cells=None), choices)
+@pytest.mark.thorough
 def test_totals_of_larger_units_are_within_half_a_unit_of_the_largest(found, choice):
     allocate = made(choice)
     largest = max(layer.cells for layer in found.values())

@@ -60,6 +60,7 @@ def counted(program, given) -> int:
 
 
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.thorough
 def test_as_torch_counts_whole_and_pruned(name):
     model, x = CASES[name]()
     analysis, example = analysis_of(model, x)
@@ -73,6 +74,7 @@ def test_as_torch_counts_whole_and_pruned(name):
     assert found < analysis.macs()
 
 
+@pytest.mark.thorough
 def test_fused_attention_counts_as_the_eager_one_does():
     pytest.importorskip("transformers")
     model, ids = CASES["llama"]()

@@ -402,6 +402,7 @@ def starred(layer: Layer) -> str:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.thorough
 def test_every_matrix_of_a_family_has_its_role(name: str) -> None:
     found = layers(family(name))
     assert {starred(layer): layer.role for layer in found} == FAMILIES[name][1]
@@ -526,6 +527,7 @@ def test_a_flat_block_is_told_by_widths(expected: str, shapes: list[tuple[int, i
     widening=st.sampled_from([1.5, 2, 3, 4]),
     feed_first=st.booleans(),
 )
+@pytest.mark.thorough
 def test_widths_tell_any_usual_block(
     head: int, groups: int, queries: int, attention: str, feed: str, widening: float, feed_first: bool
 ) -> None:

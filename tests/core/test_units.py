@@ -50,6 +50,7 @@ def test_pruned_equals_masked(bench, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", HF)
+@pytest.mark.thorough
 def test_pruned_equals_masked_on_transformers(bench, name: str) -> None:
     row = bench.Row(name)
     bench.measure(row, 0)

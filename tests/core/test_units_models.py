@@ -37,6 +37,7 @@ def tiny_llama(**changed: int) -> tuple[nn.Module, Tensor]:
     return transformers.LlamaForCausalLM(config).eval(), torch.randint(3, 53, (2, 9))
 
 
+@pytest.mark.thorough
 def test_a_really_smaller_llama_with_the_kept_slices_computes_the_pruned_program() -> None:
     """The strongest oracle: no mask and no graph, a model of the same class built with the smaller sizes."""
     model, ids = tiny_llama()

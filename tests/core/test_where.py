@@ -243,6 +243,7 @@ def test_every_layer_is_chosen_or_left_out_with_a_reason(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["bert", "llama"])
+@pytest.mark.thorough
 def test_the_path_and_the_name_of_a_layer_select_it(name: str) -> None:
     model = build(name)
     for layer in layers(model)[::3]:
@@ -255,6 +256,7 @@ ODD = st.text(alphabet="a[]*?!(){}|^$+\\,;\"' é-#%", min_size=1, max_size=8)
 
 
 @given(names=st.lists(ODD, min_size=2, max_size=4, unique=True))
+@pytest.mark.thorough
 def test_any_name_can_be_written(names: list[str]) -> None:
     model = nn.Module()
     inner = nn.Module()

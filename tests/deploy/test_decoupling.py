@@ -61,6 +61,7 @@ def lost(analysis, *kinds: str) -> dict[str, Tensor]:
         ),
     ],
 )
+@pytest.mark.thorough
 def test_every_block_loses_its_own(kind: str, what: tuple[str, ...], lose: tuple[str, ...]) -> None:
     model, inputs, analysis = decoupled(kind, *what)
     keep = lost(analysis, *lose)
@@ -274,6 +275,7 @@ def test_entries_of_files_are_trusted_in_nothing(change, match: str) -> None:
         restore_(Stream(), {})
 
 
+@pytest.mark.thorough
 def test_on_the_command_line(tmp_path: Path) -> None:
     build("llama", 2).save_pretrained(tmp_path / "model")
     (tmp_path / "data.py").write_text(

@@ -87,6 +87,7 @@ def test_numbers_and_config_follow():
     assert [block.self_attn.layer_idx for block in model.model.layers] == [0, 1, 2, 3]
 
 
+@pytest.mark.thorough
 def test_the_stacks_of_an_encoder_decoder_are_counted_apart():
     small = drop_blocks(build("bart"), [0, 1], stack="decoder")
     assert (small.config.encoder_layers, small.config.decoder_layers) == (4, 2)

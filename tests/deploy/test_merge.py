@@ -23,6 +23,7 @@ def size(model: nn.Module) -> int:
 
 
 @pytest.mark.parametrize(("n", "millions"), [(2, 81.91), (4, 60.65), (6, 53.56)])
+@pytest.mark.thorough
 def test_gpt2_compressed_has_the_published_sizes(n, millions):
     """GPT-2 small on the meta device: 124.44 M parameters; merged keeps them, compressed has one block a group."""
     transformers = pytest.importorskip("transformers")

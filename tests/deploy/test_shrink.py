@@ -84,6 +84,7 @@ def test_the_result_tells_what_was_done(language) -> None:
 
 @settings(max_examples=6)
 @given(data=st.data())
+@pytest.mark.thorough
 def test_any_units_may_go_and_layers_may_differ(language, data) -> None:
     """Where one number would have to be two, the narrower axis holds zeroed units: the function is the masked one."""
     model, analysis = language
@@ -409,6 +410,7 @@ class Adapted(nn.Module):
         return self.base_layer(x) + self.lora_B["default"](self.lora_A["default"](x)) * 2.0
 
 
+@pytest.mark.thorough
 def test_adapters_beside_layers_are_sliced_with_them(language) -> None:
     model = copy.deepcopy(language[0])
     for block in model.blocks:

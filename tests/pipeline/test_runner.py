@@ -118,6 +118,7 @@ def whole(tmp_path_factory):
 
 
 @pytest.mark.parametrize("after", [3, 20, 80, 140])
+@pytest.mark.thorough
 def test_a_run_that_stops_goes_on_to_the_same_result(tmp_path, whole, after):
     with pytest.raises(Stop):
         run(spec(), tmp_path / "parts", tell=stopping(after))
@@ -156,6 +157,7 @@ CHANGED = [
 
 
 @pytest.mark.parametrize(("other", "said"), CHANGED)
+@pytest.mark.thorough
 def test_another_experiment_does_not_go_on(tmp_path, other, said):
     with pytest.raises(Stop):
         run(spec(), tmp_path / "out", tell=stopping(80))
@@ -222,6 +224,7 @@ GRADUALLY = [
 ]
 
 
+@pytest.mark.thorough
 def test_pruning_gradually_ends_at_its_target_and_resumes(tmp_path):
     whole = run(spec(GRADUALLY), tmp_path / "whole")
     assert value(whole, "2 prune", "sparsity") == pytest.approx(0.85, abs=2e-3)
@@ -257,6 +260,7 @@ def test_a_dense_teacher_and_another(tmp_path):
     assert value(outcome, "2 distil", "top1_agreement") >= value(outcome, "1 prune", "top1_agreement")
 
 
+@pytest.mark.thorough
 def test_a_killed_process_loses_nothing_done(tmp_path):
     """SIGKILL, not an exception: whatever is on disk then must do."""
     stages = [*STAGES[:2], {"fine-tune": {"epochs": 40, "lr": 5e-3}}]

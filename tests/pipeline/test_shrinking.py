@@ -94,6 +94,7 @@ def whole(tmp_path_factory):
 
 
 @pytest.mark.parametrize("stage", ["1 prune", "2 shrink", "3 fine-tune"])
+@pytest.mark.thorough
 def test_a_run_that_stops_goes_on_to_the_same_smaller_model(tmp_path, whole, stage):
 
     def say(line):

@@ -65,6 +65,7 @@ KILLED_AT = [1, 4, 5, 8, 15]
 
 
 @pytest.mark.parametrize("data", [partial(batches, 80), noisy_loader])
+@pytest.mark.thorough
 def test_killed_and_resumed_is_as_if_never_stopped(tmp_path, data):
     judged = {"validation": batches(seed=1), "metric": evaluate.accuracy}
     whole, masks = start()

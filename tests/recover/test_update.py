@@ -106,6 +106,7 @@ def test_least_squares_mends_the_mask_of_any_score():
 @pytest.mark.parametrize(
     "counts", [torch.tensor([48 * 64 * 3 // 10]), torch.full((48,), 19)], ids=["per layer", "per row"]
 )
+@pytest.mark.thorough
 def test_who_beats_whom(counts):
     """Over ten problems at 70 %: searching the support beats one sweep, which beats the mask as it is."""
     losses: dict[str, list[float]] = {}

@@ -120,6 +120,7 @@ STATES = """
 """
 
 
+@pytest.mark.thorough
 def test_charts_numbers_and_controls(browser, tmp_path):
     at = "#weights=blocks.0.attn.weight&tradeoff.log=0"
     seen = probe(browser, tmp_path, usual(), STATES, width=1600, at=at)
@@ -177,6 +178,7 @@ NARROW = """
 """
 
 
+@pytest.mark.thorough
 def test_hostile_names_in_a_narrow_dark_window_without_the_policy(browser, tmp_path):
     html = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", hostile())
     seen = probe(browser, tmp_path, html, NARROW, width=400, dark=True)
@@ -192,6 +194,7 @@ def test_hostile_names_in_a_narrow_dark_window_without_the_policy(browser, tmp_p
     assert min(seen["contrasts"]) >= 4.5
 
 
+@pytest.mark.thorough
 def test_the_policy_stops_what_would_slip_through(browser, tmp_path):
     slipped = (
         "<script>document.title = 'taken'</script>"
@@ -257,6 +260,7 @@ def removed(layers: dict[str, torch.Tensor], tau: float) -> list[int]:
     return [int((~mask).sum()) for mask in masks.values()]
 
 
+@pytest.mark.thorough
 def test_the_slider_shows_what_the_masks_of_threshold_hold(browser, tmp_path):
     seen = probe(browser, tmp_path, usual(), SLIDER, width=1600, at="#tau=0.03125")
     assert_quiet(seen)
@@ -331,6 +335,7 @@ TIMED = """
 """
 
 
+@pytest.mark.thorough
 def test_the_slider_answers_within_50_milliseconds_for_a_twelve_layer_transformer(browser, tmp_path):
     random = torch.Generator().manual_seed(0)
     names = [f"model.layers.{i}.{p}.weight" for i in range(12) for p in ("q", "k", "v", "o", "up", "down")]

@@ -51,6 +51,7 @@ def test_histograms_hold_every_weight_and_the_zeros_apart():
         figures.histograms([])
 
 
+@pytest.mark.thorough
 def test_every_chart_has_its_figure():
     from secateur.report import Point, Tradeoff
 

@@ -35,6 +35,7 @@ PAIRS = [
 
 
 @pytest.mark.parametrize(("name", "kind"), PAIRS)
+@pytest.mark.thorough
 def test_decoders_are_pruned_as_in_memory(checkpoints, tmp_path, kind, name):
     same_as_in_memory(checkpoints(kind), tmp_path / "out", 0.5, RECIPES[name], data=padded_batches())
 
@@ -46,6 +47,7 @@ def test_bfloat16_is_pruned_as_in_memory(checkpoints, tmp_path, name):
     same_as_in_memory(source, tmp_path / "out", 0.5, RECIPES[name], data=padded_batches())
 
 
+@pytest.mark.thorough
 def test_other_points_of_the_axes(checkpoints, tmp_path):
     source, data = checkpoints("opt"), padded_batches()
     for number, (sparsity, recipe) in enumerate(
@@ -121,6 +123,7 @@ class Events:
 
 
 @pytest.mark.parametrize("name", ["wanda", "sparsegpt"])
+@pytest.mark.thorough
 def test_stopped_anywhere_and_resumed_gives_the_same_bytes(checkpoints, tmp_path, monkeypatch, name):
     """Each run gets a little further than the one before, and goes on where that one stopped."""
     arguments = checkpoints("gpt2"), tmp_path / "out", 0.5, RECIPES[name]
@@ -143,6 +146,7 @@ def test_stopped_anywhere_and_resumed_gives_the_same_bytes(checkpoints, tmp_path
 
 
 @pytest.mark.parametrize(("name", "at"), [("wanda", 6), ("sparsegpt", 6)])
+@pytest.mark.thorough
 def test_killed_and_resumed_gives_the_same_bytes(checkpoints, tmp_path, name, at):
     source, data = checkpoints("gpt2"), padded_batches(2)
     prune_checkpoint(source, tmp_path / "whole", 0.5, RECIPES[name], data=data)
@@ -194,6 +198,7 @@ LAYER = "model.layers.1.mlp.up_proj.weight"
 
 
 @pytest.mark.parametrize("name", ["wanda", "sparsegpt"])
+@pytest.mark.thorough
 def test_nan_and_inf_name_the_layer(broken, tmp_path, name):
     data = padded_batches()
     with_weight(broken, "model.layers.1.input_layernorm.weight", lambda norm: norm * float("nan"))

@@ -53,6 +53,7 @@ def same_units(source: Path, recipe, **named) -> dict[str, torch.Tensor]:
     ],
     ids=["l2", "global", "random"],
 )
+@pytest.mark.thorough
 def test_scores_of_weights_choose_as_in_memory(checkpoints, recipe) -> None:
     same_units(checkpoints("llama", torch.bfloat16), recipe, sparsity=0.4, seed=3)
 
@@ -60,6 +61,7 @@ def test_scores_of_weights_choose_as_in_memory(checkpoints, recipe) -> None:
 @pytest.mark.parametrize(
     ("kind", "score"), [("llama", flap), pytest.param("gpt2", activation, marks=pytest.mark.slow)]
 )
+@pytest.mark.thorough
 def test_scores_of_activations_choose_as_in_memory(checkpoints, kind, score) -> None:
     draw = torch.Generator().manual_seed(2)
     data = [{"input_ids": torch.randint(3, 64, (2, 11), generator=draw)} for _ in range(2)]
@@ -73,6 +75,7 @@ def test_targets_in_real_units(checkpoints) -> None:
     assert analysis.parameter_count(keep) / analysis.parameter_count() == pytest.approx(0.8, rel=0.02)
 
 
+@pytest.mark.thorough
 def test_files_are_those_of_saving_in_memory(checkpoints, tmp_path: Path) -> None:
     """Byte for byte in one file, from shards in bfloat16; and the same tensors in several, which transformers loads."""
     from safetensors.torch import load_file
@@ -148,6 +151,7 @@ def run(*words: object) -> str:
     return found.stdout
 
 
+@pytest.mark.thorough
 def test_on_the_command_line(checkpoints, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     source = checkpoints("llama")
@@ -193,6 +197,7 @@ def test_refused_on_the_command_line(checkpoints, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.thorough
 def test_export_from_file_to_file(checkpoints, tmp_path: Path) -> None:
     source = checkpoints("llama")
     loaded = load(source)

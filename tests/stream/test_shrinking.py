@@ -27,6 +27,7 @@ def logits(model) -> torch.Tensor:
         return model.eval()(**example(model), use_cache=False).logits
 
 
+@pytest.mark.thorough
 def test_layers_that_differ_are_compact_and_ties_are_kept(tmp_path: Path) -> None:
     model = stored("gpt2", tmp_path / "big")
     inputs = example(model)
@@ -44,6 +45,7 @@ def test_layers_that_differ_are_compact_and_ties_are_kept(tmp_path: Path) -> Non
     assert not (tmp_path / "plain").exists()
 
 
+@pytest.mark.thorough
 def test_what_cannot_be_followed_is_refused_by_name(tmp_path: Path) -> None:
     model = stored("llama", tmp_path / "big")
     analysis, _ = analysis_of(model, example(model))

@@ -89,6 +89,7 @@ def test_a_layer_that_no_part_reaches(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["llama", "mixtral"])
+@pytest.mark.thorough
 def test_a_checkpoint_pruned_in_parts_is_nearly_the_same(checkpoints, tmp_path, monkeypatch, kind):
     recipe, data = replace(recipes.sparsegpt, score=recipes.magnitude.score), padded_batches(4)
     prune_checkpoint(checkpoints(kind), tmp_path / "whole", 0.5, recipe, data=data)

@@ -90,6 +90,7 @@ def test_files_keep_their_names_layout_and_headers(checkpoints, tmp_path):
 
 
 @pytest.mark.parametrize("at", [5, 40])
+@pytest.mark.thorough
 def test_killed_and_resumed_gives_the_same_bytes(checkpoints, tmp_path, monkeypatch, at):
     monkeypatch.setattr(output, "_INTERVAL", 1)
     source, arguments = checkpoints("llama"), (0.6, recipes.global_magnitude)

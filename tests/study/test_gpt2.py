@@ -180,6 +180,7 @@ class Stop(BaseException):
     """What a Ctrl-C is."""
 
 
+@pytest.mark.thorough
 def test_a_killed_study_goes_on_and_repeats_nothing(given, tmp_path, monkeypatch):
     pytest.importorskip("plotly")
     loaded, plan, data = given
@@ -211,6 +212,7 @@ def test_a_killed_study_goes_on_and_repeats_nothing(given, tmp_path, monkeypatch
         study("a", loaded, None, data, plan, tmp_path / "state", silent)
 
 
+@pytest.mark.thorough
 def test_the_command(given, files, monkeypatch, capsys, tmp_path):
     pytest.importorskip("plotly")
     loaded, _, _ = given

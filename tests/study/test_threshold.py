@@ -53,6 +53,7 @@ def test_the_stages_of_a_life(stages):
     assert trained.accuracy.value > initial.accuracy.value + 0.3
 
 
+@pytest.mark.thorough
 def test_the_command_writes_a_report_and_pictures(monkeypatch, capsys, tmp_path):
     pytest.importorskip("plotly")
     pytest.importorskip("matplotlib")

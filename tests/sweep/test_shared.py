@@ -65,6 +65,7 @@ def test_what_points_begin_with_is_found_where_their_ways_part():
     assert shared_stages(asked(sparsity=[0.5], epochs=[1], seed=[0, 1]).points) == ()
 
 
+@pytest.mark.thorough
 def test_shared_stages_are_carried_out_once_and_the_table_is_the_same(alone, tmp_path, trainings):
     given = asked()
     carry_out(given.points, tmp_path, allowed=CODE)
@@ -80,6 +81,7 @@ def test_shared_stages_are_carried_out_once_and_the_table_is_the_same(alone, tmp
 
 
 @pytest.mark.parametrize("after", [1, 2, 5])
+@pytest.mark.thorough
 def test_stopped_and_called_again_it_repeats_nothing(alone, tmp_path, monkeypatch, trainings, after):
     given, carry, left = asked(), work._attempt, [after]
 
@@ -98,6 +100,7 @@ def test_stopped_and_called_again_it_repeats_nothing(alone, tmp_path, monkeypatc
     assert table(given, tmp_path) == alone
 
 
+@pytest.mark.thorough
 def test_what_changed_meanwhile_is_not_taken_over(tmp_path, trainings):
     copy = tmp_path / "own.py"
     copy.write_text(OWN.read_text())

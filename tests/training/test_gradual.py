@@ -54,6 +54,7 @@ def sgd(model: nn.Module) -> torch.optim.Optimizer:
     with_optimizer=st.booleans(),
 )
 @settings(max_examples=12)
+@pytest.mark.thorough
 def test_counts_are_exact_and_masks_nested(recipe, schedule, ends, begin, updates, every, with_optimizer):
     model = network()
     optimizer = sgd(model)
@@ -93,6 +94,7 @@ def size(weight):
     allocate=st.sampled_from([magnitude.allocate, globally]),
     seed=st.integers(0, 1000),
 )
+@pytest.mark.thorough
 def test_magnitudes_of_held_zeros_need_no_marks(first, more, zeros, released, allocate, seed):
     """Where pruned is the same as zero the scores are not written out; the masks are those of the long way."""
     torch.manual_seed(seed)
