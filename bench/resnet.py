@@ -133,6 +133,7 @@ METHODS: dict[str, Callable[..., nn.Module]] = {
     "secateur, l2, per axis": secateur(Recipe(score.l2, INNER), False),
     "secateur, Taylor, global": secateur(Recipe(score.taylor, INNER, globally), False),
     "secateur, Taylor by mean": secateur(Recipe(score.taylor, INNER, Normalised("mean")), False),
+    "secateur, l2 by mean, mended": secateur(Recipe(score.l2, INNER, Normalised("mean")), True),
     "secateur, l2, per axis, mended": secateur(Recipe(score.l2, INNER), True),
     "secateur, Taylor, per axis, mended": secateur(Recipe(score.taylor, INNER, per_layer), True),
     "secateur, Taylor, global, mended": secateur(Recipe(score.taylor, INNER, globally), True),
@@ -143,6 +144,7 @@ TRAINED = (
     "torch-pruning, group l2, global",
     "torch-pruning, Taylor, global",
     "secateur, Taylor by mean, mended",
+    "secateur, l2 by mean, mended",
 )
 
 

@@ -102,9 +102,9 @@ ALWAYS int64_t collect(
     return below;
 }
 
-// Mark those below the cut. Returns how many there are, and how many equal it.
+// Mark those below the cut (with `flip` all others). Returns how many lie below, and how many equal it.
 template <bool ABSOLUTE>
-ALWAYS int64_t mark(const float* x, int64_t size, float cut, uint8_t* marked, int64_t* equal) {
+ALWAYS int64_t mark(const float* x, int64_t size, float cut, bool flip, uint8_t* marked, int64_t* equal) {
     int64_t below = 0, same = 0, i = 0;
     while (i + LANES <= size) {
         Ints under = {0}, at = {0};
@@ -117,12 +117,17 @@ ALWAYS int64_t mark(const float* x, int64_t size, float cut, uint8_t* marked, in
             at += y == cut;
         }
         // a plain loop: compilers pack the comparisons into bytes better than by hand
-        for (int64_t j = start; j < i; ++j) marked[j] = (ABSOLUTE ? std::fabs(x[j]) : x[j]) < cut;
+        if (flip)
+            for (int64_t j = start; j < i; ++j) marked[j] = (ABSOLUTE ? std::fabs(x[j]) : x[j]) >= cut;
+        else
+            for (int64_t j = start; j < i; ++j) marked[j] = (ABSOLUTE ? std::fabs(x[j]) : x[j]) < cut;
         for (int k = 0; k < LANES; ++k) below -= under[k], same -= at[k];
     }
     for (; i < size; ++i) {
         float value = ABSOLUTE ? std::fabs(x[i]) : x[i];
-        below += marked[i] = value < cut;
+        bool under = value < cut;
+        below += under;
+        marked[i] = under != flip;
         same += value == cut;
     }
     *equal = same;
@@ -139,19 +144,19 @@ WIDE int64_t collect_magnitudes(
 ) {
     return collect<true>(x, size, a, b, inside, most, collected, within);
 }
-WIDE int64_t mark_plain(const float* x, int64_t size, float cut, uint8_t* marked, int64_t* equal) {
-    return mark<false>(x, size, cut, marked, equal);
+WIDE int64_t mark_plain(const float* x, int64_t size, float cut, bool flip, uint8_t* marked, int64_t* equal) {
+    return mark<false>(x, size, cut, flip, marked, equal);
 }
-WIDE int64_t mark_magnitudes(const float* x, int64_t size, float cut, uint8_t* marked, int64_t* equal) {
-    return mark<true>(x, size, cut, marked, equal);
+WIDE int64_t mark_magnitudes(const float* x, int64_t size, float cut, bool flip, uint8_t* marked, int64_t* equal) {
+    return mark<true>(x, size, cut, flip, marked, equal);
 }
 
-// All up to the cut: where every tie of a chunk is marked.
-WIDE void mark_upto(const float* x, int64_t size, bool absolute, float cut, uint8_t* marked) {
+// Mark all up to the cut (with `flip` all others): where every tie of a chunk is marked.
+WIDE void mark_upto(const float* x, int64_t size, bool absolute, float cut, bool flip, uint8_t* marked) {
     if (absolute)
-        for (int64_t i = 0; i < size; ++i) marked[i] = std::fabs(x[i]) <= cut;
+        for (int64_t i = 0; i < size; ++i) marked[i] = (std::fabs(x[i]) <= cut) != flip;
     else
-        for (int64_t i = 0; i < size; ++i) marked[i] = x[i] <= cut;
+        for (int64_t i = 0; i < size; ++i) marked[i] = (x[i] <= cut) != flip;
 }
 
 // Words of four bytes become zero where nothing is kept; `kept` holds 0 or 1.
@@ -221,12 +226,13 @@ std::vector<Found> between(
 
 // Mark those below the cut and as many ties, in order, as make `count` marks. False where no number of ties does.
 bool mark_by_cut(
-    const float* x, int64_t size, bool absolute, float cut, int64_t count, uint8_t* marked, int threads
+    const float* x, int64_t size, bool absolute, float cut, int64_t count, bool flip, uint8_t* marked, int threads
 ) {
     std::vector<int64_t> below(chunks_of(size)), equal(below.size());
     in_parallel(below.size(), threads, [&](int, int64_t chunk) {
         int64_t start = chunk * CHUNK, length = std::min(CHUNK, size - start);
-        below[chunk] = (absolute ? mark_magnitudes : mark_plain)(x + start, length, cut, marked + start, &equal[chunk]);
+        auto take = absolute ? mark_magnitudes : mark_plain;
+        below[chunk] = take(x + start, length, cut, flip, marked + start, &equal[chunk]);
     });
     int64_t ties = count, all = 0;
     for (size_t chunk = 0; chunk < below.size(); ++chunk) ties -= below[chunk], all += equal[chunk];
@@ -234,13 +240,13 @@ bool mark_by_cut(
     for (size_t chunk = 0; ties > 0; ++chunk) {
         int64_t start = chunk * CHUNK, stop = std::min(size, start + CHUNK);
         if (equal[chunk] <= ties) {
-            if (equal[chunk]) mark_upto(x + start, stop - start, absolute, cut, marked + start);
+            if (equal[chunk]) mark_upto(x + start, stop - start, absolute, cut, flip, marked + start);
             ties -= equal[chunk];
             continue;
         }
         for (int64_t i = start; ties > 0; ++i)
             if ((absolute ? std::fabs(x[i]) : x[i]) == cut) {
-                marked[i] = 1;
+                marked[i] = !flip;
                 --ties;
             }
     }
@@ -290,14 +296,14 @@ float cut_of(const float* x, int64_t size, bool absolute, int64_t count, int thr
 
 // One long row. A guess of its cut that is right saves finding it; NaN is no guess.
 void mark_long(
-    const float* x, int64_t size, bool absolute, int64_t count, float guess, uint8_t* marked, int threads
+    const float* x, int64_t size, bool absolute, int64_t count, float guess, bool flip, uint8_t* marked, int threads
 ) {
     if (count <= 0 || count >= size) {
-        std::memset(marked, count > 0, size);
+        std::memset(marked, (count > 0) != flip, size);
         return;
     }
-    if (guess == guess && mark_by_cut(x, size, absolute, guess, count, marked, threads)) return;
-    mark_by_cut(x, size, absolute, cut_of(x, size, absolute, count, threads), count, marked, threads);
+    if (guess == guess && mark_by_cut(x, size, absolute, guess, count, flip, marked, threads)) return;
+    mark_by_cut(x, size, absolute, cut_of(x, size, absolute, count, threads), count, flip, marked, threads);
 }
 
 }  // namespace
@@ -321,14 +327,14 @@ API int64_t secateur_between(
 }
 
 // Mark the counts[r] smallest scores of every row, ties by index. `guess` is what may be the cut of long rows; NaN is
-// no guess.
+// no guess. With `flip` the marks are the other way round.
 API int64_t secateur_smallest(
     const float* x, int64_t rows, int64_t units, int32_t absolute, const int64_t* counts, float guess,
-    uint8_t* marked, int32_t threads
+    int32_t flip, uint8_t* marked, int32_t threads
 ) {
     if (units > (1 << 18) || (rows == 1 && units > 4096)) {
         for (int64_t r = 0; r < rows; ++r)
-            mark_long(x + r * units, units, absolute, counts[r], guess, marked + r * units, threads);
+            mark_long(x + r * units, units, absolute, counts[r], guess, flip, marked + r * units, threads);
         return 0;
     }
     int64_t step = std::max<int64_t>(1, CHUNK / std::max<int64_t>(units, 1)), chunks = (rows + step - 1) / step;
@@ -337,12 +343,15 @@ API int64_t secateur_smallest(
         int64_t first = chunk * step, last = std::min(rows, first + step);
         const float* from = x + first * units;
         uint8_t* to = marked + first * units;
-        if (units == 2) return mark_groups<2>(from, last - first, absolute, counts + first, to);
-        if (units == 4) return mark_groups<4>(from, last - first, absolute, counts + first, to);
-        if (units == 8) return mark_groups<8>(from, last - first, absolute, counts + first, to);
-        if (units == 16) return mark_groups<16>(from, last - first, absolute, counts + first, to);
-        for (int64_t r = first; r < last; ++r)
-            mark_row(x + r * units, units, absolute, counts[r], marked + r * units, copies[thread]);
+        if (units == 2) mark_groups<2>(from, last - first, absolute, counts + first, to);
+        else if (units == 4) mark_groups<4>(from, last - first, absolute, counts + first, to);
+        else if (units == 8) mark_groups<8>(from, last - first, absolute, counts + first, to);
+        else if (units == 16) mark_groups<16>(from, last - first, absolute, counts + first, to);
+        else
+            for (int64_t r = first; r < last; ++r)
+                mark_row(x + r * units, units, absolute, counts[r], marked + r * units, copies[thread]);
+        if (flip)
+            for (int64_t i = 0; i < (last - first) * units; ++i) to[i] ^= 1;
     });
     return 0;
 }
@@ -357,4 +366,4 @@ API int64_t secateur_zero(int32_t* words, int64_t size, const uint8_t* kept, int
 }
 
 // What the library speaks: raised whenever a function above changes its arguments.
-API int32_t secateur_abi(void) { return 5; }
+API int32_t secateur_abi(void) { return 6; }

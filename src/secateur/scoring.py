@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from secateur.core.gradients import KNOWN, gather_all
 from secateur.core.loss import Loss
-from secateur.core.select import Candidates, last_of_all, smallest
+from secateur.core.select import Candidates, all_but_smallest, last_of_all, smallest
 from secateur.core.site import LayerSite, Scored, Site, look_of
 from secateur.core.trained import TRAINED
 from secateur.core.where import Layer
@@ -217,8 +217,5 @@ def kept_of(candidates: Candidates, counts: Tensor) -> Tensor:
     keys, competing = candidates.keys(), candidates.shape[1]
     if len(counts) == 1:  # the whole layer is one competition
         keys, competing = keys.reshape(1, -1), candidates.units
-    return (
-        smallest(keys, competing - counts, guess=candidates.guess.value)
-        .logical_not_()
-        .reshape(candidates.shape)
-    )
+    kept = all_but_smallest(keys, competing - counts, guess=candidates.guess.value)
+    return kept.reshape(candidates.shape)

@@ -146,8 +146,20 @@ def test_a_guess_changes_nothing(count):
     for guess in (None, value, value + 0.5, -1.0, float("inf")):
         found = native.smallest(scores, torch.tensor([count]), absolute=True, guess=guess)
         assert torch.equal(found[0], wanted), guess
+        found = native.smallest(scores, torch.tensor([count]), absolute=True, guess=guess, others=True)
+        assert torch.equal(~found[0], wanted), guess
         found = native.smallest(scores.abs(), torch.tensor([count]), guess=guess)
         assert torch.equal(found[0], wanted), guess
+
+
+@pytest.mark.usefixtures("opened")
+@pytest.mark.parametrize("units", [2, 3, 4, 8, 16, 700, 5000])
+def test_the_others_are_what_is_not_marked(units):
+    scores = (torch.randn(37, units) * 2).round() / 2
+    counts = torch.randint(0, units + 1, (37,))
+    marked = native.smallest(scores, counts)
+    assert torch.equal(native.smallest(scores, counts, others=True), ~marked)
+    assert torch.equal(select.all_but_smallest(scores, counts), ~select.smallest(scores, counts))
 
 
 @pytest.mark.usefixtures("opened")

@@ -18,7 +18,7 @@ from torch import Tensor
 
 __all__ = ["between", "eliminate", "library", "path", "serves", "smallest", "zero"]
 
-ABI = 5
+ABI = 6
 ROOM = 1 << 22  # scores collected at most
 MOST = 1 << 13  # of 65,536: where there are more (ties, mostly) they are only counted
 FILE = Path(__file__).with_name("kernels.native.so")
@@ -30,7 +30,7 @@ _ARGUMENTS = {
     "secateur_between": [
         _POINTER, _SIZE, _FLAG, _VALUE, _VALUE, _POINTER, _SIZE, _SIZE, _POINTER, _POINTER, _THREADS
     ],
-    "secateur_smallest": [_POINTER, _SIZE, _SIZE, _FLAG, _POINTER, _VALUE, _POINTER, _THREADS],
+    "secateur_smallest": [_POINTER, _SIZE, _SIZE, _FLAG, _POINTER, _VALUE, _FLAG, _POINTER, _THREADS],
     "secateur_zero": [_POINTER, _SIZE, _POINTER, _THREADS],
     "secateur_sparse_level": [],
     "secateur_sparse_count": [_POINTER, _SIZE, _SIZE, _FLAG, _FLAG, _POINTER],
@@ -104,6 +104,7 @@ def smallest(
     *,
     absolute: bool = False,
     guess: float | None = None,
+    others: bool = False,
 ) -> Bool[Tensor, "row unit"]:
     """Mark the `counts[r]` smallest scores of every row r, ties by index; see `core.select.smallest`."""
     scores, counts = scores.contiguous(), counts.to(torch.int64).contiguous()
@@ -114,6 +115,7 @@ def smallest(
         absolute,
         counts.data_ptr(),
         float("nan") if guess is None else guess,
+        others,
         marked.data_ptr(),
         torch.get_num_threads(),
     )

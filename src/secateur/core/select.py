@@ -24,6 +24,7 @@ __all__ = [
     "Cut",
     "Guess",
     "Magnitudes",
+    "all_but_smallest",
     "apportion",
     "cut_by_part",
     "kth_smallest",
@@ -173,7 +174,8 @@ def cut_by_part(parts: Sequence[Callable[[], Keys]], k: int) -> tuple[float, lis
         elif a == b:
             return a, less, within
         elif values is not None:
-            value = float(torch.kthvalue(torch.cat(values), k - sum(less)).values)
+            ranked = torch.cat(values).cpu().numpy()
+            value = float(np.partition(ranked, k - sum(less) - 1)[k - sum(less) - 1])
             under = [_true(part < value) for part in values]
             equal = [_true(part == value) for part in values]
             return value, [n + m for n, m in zip(less, under, strict=True)], equal
@@ -344,6 +346,16 @@ def last_of_all(scores: Float[Tensor, "*shape"], kept: Bool[Tensor, "*shape"]) -
     for given, mask, into in pieces:  # five times faster than masked_fill: no branches, and in the cache
         torch.add(given, mask.int().sub_(1).bitwise_and_(MINUS_INFINITY).view(torch.float32), out=into)
     return found
+
+
+def all_but_smallest(
+    keys: Keys, counts: Int[Tensor, " row"], *, guess: float | None = None
+) -> Bool[Tensor, "row unit"]:
+    """All that `smallest` does not mark: what stays; a pass less where the kernels serve."""
+    if native.serves(_tensor(keys)):
+        absolute = isinstance(keys, Magnitudes)
+        return native.smallest(_tensor(keys), counts, absolute=absolute, guess=guess, others=True)
+    return smallest(keys, counts, guess=guess).logical_not_()
 
 
 def smallest(
