@@ -58,17 +58,18 @@ def by_prune(model: Any) -> Any:
 def by_selection(model: Any) -> Any:
     """What `prune_` does at heart, on bare tensors: the counts of the global cut, then one mask a tensor."""
     from secateur.allocate import globally
-    from secateur.core.select import Candidates, smallest
+    from secateur.core.select import Candidates, all_but_smallest
 
     weights = {name: weight.detach() for name, weight in model.named_parameters() if weight.dim() == 2}
     layers = {
-        name: Candidates(tuple(w.shape), 1, lambda w=w: w.abs(), lambda w=w: w) for name, w in weights.items()
+        name: Candidates(tuple(w.shape), 1, lambda w=w: w.abs(), magnitudes=lambda w=w: w)
+        for name, w in weights.items()
     }
     total = sum(w.numel() for w in weights.values())
     kept = globally(layers, total - total // 2)
     return {
-        name: smallest(layers[name].keys().reshape(1, -1), w.numel() - kept[name]).logical_not_()
-        for name, w in weights.items()
+        name: all_but_smallest(layer.keys().reshape(1, -1), layer.units - kept[name], guess=layer.guess.value)
+        for name, layer in layers.items()
     }
 
 

@@ -223,7 +223,7 @@ def zero_(values: Tensor, mask: Tensor) -> None:
     if bits.numel() <= CACHED or not (bits.is_contiguous() and mask.is_contiguous()):
         bits.mul_(mask)
         return
-    if bits.element_size() == 4 and native.serves(values):
+    if native.serves(values) and mask.dtype == torch.bool and mask.device == values.device:
         native.zero(values, mask)
         return
     for piece, kept in zip(bits.view(-1).split(CACHED), mask.view(-1).split(CACHED), strict=True):
