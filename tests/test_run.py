@@ -406,6 +406,24 @@ def test_a_language_model_gets_the_best_that_was_tried_and_every_file_says_so(mo
     assert Masks.load(out / "run/masks.safetensors").sparsity == 0.5
 
 
+@pytest.mark.parametrize("given", [{}, {"data": "own.py:ids"}, {"data": "story"}])
+def test_how_long_best_takes_is_said_before(models, story, tmp_path, monkeypatch, given):
+    """Whatever the data come from; the time of one block, so a bound on it is all that can be said here."""
+    (tmp_path / "own.py").write_text(
+        "import torch\ndef ids():\n    return [{'input_ids': torch.randint(0, 50, (4, 16))} for _ in range(4)]\n"
+    )
+    monkeypatch.setattr("secateur.estimate.LONG", 0.0)
+    data = {"own.py:ids": f"{tmp_path / 'own.py'}:ids", "story": str(story)}.get(given.get("data", ""))
+    asked = {"model": str(models["gpt2"]), "pattern": "2:4", "data": data, "context": 16, "samples": 4}
+    before = copy.deepcopy(
+        prepare(request({**asked, "method": "magnitude", "evaluate_tokens": 300}), offline=True)
+    )
+    run = prepare(request({**asked, "evaluate_tokens": 300}), offline=True)
+    assert "note     Method best may take about " in str(run)
+    assert "Faster: --method alps, about " in str(run)
+    assert same_weights(run.loaded.model, before.loaded.model)
+
+
 @pytest.mark.parametrize("kind", ["bert", "t5", "vit", "OWN"])
 def test_magnitude_stays_the_default_for_all_others(models, own, kind):
     model = f"{own}:mlp" if kind == "OWN" else models[kind]
@@ -734,6 +752,11 @@ def test_a_trained_model_loses_as_much_as_is_known(shared, tmp_path):
     assert 3 < dense < 4.5  # 3.67 on whole stories
     assert dense < pruned < 4 * dense
     assert verify(tmp_path / "out") == []
+
+
+def same_weights(one: torch.nn.Module, other: torch.nn.Module) -> bool:
+    found = other.state_dict()
+    return all(torch.equal(value, found[name]) for name, value in one.state_dict().items())
 
 
 def _attention(name: str) -> bool:

@@ -16,12 +16,12 @@ from secateur.core.visit import merge, split
 from secateur.core.where import Layer, Only, select
 from secateur.errors import UsageError
 from secateur.pattern import Weights
-from secateur.prune import _check_nonzero, plan
+from secateur.prune import Plan, _check_nonzero, plan
 from secateur.recipes import Recipe, alps
 from secateur.recover import reconstruct_
 from secateur.search import Judge, Trial, evolve, finished, try_allocations, try_slopes
 
-__all__ = ["Best", "Step", "best_"]
+__all__ = ["Best", "Step", "best_", "most_epochs", "most_tried"]
 
 SCOUT = 2  # epochs of reconstruction before an allocation is judged: what it then looks like is what counts
 HIGH = 0.6  # from this sparsity on more allocations are tried, and reconstruction may take longer
@@ -130,16 +130,18 @@ def best_(
     todo = plan(model, sparsity, recipe, nonzero=nonzero, only=only, skip=skip)
     fit, judged = _dealt(merge(list(data)), held_out, seed)
     judge = Judge(model, judged)
-    rebuild = _Rebuild(model, fit, seed, tell) if _has_blocks(todo.layers) else None
+    heard = _Heard(tell, most_tried(todo) + evolution + 1)
+    rebuild = _Rebuild(model, fit, seed, heard) if _has_blocks(todo.layers) else None
     options: dict[str, Any] = {"mend": rebuild and partial(rebuild, epochs=SCOUT)}
     options |= {"only": only, "skip": skip, "seed": seed}
     trials = _allocated(model, todo.sparsity, recipe, fit, judge, evolution, options)
     steps = [Step(_told(trial), trial.divergence, trial is trials[0]) for trial in trials]
     final = trials[0]
     if rebuild is not None and final.mended:
-        most = epochs or (15 if (todo.sparsity or 0) >= HIGH else 10)
+        most = epochs or most_epochs(todo)
         final = finished(final, partial(rebuild, epochs=most), judge)
         steps.append(Step(f"reconstruction, {most} epochs", final.divergence, final is not trials[0]))
+    heard.end()
     assert final.model is not None  # the best trial keeps its model
     assert final.masks is not None
     if nonzero is not None:
@@ -147,6 +149,18 @@ def best_(
         _check_nonzero({layer.name: layer.weight for layer in chosen}, final.masks, nonzero)
     _copy_(model, final.model, final.masks)
     return Best(final.masks, final.recipe, final.mended, tuple(steps))
+
+
+def most_epochs(todo: Plan) -> int:
+    """Of the last reconstruction, unless the caller says otherwise; the more is pruned the more there is to mend."""
+    return 15 if not todo.recipe.fixed_by_pattern and (todo.sparsity or 0.0) >= HIGH else 10
+
+
+def most_tried(todo: Plan) -> int:
+    """Allocations: equal shares and two slopes, from 60 % on a third slope, OWL and one cut through the model."""
+    if todo.recipe.fixed_by_pattern:
+        return 1
+    return 6 if (todo.sparsity or 0.0) >= HIGH else 3
 
 
 def _allocated(
@@ -173,6 +187,26 @@ def _allocated(
     return [replace(trial, name="evolution") if trial.recipe.allocate == shares else trial for trial in trials]
 
 
+@dataclass
+class _Heard:
+    """Progress: how many of the copies to be pruned and reconstructed there are."""
+
+    tell: Tell | None
+    total: int
+    done: int = 0
+
+    def next(self) -> None:
+        """Another copy comes to its reconstruction."""
+        if self.tell is not None:
+            self.tell("method best", min(self.done, self.total - 1), self.total)
+        self.done += 1
+
+    def end(self) -> None:
+        """Fewer may have been tried than there might have been."""
+        if self.tell is not None and self.done:
+            self.tell("method best", self.total, self.total)
+
+
 @dataclass(frozen=True)
 class _Rebuild:
     """Reconstruction of a pruned model on the data to fit on."""
@@ -180,14 +214,15 @@ class _Rebuild:
     dense: nn.Module
     fit: Any
     seed: int
-    tell: Tell | None
+    heard: _Heard
 
     def __call__(self, model: nn.Module, masks: Masks, epochs: int) -> None:
+        self.heard.next()
         count = _rows(self.fit)
         if count > 1:
             reconstruct_(
                 model, self.dense, masks, [self.fit], epochs=epochs, batch=min(4, count // 2), held_out=0.0625,
-                seed=self.seed, tell=self.tell,
+                seed=self.seed, tell=self.heard.tell,
             )  # fmt: skip
 
 

@@ -24,7 +24,7 @@ from secateur.apply import Applied, apply_, intention, needs_calibration, planne
 from secateur.checkpoint import headers
 from secateur.core.gradients import GRADIENTS
 from secateur.deploy import decouple_, decoupling
-from secateur.errors import UsageError
+from secateur.errors import NumericError, UsageError
 from secateur.folder import new_folder
 from secateur.measure import Tell, Yardstick
 from secateur.prune import Plan
@@ -113,7 +113,7 @@ def prepare(
     notes = [
         *said,
         *intention(asked, typed),
-        *_long(asked, loaded, todo, given),
+        *_long(asked, loaded, todo, given, tell),
         *given.notes,
         *_rounding(loaded),
     ]
@@ -132,14 +132,19 @@ def _decoupled(asked: PruneRequest, loaded: models.Loaded, given: Sources) -> li
     ]
 
 
-def _long(asked: PruneRequest, loaded: models.Loaded, todo: Plan, given: Sources) -> list[str]:
+def _long(asked: PruneRequest, loaded: models.Loaded, todo: Plan, given: Sources, tell: Tell) -> list[str]:
     """A warning where method best takes minutes or more."""
-    tokens = given.calibration.tokens if given.calibration is not None else None
-    if asked.method != "best" or tokens is None or given.by.example is None:
+    known = given.calibration
+    if asked.method != "best" or known is None or known.tokens is None or known.piece is None:
         return []
     from secateur.estimate import estimate, warning
 
-    said = warning(estimate(loaded.model, given.by.example, tokens, todo))
+    tell("timing one block", 0, 1)
+    try:
+        said = warning(estimate(loaded.model, known.piece, known.tokens, todo))
+    except NumericError:
+        said = None  # pruning itself says where it comes from
+    tell("timing one block", 1, 1)
     return [said] if said else []
 
 

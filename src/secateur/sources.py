@@ -59,11 +59,19 @@ class Asked(Protocol):
 
 @dataclass(frozen=True)
 class Calibration:
-    """Data for the statistics: a name for people, how to get the batches, which may take a while, and their tokens."""
+    """Data for the statistics.
+
+    Attributes:
+        name: for people.
+        batches: gives them, which may take a while.
+        tokens: in all of them; None where the inputs are no tokens.
+        piece: one of them, or something of its form, to tell the time by.
+    """
 
     name: str
     batches: Callable[[], Sequence[Any]]
     tokens: int | None = None
+    piece: Any = None
 
 
 @dataclass(frozen=True)
@@ -259,7 +267,7 @@ def _calibration(
     model, tokenizer, context = loaded.model, loaded.tokenizer, context_of(asked, loaded)
     if asked.data and own.is_own(asked.data) and given is not None:
         inputs = [input_of(batch) for batch in given]
-        return Calibration(f"{len(inputs)} batches of {spec_name(asked.data)}", lambda: inputs)
+        return _ready(f"{len(inputs)} batches of {spec_name(asked.data)}", inputs)
     if asked.data:
         texts = given if given is not None else mixes.read_texts(asked.data)
         tell("calibration text", 0, 1)
@@ -269,10 +277,10 @@ def _calibration(
         tell("calibration text", 1, 1)
         ready = [_inputs(model, batch["input_ids"], attention_mask=batch["attention_mask"]) for batch in drawn]
         counted = sum(int(batch["attention_mask"].sum()) for batch in ready)
-        return Calibration(f"{said}, at most {context} tokens each", lambda: ready, counted)
+        return Calibration(f"{said}, at most {context} tokens each", lambda: ready, counted, ready[0])
     if labelled is not None:
         taken = [input_of(batch) for batch in labelled[: asked.samples]]
-        return Calibration(f"{len(taken)} batches of {spec_name(asked.labelled or '')}", lambda: taken)
+        return _ready(f"{len(taken)} batches of {spec_name(asked.labelled or '')}", taken)
     if tokenizer is None or not writes_text(model):
         kind = "file.py:function (it returns an iterable of inputs)" if tokenizer is None else "TEXT"
         raise UsageError(
@@ -288,4 +296,12 @@ def _calibration(
         f"{asked.samples} texts of {shorter} tokens that the model writes itself",
         write,
         asked.samples * shorter,
+        _inputs(model, torch.zeros(min(4, asked.samples), shorter, dtype=torch.long)),
     )
+
+
+def _ready(name: str, inputs: list[Any]) -> Calibration:
+    """Batches that are there already; tokens are counted where they are told by their name."""
+    ids = [batch["input_ids"] for batch in inputs if isinstance(batch, Mapping) and "input_ids" in batch]
+    tokens = sum(each.numel() for each in ids) if ids and len(ids) == len(inputs) else None
+    return Calibration(name, lambda: inputs, tokens, inputs[0] if inputs else None)
