@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from secateur.channels import Permuted, permute_channels_
+from secateur.channels import permute_channels_
 from secateur.core.gradients import KNOWN
 from secateur.core.masks import Masks
 from secateur.core.unit_masks import keep_of
@@ -69,7 +69,7 @@ def apply_(
         which: dict[str, Any] = {"only": list(asked.only) or None, "skip": list(asked.skip) or None}
         order = permute_channels_(model, todo.recipe, data, example=example, seed=asked.seed, **which)
         applied = apply_(asked.model_copy(update={"permute": False}), todo, model, data, tell, masks)
-        return replace(applied, said=f"{applied.said}; {order}", notes=(*applied.notes, _told(order)))
+        return replace(applied, said=f"{applied.said}; {order}", notes=(*applied.notes, order.told))
     given: dict[str, Any] = {"nonzero": asked.nonzero, "data": data, "seed": asked.seed}
     if todo.analysis is not None:
         return _units(asked, todo, model, given, masks)
@@ -80,15 +80,6 @@ def apply_(
         return _best(asked, todo, model, given, tell)
     found = prune_(model, asked.sparsity, todo.recipe, masks=masks, **given)
     return Applied(found, todo.recipe, str(todo.recipe))
-
-
-def _told(order: Permuted) -> str:
-    """What a reader who compares the result with the dense model has to know."""
-    left = "; ".join(f"{name}: {why}" for name, why in order.left_out)
-    return (
-        f"Before pruning, {order}. The model computes the same, but its rows and columns stand in another order than "
-        f"those of the dense model, and so do the masks.{f' Left in their order: {left}.' if left else ''}"
-    )
 
 
 def _units(

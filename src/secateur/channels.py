@@ -24,9 +24,20 @@ from secateur.recipes import Recipe
 from secateur.scoring import Statistics, gather_for, scored, statistics_of
 from secateur.target import shape_of
 
-__all__ = ["Permuted", "permute_channels_"]
+__all__ = [
+    "Axis",
+    "Permuted",
+    "check_same",
+    "groups_of",
+    "orderable",
+    "permute_channels_",
+    "put_in_order_",
+    "readers_of",
+    "reordered",
+]
 
 Readers = list[tuple[Layer, Tensor]]  # a matrix, and the columns "unit copy" that each unit feeds
+Axis = tuple[Units, Readers]
 
 
 @dataclass(frozen=True)
@@ -49,6 +60,15 @@ class Permuted:
         return (
             f"input channels put in order on {len(self.kept)} {noun}: of their score {after:.4f} is kept instead of "
             f"{before:.4f}"
+        )
+
+    @property
+    def told(self) -> str:
+        """What a reader who compares the result with the dense model has to know."""
+        left = "; ".join(f"{name}: {why}" for name, why in self.left_out)
+        return (
+            f"Before pruning, {self}. The model computes the same, but its rows and columns stand in another order "
+            f"than those of the dense model, and so do the masks.{f' Left in their order: {left}.' if left else ''}"
         )
 
 
@@ -96,8 +116,7 @@ def permute_channels_(
         >>> list(found.kept), found.left_out
         (['feed-forward units of 0,2'], (('0.weight', 'nothing in the model computes its inputs in another order'),))
     """
-    if not isinstance(recipe.pattern, NM):
-        raise UsageError(f"channels are put in order for N:M, such as NM(2, 4); got {recipe.pattern!r}")
+    groups = groups_of(recipe)
     batches = None if data is None else list(data)
     if example is None and not batches:
         raise UsageError(
@@ -108,21 +127,14 @@ def permute_channels_(
         shape_of(recipe, layer)  # a layer narrower than m is told before anything runs
     _check_weights(chosen.values())
     analysis, inputs = analysis_of(model, batches[0] if example is None and batches else example)
-    axes, left_out = _axes(analysis.units, chosen, recipe.pattern.m)
-    readers = list({layer.name: layer for _, found in axes for layer, _ in found}.values())
+    axes, left_out = orderable(analysis.units, chosen, groups.m)
+    readers = readers_of(axes)
     known = gather_for(model, recipe, readers, batches) if readers else {}
-    kept: dict[str, tuple[float, float]] = {}
     changed: dict[str, tuple[Tensor, Tensor]] = {}
     before = _answer(model, inputs)
     try:
-        for units, found in axes:
-            scores = _scores(recipe, found, known, seed)
-            order = channel_order(scores, recipe.pattern.n, recipe.pattern.m, block=block)
-            whole = float(scores.sum(dtype=torch.float64)) or 1.0
-            pair = [kept_score(each, recipe.pattern.n, recipe.pattern.m) for each in (scores, scores[:, order])]
-            kept[units.name] = pair[0] / whole, pair[1] / whole
-            _reorder_(model, units, order, changed)
-        _check_same(before, _answer(model, inputs))
+        kept, _ = put_in_order_(model, recipe, axes, known, block=block, seed=seed, changed=changed)
+        check_same(before, _answer(model, inputs))
     except BaseException:
         with torch.no_grad():
             for tensor, old in changed.values():
@@ -131,11 +143,63 @@ def permute_channels_(
     return Permuted(kept, left_out)
 
 
-def _axes(
+def groups_of(recipe: Recipe) -> NM:
+    """The recipe's N:M.
+
+    Raises:
+        UsageError: it has another pattern.
+    """
+    if not isinstance(recipe.pattern, NM):
+        raise UsageError(f"channels are put in order for N:M, such as NM(2, 4); got {recipe.pattern!r}")
+    return recipe.pattern
+
+
+def readers_of(axes: Iterable[Axis]) -> list[Layer]:
+    """The matrices whose columns these axes are, each once."""
+    return list({layer.name: layer for _, found in axes for layer, _ in found}.values())
+
+
+def put_in_order_(
+    model: nn.Module,
+    recipe: Recipe,
+    axes: Iterable[Axis],
+    known: Statistics,
+    *,
+    block: int,
+    seed: int,
+    changed: dict[str, tuple[Tensor, Tensor]],
+) -> tuple[dict[str, tuple[float, float]], list[Tensor]]:
+    """Find the order of one axis after the other, and put what carries it in that order.
+
+    Args:
+        model: changed in place.
+        recipe: score and N:M.
+        axes: from `orderable`.
+        known: statistics of their readers.
+        block: see `ordering.channel_order`.
+        seed: of random scores.
+        changed: gets every changed tensor, by name, and what it was before.
+
+    Returns:
+        What each axis keeps before and after, see `Permuted`; and the orders.
+    """
+    groups, kept, orders = groups_of(recipe), {}, []
+    for units, found in axes:
+        scores = _scores(recipe, found, known, seed)
+        order = channel_order(scores, groups.n, groups.m, block=block)
+        whole = float(scores.sum(dtype=torch.float64)) or 1.0
+        pair = [kept_score(each, groups.n, groups.m) for each in (scores, scores[:, order])]
+        kept[units.name] = pair[0] / whole, pair[1] / whole
+        orders.append(order)
+        _reorder_(model, units, order, changed)
+    return kept, orders
+
+
+def orderable(
     all_units: Iterable[Units], chosen: dict[str, Layer], m: int
-) -> tuple[list[tuple[Units, Readers]], tuple[tuple[str, str], ...]]:
+) -> tuple[list[Axis], tuple[tuple[str, str], ...]]:
     """Axes whose units may change places and are single inputs of chosen matrices; the others with the reason."""
-    axes: list[tuple[Units, Readers]] = []
+    axes: list[Axis] = []
     left_out: list[tuple[str, str]] = []
     taken: set[str] = set()
     for units in all_units:
@@ -193,10 +257,17 @@ def _reorder_(
         path, _, name = member.name.rpartition(".")
         tensor = getattr(model.get_submodule(path), name).detach()
         changed.setdefault(member.name, (tensor, tensor.clone()))
-        places = member.indices.to(tensor.device)
-        moved = tensor.index_select(member.dim, places[order.to(tensor.device)].flatten())
         with torch.no_grad():
-            tensor.index_copy_(member.dim, places.flatten(), moved)
+            tensor.copy_(reordered(tensor, member.dim, member.indices, order))
+
+
+def reordered(
+    tensor: Tensor, dim: int, indices: Int[Tensor, "unit width"], order: Int[Tensor, " unit"]
+) -> Tensor:
+    """A copy in which unit `order[i]`, the slices `indices[order[i]]` along `dim`, stands at the places of unit i."""
+    places = indices.to(tensor.device)
+    moved = tensor.index_select(dim, places[order.to(tensor.device)].flatten())
+    return tensor.index_copy(dim, places.flatten(), moved)
 
 
 def _answer(model: nn.Module, inputs: Example) -> list[Tensor]:
@@ -205,7 +276,7 @@ def _answer(model: nn.Module, inputs: Example) -> list[Tensor]:
     return [leaf for leaf in torch.utils._pytree.tree_leaves(answer) if isinstance(leaf, Tensor)]
 
 
-def _check_same(before: list[Tensor], after: list[Tensor]) -> None:
+def check_same(before: list[Tensor], after: list[Tensor]) -> None:
     """Sums in another order differ by rounding, and by nothing more."""
     for old, new in zip(before, after, strict=True):
         size = float(old.abs().max()) if old.numel() else 0.0

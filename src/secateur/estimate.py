@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,6 +20,7 @@ from secateur.recipes import Recipe, alps
 from secateur.recover import ALPS, Updated
 from secateur.recover.quadratic import pose
 from secateur.recover.rehearsal import Clock, Rehearsed, rehearse, timed
+from secateur.recover.update import Choose
 
 __all__ = ["LONG", "Estimate", "estimate", "in_words", "warning"]
 
@@ -192,7 +193,7 @@ class _Probe:
         self.moment = summed * (self.columns / width) ** 2
         return self
 
-    def __call__(self, weight: Tensor, choose: Callable[..., Tensor], second_moment: Tensor) -> Updated:
+    def __call__(self, weight: Tensor, choose: Choose, second_moment: Tensor) -> Updated:
         """Called by `prune_` with what ALPS would get."""
         rows, width = weight.shape
         self.solve = timed(lambda: pose(weight, second_moment.clone()).known.spectrum, self.clock)

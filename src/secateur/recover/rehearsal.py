@@ -90,7 +90,7 @@ def rehearse(
 
 def timed(what: Callable[[], Any], clock: Clock) -> float:
     """Seconds of one call; the least of five where it is short."""
-    found = []
+    found: list[float] = []
     while not found or (len(found) < 5 and found[0] < SHORT):
         start = clock()
         what()

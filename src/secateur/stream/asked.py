@@ -15,8 +15,8 @@ from secateur.own import is_own
 from secateur.request import UNITS_METHOD, PruneRequest, build_recipe, check_target
 from secateur.sources import calibration
 from secateur.stream.choosing import prepare_units
-from secateur.stream.job import Prepared, prepare, read_source
-from secateur.stream.opened import open_units
+from secateur.stream.job import Prepared, prepare
+from secateur.stream.opened import open_units, read_source
 from secateur.stream.smaller import Shrinking
 
 __all__ = ["prepare_as_asked", "prepare_units_as_asked"]
@@ -27,7 +27,6 @@ _REFUSED = {
     "evaluate_tokens": "measure the result afterwards with `secateur evaluate OUT`",
     "labelled": "measure the result afterwards with `secateur evaluate OUT --labelled`",
     "evolution": "it belongs to method best, which compares whole models in memory",
-    "permute": "the order of channels is found in the whole model's computation; run without --stream",
     "dtype": "weights keep the types in which they are stored, and are computed with in float32",
 }
 
@@ -67,6 +66,7 @@ def prepare_as_asked(
         data=data,
         only=list(asked.only) or None,
         skip=list(asked.skip) or None,
+        permute=asked.permute,
         seed=asked.seed,
         memory=memory,
         trust_remote_code=trust_remote_code,

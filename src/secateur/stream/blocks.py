@@ -29,10 +29,10 @@ from secateur.stream.journal import ANEW
 from secateur.stream.memory import check_calls
 from secateur.stream.output import Output
 from secateur.stream.stages import in_parts, visit_in_stages
-from secateur.stream.tensors import Work, keep_counts, prune_tensors, units_of, write_pruned
+from secateur.stream.tensors import Work, carry_over, keep_counts, prune_tensors, units_of, write_pruned
 from secateur.stream.walk import Call, Decoder, Running, find_decoder, loaded_blocks, start
 
-__all__ = ["Unwritten", "prune_blocks", "statistics_of_blocks"]
+__all__ = ["Unwritten", "load", "prune_blocks", "save", "statistics_of_blocks", "walk"]
 
 
 class Unwritten:
@@ -70,7 +70,7 @@ def prune_blocks(work: Work, batches: Sequence[Any], output: Output, folder: Pat
     counts = keep_counts(work, statistics)
     for unit in units_of(work):
         if unit not in work.layers and unit not in output.journal.done:
-            output.copy(unit)
+            carry_over(work, unit, output)
             output.finished(unit, None)
     output.flush()
     _mend(work, counts, batches, output, folder / STATE)
@@ -92,12 +92,12 @@ def statistics_of_blocks(
     def at(block: Running, layers: list[Layer]) -> None:
         found = gather(block, layers, names, block)
         flat = {f"{layer}|{name}": value for layer, known in found.items() for name, value in known.items()}
-        _save(state / f"statistics-{block.number}.safetensors", flat)
+        save(state / f"statistics-{block.number}.safetensors", flat)
 
-    _walk(work, batches, output, state, "statistics", at)
+    walk(work, batches, output, state, "statistics", at)
     found: dict[str, dict[str, Tensor]] = {}
     for path in state.glob("statistics-*.safetensors"):
-        for key, value in _load(path).items():
+        for key, value in load(path).items():
             layer, _, name = key.rpartition("|")
             found.setdefault(layer, {})[name] = value
     return found
@@ -128,7 +128,7 @@ def _mend(
                 _write_changed(work, _bias_name(layer), biases[layer.name].detach(), output)
             output.finished(layer.name, {**found, "damping": mended.damping[layer.name]})
 
-    _walk(work, parts, output, state, "update", at)
+    walk(work, parts, output, state, "update", at)
 
 
 def _write_changed(work: Work, name: str, values: Tensor, output: Output) -> None:
@@ -155,7 +155,7 @@ def _scores(todo: Plan, seed: int) -> Callable[[Layer, int, Mapping[str, Tensor]
 At = Callable[[Running, list[Layer]], None]
 
 
-def _walk(
+def walk(
     work: Work, batches: Sequence[Any], output: Output | Unwritten, state: Path, what: str, at: At
 ) -> None:
     """Call `at` for every block that holds a chosen layer, in order, up to the last such block.
@@ -213,7 +213,7 @@ def _check(layers: Sequence[Layer]) -> None:
             raise NumericError(f"{layer.name}: NaN or Inf among its weights; it cannot be pruned")
 
 
-def _save(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def save(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write whole or not at all."""
     from safetensors.torch import save
 
@@ -225,7 +225,8 @@ def _save(path: Path, tensors: Mapping[str, Tensor]) -> None:
     os.replace(beside, path)
 
 
-def _load(path: Path) -> dict[str, Tensor]:
+def load(path: Path) -> dict[str, Tensor]:
+    """What `save` wrote."""
     from safetensors import SafetensorError
     from safetensors.torch import load
 

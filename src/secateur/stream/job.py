@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from secateur.checkpoint import Checkpoint, read_checkpoint
+from secateur.checkpoint import Checkpoint
 from secateur.core.gradients import GRADIENTS
 from secateur.core.site import LayerSite
 from secateur.core.where import Only, select
@@ -28,7 +28,9 @@ from secateur.stream.architecture import build_empty
 from secateur.stream.blocks import prune_blocks
 from secateur.stream.journal import Journal
 from secateur.stream.memory import Need, needed, parse_memory, tokens_of, told
+from secateur.stream.opened import read_source
 from secateur.stream.output import Output
+from secateur.stream.permuting import Ordering, put_in_order, to_order
 from secateur.stream.places import find_places
 from secateur.stream.shards import open_shards
 from secateur.stream.summary import copied_files, facts_of, write_summary
@@ -42,7 +44,6 @@ __all__ = [
     "carry_out",
     "prepare",
     "prune_checkpoint",
-    "read_source",
 ]
 
 
@@ -87,6 +88,7 @@ class Prepared:
         batches: calibration data, None where the recipe needs none.
         need: the moment at which most memory is needed.
         notes: sentences that a reader needs.
+        ordering: channels to be put in order first, None where that was not asked for.
     """
 
     checkpoint: Checkpoint
@@ -94,12 +96,15 @@ class Prepared:
     batches: list[Any] | None
     need: Need
     notes: tuple[str, ...] = ()
+    ordering: Ordering | None = None
 
     def __str__(self) -> str:
         shards = self.work.places.shards
         total, files = sum(shards.sizes.values()), len(shards.sizes)
         lines = [f"model    {self.checkpoint.folder}, {told(total)} in {files} file{'s' * (files != 1)}"]
         lines.append(f"prune    {self.work.todo}")
+        if self.ordering is not None:
+            lines.append(f"order    {self.ordering}")
         if self.batches is not None:
             lines.append(f"data     {len(self.batches)} batches, {sum(map(tokens_of, self.batches)):,} tokens")
         lines.append(f"memory   {self.need}")
@@ -118,6 +123,7 @@ def prune_checkpoint(
     data: Iterable[Any] | None = None,
     only: Only = None,
     skip: Only = None,
+    permute: bool = False,
     if_exists: str = "fail",
     seed: int = 0,
     memory: str | int | None = None,
@@ -134,6 +140,8 @@ def prune_checkpoint(
     Args:
         source: folder with config.json and safetensors files; never written to.
         target: folder to write; it appears when everything is in it.
+        permute: for N:M, first put the input channels of each block into the order in which it keeps most of the
+            recipe's score; see `permute_channels_`.
         sparsity, recipe, nonzero, data, only, skip, seed: as for `prune_`.
         if_exists: "fail", "overwrite", or "resume": go on where a run with the same arguments was killed, to the
             same bytes.
@@ -158,21 +166,10 @@ def prune_checkpoint(
     check_apart(str(source), target)
     with new_folder(target, if_exists) as folder:
         prepared = prepare(
-            read_source(source, tell), sparsity, recipe, nonzero=nonzero, data=data, only=only, skip=skip, seed=seed,
-            memory=memory, trust_remote_code=trust_remote_code, tell=tell,
+            read_source(source, tell), sparsity, recipe, nonzero=nonzero, data=data, only=only, skip=skip,
+            permute=permute, seed=seed, memory=memory, trust_remote_code=trust_remote_code, tell=tell,
         )  # fmt: skip
         return replace(carry_out(prepared, folder), folder=Path(target))
-
-
-def read_source(source: str | Path, tell: Tell = _silent) -> Checkpoint:
-    """Find and check the files of a checkpoint; every file is read once, for its digest."""
-    path = Path(source).expanduser()
-    if not path.is_dir():
-        raise UsageError(f"{path}: no such folder; streaming needs a local folder with safetensors files")
-    tell("reading the checkpoint", 0, 1)
-    checkpoint = read_checkpoint(path)
-    tell("reading the checkpoint", 1, 1)
-    return checkpoint
 
 
 def prepare(
@@ -184,6 +181,7 @@ def prepare(
     data: Iterable[Any] | Callable[[Any], Iterable[Any]] | None = None,
     only: Only = None,
     skip: Only = None,
+    permute: bool = False,
     seed: int = 0,
     memory: str | int | None = None,
     trust_remote_code: bool = False,
@@ -227,9 +225,12 @@ def prepare(
         find_decoder(model, todo.layers)
         places.check(dict(model.named_parameters()))
         batches = _batches(todo, names, data(model) if callable(data) else data)
-    need = needed(work, batches)
+    ordering = to_order(checkpoint, work, batches, trust_remote_code) if permute else None
+    needs = [needed(work, batches), *([ordering.need] if ordering is not None else [])]
+    need = max(needs, key=lambda each: each.size)
     need.check(budget)
-    return Prepared(checkpoint, work, batches, need, (architecture.note,) if architecture.note else ())
+    notes = (architecture.note,) if architecture.note else ()
+    return Prepared(checkpoint, work, batches, need, notes, ordering)
 
 
 def needed_of_data(todo: Plan) -> list[str]:
@@ -249,12 +250,16 @@ def carry_out(
         asked: the caller's own words: kept for `asked_before` until the run is finished, then run/recipe.yaml.
         settings: the same with every default, for run/recipe.resolved.yaml.
     """
-    work, checkpoint = prepared.work, prepared.checkpoint
-    journal = Journal(folder, facts_of(checkpoint, work, prepared.batches), asked)
+    work, checkpoint, notes = prepared.work, prepared.checkpoint, prepared.notes
+    facts = facts_of(checkpoint, work, prepared.batches) | {"permute": prepared.ordering is not None}
+    journal = Journal(folder, facts, asked)
     with _state_dropped_when_hopeless(folder):
         shapes = {layer.name: tuple(layer.weight.shape) for layer in work.todo.layers}
         output = Output(folder, work.places.shards, shapes, journal)
         try:
+            if prepared.ordering is not None:
+                work, order = put_in_order(work, prepared.ordering, output, folder / STATE)
+                notes = (*notes, order.told.rstrip("."))
             if prepared.batches is None:
                 prune_tensors(work, keep_counts(work, dict), dict, output)
             else:
@@ -262,8 +267,8 @@ def carry_out(
         finally:
             output.close()
         copied_files(checkpoint, folder)
-        pruned = write_summary(checkpoint, work, journal, folder, prepared.notes, settings)
-    return Outcome(folder, work.todo, work.todo.size, pruned, prepared.notes)
+        pruned = write_summary(checkpoint, work, journal, folder, notes, settings)
+    return Outcome(folder, work.todo, work.todo.size, pruned, notes)
 
 
 def _plan_of_nonzero(

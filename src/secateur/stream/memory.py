@@ -18,7 +18,7 @@ from secateur.stream.stages import in_parts
 from secateur.stream.tensors import Work
 from secateur.stream.walk import Call, bytes_held, find_decoder
 
-__all__ = ["Need", "check_calls", "needed", "parse_memory", "tokens_of", "told"]
+__all__ = ["Need", "check_calls", "needed", "parse_memory", "tokens_of", "told", "walking_need"]
 
 BASE = 500 << 20  # bytes of Python, torch and transformers
 WEIGHT = 14  # bytes of work for each weight of a layer that is scored: as stored, float32, scores, marks
@@ -87,6 +87,11 @@ def needed(work: Work, batches: Sequence[Any] | None) -> Need:
     if batches is not None:
         found += _walking(work, batches)
     return max(found, key=lambda need: need.size)
+
+
+def walking_need(work: Work, batches: Sequence[Any]) -> Need:
+    """The largest need of walking the blocks."""
+    return max(_walking(work, batches), key=lambda need: need.size)
 
 
 def check_calls(calls: Sequence[Call], budget: int | None) -> None:

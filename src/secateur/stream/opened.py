@@ -10,16 +10,17 @@ import torch
 from torch import Tensor
 
 from secateur import pretrained
-from secateur.checkpoint import Checkpoint
+from secateur.checkpoint import Checkpoint, read_checkpoint
+from secateur.core.example import analysis_of
+from secateur.core.units import Analysis
 from secateur.deploy.twin import built_empty
 from secateur.errors import UsageError
 from secateur.measure import Tell
 from secateur.stream.architecture import Architecture
-from secateur.stream.job import read_source
 from secateur.stream.places import Places, find_places
 from secateur.stream.shards import open_shards
 
-__all__ = ["Opened", "open_units"]
+__all__ = ["Opened", "analysed", "open_units", "read_source"]
 
 LENGTH = 13  # tokens of the inputs on which it is analysed; no width of a model
 
@@ -50,6 +51,21 @@ class Opened:
         return built_empty(self.kind, config, buffers=True).eval()
 
 
+def _silent(label: str, done: int, total: int) -> None:
+    """Tell nobody."""
+
+
+def read_source(source: str | Path, tell: Tell = _silent) -> Checkpoint:
+    """Find and check the files of a checkpoint; every file is read once, for its digest."""
+    path = Path(source).expanduser()
+    if not path.is_dir():
+        raise UsageError(f"{path}: no such folder; streaming needs a local folder with safetensors files")
+    tell("reading the checkpoint", 0, 1)
+    checkpoint = read_checkpoint(path)
+    tell("reading the checkpoint", 1, 1)
+    return checkpoint
+
+
 def open_units(source: str | Path, tell: Tell) -> Opened:
     """Read the headers of a checkpoint and build its modules without values.
 
@@ -60,12 +76,27 @@ def open_units(source: str | Path, tell: Tell) -> Opened:
     Cost: a read of all files, for their digests.
     """
     checkpoint = read_source(source, tell)
-    with pretrained.quiet():
-        kind, config = pretrained._class_and_config(checkpoint, False)
-    with pretrained.quiet(), pretrained._bounded(checkpoint):
-        model: Any = built_empty(kind, config).eval()
+    kind, config, model = _built(checkpoint, False)
     places = find_places(Architecture(model, True), open_shards(checkpoint))
     return Opened(checkpoint, kind, config, model, _tokens(model), places)
+
+
+def analysed(checkpoint: Checkpoint, trust_remote_code: bool = False) -> Analysis:
+    """The axes of a checkpoint's model, found on the meta device; no weight is read.
+
+    Raises:
+        UsageError: a model that reads no tokens, or that cannot be exported.
+    """
+    _, _, model = _built(checkpoint, trust_remote_code)
+    return analysis_of(model, _tokens(model))[0]
+
+
+def _built(checkpoint: Checkpoint, trust_remote_code: bool) -> tuple[Any, Any, Any]:
+    """Class, config and modules, everything on the meta device."""
+    with pretrained.quiet():
+        kind, config = pretrained._class_and_config(checkpoint, trust_remote_code)
+    with pretrained.quiet(), pretrained._bounded(checkpoint):
+        return kind, config, built_empty(kind, config).eval()
 
 
 def _tokens(model: Any) -> dict[str, Tensor]:

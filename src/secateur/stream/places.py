@@ -7,8 +7,8 @@ place in the parameter, so that reading assembles and writing takes apart.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from secateur.stream.shards import FLOATING, Shards
 __all__ = ["Piece", "Places", "find_places"]
 
 Region = tuple[Any, ...]
+Order = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class Places:
         copies: parameter name -> further stored tensors that hold all of it (tied tensors stored twice).
         unclear: parameter name -> why its pieces cannot be told.
         shapes: name -> shape.
+        orders: parameter name -> how its slices change places, one after the other, whenever it is read.
     """
 
     shards: Shards
@@ -50,6 +52,7 @@ class Places:
     copies: Mapping[str, tuple[str, ...]]
     unclear: Mapping[str, str]
     shapes: Mapping[str, tuple[int, ...]]
+    orders: Mapping[str, Sequence[Order]] = field(default_factory=dict)
 
     def check(self, names: Iterable[str]) -> None:
         """Raise unless every one of these parameters can be read and written.
@@ -80,7 +83,13 @@ class Places:
         return FLOATING[self.shards.tensors[self.pieces[name][0].name].kind]
 
     def read(self, name: str) -> Tensor:
-        """A whole parameter, in the type in which it is stored."""
+        """A whole parameter, in the type in which it is stored, its slices in order."""
+        whole = self._as_stored(name)
+        for order in self.orders.get(name, ()):
+            whole = order(whole)
+        return whole
+
+    def _as_stored(self, name: str) -> Tensor:
         pieces = self.pieces[name]
         if len(pieces) == 1 and not pieces[0].region:
             return self.shards.read(pieces[0].name)

@@ -24,6 +24,7 @@ from secateur.stream.places import Places
 
 __all__ = [
     "Work",
+    "carry_over",
     "count_nonzeros",
     "holding",
     "keep_counts",
@@ -142,18 +143,27 @@ def prune_tensors(work: Work, counts: Mapping[str, Tensor], statistics: Statisti
         if unit in layers:
             found = _prune_one(work, layers[unit], counts[unit], statistics, output)
         else:
-            output.copy(unit)
+            carry_over(work, unit, output)
             found = None
         output.finished(unit, found)
     output.flush()
     work.tell("writing", len(order), len(order))
 
 
+def carry_over(work: Work, unit: str, output: Output) -> None:
+    """Write a tensor that nothing is pruned of: as it is, or with its slices in their new places."""
+    if unit not in work.places.orders:
+        output.copy(unit)
+        return
+    for stored, values in work.places.parts(unit, work.places.read(unit)):
+        output.write(stored, values)
+
+
 def units_of(work: Work) -> list[str]:
-    """Layers and the tensors that belong to none, in the order in which they lie in the files."""
+    """Layers, parameters put in order, and tensors that are neither, in the order in which they lie in the files."""
     places = work.places
     owner = {}
-    for name in work.layers:
+    for name in (*work.layers, *places.orders):
         stored = [piece.name for piece in places.pieces[name]]
         owner.update(dict.fromkeys([*stored, *places.copies.get(name, ())], name))
     return list(dict.fromkeys(owner.get(name, name) for name in places.shards.tensors))
