@@ -121,8 +121,6 @@ def main() -> None:
                 cut = torch.rand(given.size // block, given.size) < sparsity
                 pruned = weight.masked_fill(cut.repeat_interleave(block, 0), 0)
                 for kind, dtype in KINDS.items():
-                    if block > 1 and kind != "float32":
-                        continue
                     packed = held_as(pruned.to(dtype), kind, block)
                     inputs = x.to(dtype)
                     ways = [STREAM, TILES] if streams(packed, batch) else [TILES]

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -25,8 +26,8 @@ def compiler() -> str | None:
     return given if given else next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
 
 
-def build(target: Path = TARGET) -> str | None:
-    """Compile; returns None when done, or the reason why there is no library.
+def build(target: Path = TARGET, more: Sequence[str] = ()) -> str | None:
+    """Compile, with more flags behind the usual ones; returns None when done, or the reason why there is no library.
 
     The library is written beside its place and renamed, so a process that has the old one open keeps it.
     """
@@ -40,7 +41,7 @@ def build(target: Path = TARGET) -> str | None:
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".kernels-") as place:
         out = Path(place) / target.name
         sources = [str(path) for path in sorted(HERE.glob("*.cpp"))]
-        command = [*found.split(), *FLAGS, "-o", str(out), *sources]
+        command = [*found.split(), *FLAGS, *more, "-o", str(out), *sources]
         try:
             done = subprocess.run(command, capture_output=True, text=True, check=False)
         except OSError as error:

@@ -160,9 +160,9 @@ void decode(
     });
 }
 
-const Kernels* kernels(int isa) {
-    const Kernels* fast = isa == 0 ? nullptr : avx2_kernels();
-    return fast ? fast : scalar_kernels();
+const Kernels* kernels(int level) {
+    const Kernels* found = level == 2 ? avx512_kernels() : level == 1 ? avx2_kernels() : nullptr;
+    return found ? found : scalar_kernels();
 }
 
 bool finite(const float* x, int64_t size) {
@@ -179,6 +179,7 @@ bool finite(const float* x, int64_t size) {
 struct Room {
     std::vector<float> plain, paired, packed;
     std::vector<int8_t> integers, magnitudes;
+    std::vector<uint8_t> shifted;
     std::vector<float> factor;
 };
 
@@ -196,10 +197,7 @@ void to_integers(const float* x, int64_t columns, int8_t* out, float* factor) {
     }
 }
 
-// Whether inputs straight from the stream are rounded to integers, which serves any number of tokens
-bool in_integers(const Matrix& m) { return (m.kind == I8 || m.kind == I4) && m.block == 1 && m.form != INDEX; }
-
-Inputs ready(const Matrix& m, const float* x, int64_t batch, Room& room) {
+Inputs ready(const Matrix& m, const float* x, int64_t batch, bool shifted, Room& room) {
     Inputs in{};
     in.batch = batch, in.padded = (m.columns + SPAN - 1) / SPAN * SPAN;
     if (in_integers(m)) {
@@ -208,7 +206,11 @@ Inputs ready(const Matrix& m, const float* x, int64_t batch, Room& room) {
         for (int64_t b = 0; b < batch; ++b)
             to_integers(x + b * m.columns, m.columns, room.integers.data() + b * in.padded, room.factor.data() + b);
         in.integers = room.integers.data(), in.factor = room.factor.data();
-        if (batch <= FEW) {
+        if (shifted) {
+            room.shifted.resize(batch * in.padded);
+            for (int64_t i = 0; i < batch * in.padded; ++i) room.shifted[i] = uint8_t(room.integers[i] + 128);
+            in.shifted = room.shifted.data();
+        } else if (batch <= FEW) {
             room.magnitudes.resize(batch * in.padded);
             for (int64_t i = 0; i < batch * in.padded; ++i) room.magnitudes[i] = int8_t(std::abs(room.integers[i]));
             in.magnitudes = room.magnitudes.data();
@@ -224,10 +226,10 @@ Inputs ready(const Matrix& m, const float* x, int64_t batch, Room& room) {
     in.plain = room.plain.data();
     if (m.kind == BF16 && m.block == 1 && m.form != INDEX) {
         room.paired.resize(batch * in.padded);
-        for (int64_t start = 0; start < batch * in.padded; start += 16)
-            for (int i = 0; i < 8; ++i) {
+        for (int64_t start = 0; start < batch * in.padded; start += 32)
+            for (int i = 0; i < 16; ++i) {
                 room.paired[start + i] = in.plain[start + 2 * i];
-                room.paired[start + 8 + i] = in.plain[start + 2 * i + 1];
+                room.paired[start + 16 + i] = in.plain[start + 2 * i + 1];
             }
         in.paired = room.paired.data();
     }
@@ -281,8 +283,8 @@ void multiply_many(
 
 }  // namespace
 
-// Whether the fast kernels of this library run here: 1 for AVX2, 0 for plain ones.
-API int64_t secateur_sparse_level() { return avx2_kernels() != nullptr; }
+// The best kernels of this library that run here: 2 for AVX-512, 1 for AVX2, 0 for plain ones.
+API int64_t secateur_sparse_level() { return avx512_kernels() ? 2 : avx2_kernels() ? 1 : 0; }
 
 // How many of every row are not zero; bytes is the size of an element, sign the bits of its sign (0 for integers).
 // Returns how many zeros have a sign.
@@ -386,14 +388,14 @@ API int64_t secateur_sparse_bits(
     return 0;
 }
 
-// y = x w^T + bias. `way` 0: straight from the stream, at most FEW tokens unless they become integers; 1: tokens in the lanes. `isa` 0: the plain
-// kernels. Returns 1, with nothing done, where x holds NaN or Inf and the way would not carry them to every row.
+// y = x w^T + bias. `way` 0: straight from the stream, at most FEW tokens unless they become integers; 1: tokens in the
+// lanes. `level` as above. Returns 1, with nothing done, where x holds NaN or Inf and the way would not carry them to every row.
 API int64_t secateur_sparse_multiply(const void* const* pointers, const int64_t* numbers) {
     Matrix m{};
     m.form = int32_t(numbers[0]), m.kind = int32_t(numbers[1]), m.block = int32_t(numbers[2]);
     m.rows = numbers[3], m.columns = numbers[4], m.scales = numbers[5];
     const int64_t batch = numbers[6], way = numbers[7];
-    const int threads = int(numbers[8]), isa = int(numbers[9]);
+    const int threads = int(numbers[8]), level = int(numbers[9]);
     m.groups = (m.rows + m.block - 1) / m.block;
     m.words = m.form == INDEX ? (m.columns + SPAN - 1) / SPAN : (m.columns + WORD - 1) / WORD;
     m.mask = static_cast<const uint64_t*>(pointers[0]);
@@ -409,13 +411,13 @@ API int64_t secateur_sparse_multiply(const void* const* pointers, const int64_t*
     if (m.form == DENSE && (m.kind != I8 || m.block != 1)) return 2;
     if (way == 0 && batch > FEW && !in_integers(m)) return 2;
     if (!finite(x, batch * m.columns)) return 1;
-    const Kernels* table = kernels(isa);
+    const Kernels* table = kernels(level);
     thread_local Room room;
     if (way == 1) {
         multiply_many(table, m, x, batch, bias, y, threads, room);
         return 0;
     }
-    const Inputs in = ready(m, x, batch, room);
+    const Inputs in = ready(m, x, batch, level == 2, room);
     const int64_t step = std::max<int64_t>(1, std::min<int64_t>(64, m.groups / (4 * threads) + 1));
     in_parallel((m.groups + step - 1) / step, threads, [&](int64_t chunk) {
         table->few(m, in, bias, y, chunk * step, std::min(m.groups, (chunk + 1) * step));

@@ -39,14 +39,15 @@ struct Matrix {
 struct Inputs {
     int64_t batch, padded;        // columns with padding
     const float* plain;           // batch x padded
-    const float* paired;          // BF16: of every 16 columns the even ones, then the odd ones
+    const float* paired;          // BF16: of every 32 columns the even ones, then the odd ones
     const int8_t* integers;       // I8, I4: batch x padded, in [-127, 127]
-    const int8_t* magnitudes;     // of those
+    const int8_t* magnitudes;     // of those, for at most FEW tokens; not for AVX-512
+    const uint8_t* shifted;       // those and 128, for AVX-512
     const float* factor;          // batch: what an integer stands for
 };
 
 struct Kernels {
-    // y[b][row] for the groups first..last-1 of a batch of at most FEW, or of any where inputs are integers
+    // y[b][row] for the groups first..last-1 of a batch of at most FEW, or of any in_integers
     void (*few)(const Matrix&, const Inputs&, const float* bias, float* y, int64_t first, int64_t last);
     // The same for `lanes` tokens whose inputs are x[column][lane]; lanes is 8, 16, 32 or 64; y[row][lane] is local
     void (*many)(const Matrix&, const float* x, int lanes, float* y, int64_t first, int64_t last);
@@ -54,5 +55,9 @@ struct Kernels {
 
 const Kernels* scalar_kernels();
 const Kernels* avx2_kernels();  // null where they were not compiled or the machine lacks something
+const Kernels* avx512_kernels();
+
+// Whether inputs straight from the stream are rounded to integers, which serves any number of tokens
+static inline bool in_integers(const Matrix& m) { return (m.kind == I8 || m.kind == I4) && m.form != INDEX; }
 
 }  // namespace sparse

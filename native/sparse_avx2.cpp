@@ -147,6 +147,7 @@ ALWAYS void row_in_float(const Matrix& m, const Inputs& in, int64_t group, float
     const uint16_t* halves = (const uint16_t*)base;
     const float* x = KIND == BF16 ? in.paired : in.plain;
     const int64_t padded = in.padded, number = m.words;
+    constexpr int64_t ODD = KIND == BF16 ? 16 : 8;  // where the second half of 16 columns lies
     __m256 total[B][2];
     for (int b = 0; b < B; ++b) total[b][0] = total[b][1] = _mm256_setzero_ps();
     for (int64_t word = 0; word < number; ++word) {
@@ -156,7 +157,7 @@ ALWAYS void row_in_float(const Matrix& m, const Inputs& in, int64_t group, float
         if (KIND == F32) _mm_prefetch(next + 64, _MM_HINT_T0);
         const uint8_t* bits = (const uint8_t*)(mask + word);  // x86 puts the lowest byte first
         const float* at = x + word * WORD;
-        _Pragma("GCC unroll 4") for (int part = 0; part < 4; ++part, at += 16) {
+        _Pragma("GCC unroll 4") for (int part = 0; part < 4; at += KIND == BF16 ? (part % 2 ? 24 : 8) : 16, ++part) {
             const int one = bits[2 * part], two = bits[2 * part + 1];
             __m256 w[2];
             if (KIND == F32) {
@@ -176,7 +177,7 @@ ALWAYS void row_in_float(const Matrix& m, const Inputs& in, int64_t group, float
             }
             for (int b = 0; b < B; ++b) {
                 total[b][0] = _mm256_fmadd_ps(w[0], _mm256_loadu_ps(at + b * padded), total[b][0]);
-                total[b][1] = _mm256_fmadd_ps(w[1], _mm256_loadu_ps(at + 8 + b * padded), total[b][1]);
+                total[b][1] = _mm256_fmadd_ps(w[1], _mm256_loadu_ps(at + ODD + b * padded), total[b][1]);
             }
         }
     }
@@ -242,9 +243,10 @@ ALWAYS void row_in_integers(const Matrix& m, const Inputs& in, int64_t row, floa
             }
         }
         const __m256 factor = _mm256_broadcast_ss(m.scale + row * m.scales + scale);
+        for (int b = 0; b < B && m.scales == 1; ++b) out[b] = float(sum(total[b])) * m.scale[row];
         for (int b = 0; b < B; ++b) all[b] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(total[b]), factor, all[b]);
     }
-    for (int b = 0; b < B; ++b) out[b] = sum(all[b]) * in.factor[b];
+    for (int b = 0; b < B; ++b) out[b] = (m.scales == 1 ? out[b] : sum(all[b])) * in.factor[b];
 }
 
 constexpr int64_t DEEP = 4096;  // columns of a panel: four rows of bytes in the nearest cache
@@ -283,10 +285,13 @@ ALWAYS void four_rows(
         }
         for (int r = 0; r < 4; ++r) {
             const __m256 factor = _mm256_broadcast_ss(scale[r] + number);
-            for (int t = 0; t < T; ++t)
+            for (int t = 0; t < T; ++t) {
+                if (words <= reach) out[t][r] = float(sum(total[r][t])) * *scale[r];
                 all[r][t] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(total[r][t]), factor, all[r][t]);
+            }
         }
     }
+    if (words <= reach) return;
     for (int t = 0; t < T; ++t)
         for (int r = 0; r < 4; ++r) out[t][r] = sum(all[r][t]);
 }
@@ -403,13 +408,15 @@ ALWAYS void stretch(const Matrix& m, int64_t group, int64_t number, int64_t at, 
         s.values = s.room;
     }
     if (!m.scale) return;
-    if (m.block > 1) {
-        const int64_t width = m.columns / m.scales;
-        for (int64_t i = 0; i < count; ++i) {
-            const int64_t row = group * m.block + i % m.block;
-            const int64_t column = number * WORD + s.columns[i / m.block];
-            if (row < m.rows) s.room[i] *= m.scale[row * m.scales + column / width];
+    if (m.block > 1) {  // whole words share a scale
+        const int64_t place = m.scales == 1 ? 0 : number * WORD / (m.columns / m.scales);
+        float factor[16];
+        for (int r = 0; r < 16; ++r) {
+            const int64_t row = group * m.block + r % m.block;
+            factor[r] = row < m.rows ? m.scale[row * m.scales + place] : 0.0f;
         }
+        for (int64_t i = 0; i < count; i += 8)
+            _mm256_storeu_ps(s.room + i, _mm256_mul_ps(_mm256_loadu_ps(s.room + i), _mm256_loadu_ps(factor + i % 16)));
     } else if (m.scales == 1) {
         const __m256 scale = _mm256_set1_ps(m.scale[group]);
         for (int64_t i = 0; i < count; i += 8)
@@ -420,48 +427,194 @@ ALWAYS void stretch(const Matrix& m, int64_t group, int64_t number, int64_t at, 
     }
 }
 
-// Any form, few tokens: one multiplication a value
-void few_units(const Matrix& m, const Inputs& in, const float* bias, float* y, int64_t first, int64_t last) {
-    Stretch s;
-    for (int64_t group = first; group < last; ++group) {
-        float total[FEW][16] = {{0}};
-        int64_t at = m.offsets[group];
-        for (int64_t number = 0; number < m.words; ++number) {
-            stretch(m, group, number, at, s);
-            at += int64_t(s.n) * m.block;
-            for (int64_t b = 0; b < in.batch; ++b) {
-                const float* x = in.plain + b * in.padded + number * (m.form == INDEX ? SPAN : WORD);
-                if (m.block == 1) {
-                    float four[4] = {0, 0, 0, 0};
-                    int i = 0;
-                    for (; i + 4 <= s.n; i += 4)
-                        for (int k = 0; k < 4; ++k) four[k] += s.values[i + k] * x[s.columns[i + k]];
-                    for (; i < s.n; ++i) four[0] += s.values[i] * x[s.columns[i]];
-                    total[b][0] += (four[0] + four[1]) + (four[2] + four[3]);
-                } else if (m.block == 4) {
-                    __m128 one = _mm_loadu_ps(total[b]), two = _mm_setzero_ps();
-                    int i = 0;
-                    for (; i + 2 <= s.n; i += 2) {
-                        one = _mm_fmadd_ps(_mm_loadu_ps(s.values + 4 * i), _mm_set1_ps(x[s.columns[i]]), one);
-                        two = _mm_fmadd_ps(_mm_loadu_ps(s.values + 4 * i + 4), _mm_set1_ps(x[s.columns[i + 1]]), two);
+// Blocks of 4 or 16 rows: the inputs that the mask keeps are put side by side, once for all rows of a block, and the
+// stream meets them as if nothing were left out. FLOCK words at a time.
+constexpr int64_t FLOCK = 16;
+
+// Kept inputs of T tokens in order, zeros behind the last; returns how many
+template <class X, int T>
+ALWAYS int64_t keep(const uint64_t* mask, int64_t words, const X* x, int64_t padded, X (*out)[FLOCK * WORD + 64]) {
+    int64_t n = 0;
+    for (int64_t i = 0; i < 8 * words; ++i) {
+        const int eight = ((const uint8_t*)mask)[i];
+        const __m128i columns = _mm_loadl_epi64((const __m128i*)(t.columns + eight));
+        for (int k = 0; k < T; ++k) {
+            const X* from = x + k * padded + 8 * i;
+            if (sizeof(X) == 1) {
+                const __m128i kept = _mm_shuffle_epi8(_mm_loadl_epi64((const __m128i*)from), columns);
+                _mm_storel_epi64((__m128i*)(out[k] + n), kept);
+            } else {
+                const __m256 all = _mm256_loadu_ps((const float*)from);
+                _mm256_storeu_ps((float*)(out[k] + n), _mm256_permutevar8x32_ps(all, _mm256_cvtepu8_epi32(columns)));
+            }
+        }
+        n += __builtin_popcount(unsigned(eight));
+    }
+    for (int k = 0; k < T; ++k) std::memset(out[k] + n, 0, 16 * sizeof(X));
+    return n;
+}
+
+// Four columns of a row side by side, of 8 units of 4 rows, or of 4 units of 16: rows 0-3 and 8-11, then 4-7 and 12-15
+template <int BLOCK>
+ALWAYS void turn(const int8_t* w, __m256i* out) {
+    if (BLOCK == 4) {
+        const __m256i order = _mm256_broadcastsi128_si256(
+            _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15)
+        );
+        out[0] = _mm256_shuffle_epi8(_mm256_loadu_si256((const __m256i*)w), order);
+    } else {
+        const __m256i order = _mm256_broadcastsi128_si256(
+            _mm_setr_epi8(0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15)
+        );
+        __m256i pair[2];
+        for (int i = 0; i < 2; ++i) {
+            const __m256i two = _mm256_loadu_si256((const __m256i*)(w + 32 * i));
+            pair[i] = _mm256_shuffle_epi8(_mm256_permute4x64_epi64(two, 0xd8), order);
+        }
+        out[0] = _mm256_unpacklo_epi16(pair[0], pair[1]);
+        out[1] = _mm256_unpackhi_epi16(pair[0], pair[1]);
+    }
+}
+
+// Lanes of `turn` as rows
+template <int BLOCK>
+ALWAYS void rows_of(const __m256i* lanes, int32_t* out) {
+    const __m128i low = _mm256_castsi256_si128(lanes[0]), high = _mm256_extracti128_si256(lanes[0], 1);
+    if (BLOCK == 4) {
+        _mm_storeu_si128((__m128i*)out, _mm_add_epi32(low, high));
+    } else {
+        _mm_storeu_si128((__m128i*)out, low), _mm_storeu_si128((__m128i*)(out + 8), high);
+        _mm_storeu_si128((__m128i*)(out + 4), _mm256_castsi256_si128(lanes[1]));
+        _mm_storeu_si128((__m128i*)(out + 12), _mm256_extracti128_si256(lanes[1], 1));
+    }
+}
+
+template <int KIND, int BLOCK, int T>
+ALWAYS void blocks_in_integers(const Matrix& m, const Inputs& in, int64_t group, int64_t b, float (*out)[16]) {
+    constexpr int VECTORS = BLOCK / 8 + (BLOCK < 8), UNITS = 32 * VECTORS / BLOCK;
+    int8_t kept[T][FLOCK * WORD + 64], room[KIND == I4 ? FLOCK * WORD * BLOCK + 64 : 1];
+    const uint64_t* mask = m.mask + group * m.words;
+    const int64_t words = m.words, reach = m.scales == 1 ? m.words : m.columns / m.scales / WORD;
+    const __m256i where = BLOCK == 4 ? _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1) : _mm256_setzero_si256();
+    int64_t at = m.offsets[group];
+    for (int64_t word = 0, scale = 0; word < words; ++scale) {
+        __m256i total[T][VECTORS];
+        for (int k = 0; k < T; ++k)
+            for (int v = 0; v < VECTORS; ++v) total[k][v] = _mm256_setzero_si256();
+        const int64_t end = word + reach < words ? word + reach : words;
+        for (int64_t stop; word < end; word = stop) {
+            stop = word + FLOCK < end ? word + FLOCK : end;
+            const int64_t n = keep<int8_t, T>(mask + word, stop - word, in.integers + b * in.padded + word * WORD, in.padded, kept);
+            const int8_t* w = (const int8_t*)m.values + at;
+            if (KIND == I4) {
+                const __m128i codebook = _mm_loadu_si128((const __m128i*)m.codebook);
+                decode_codes((const uint8_t*)m.values + (at >> 1), n * BLOCK, codebook, room), w = room;
+            }
+            at += n * BLOCK;
+            for (int64_t i = 0; i < n; i += UNITS, w += 32 * VECTORS) {
+                if (KIND == I8) _mm_prefetch((const char*)w + 1024, _MM_HINT_T0);
+                __m256i rows[VECTORS];
+                turn<BLOCK>(w, rows);
+                for (int k = 0; k < T; ++k) {
+                    int64_t some;
+                    std::memcpy(&some, kept[k] + i, 8);
+                    const __m256i x = _mm256_permutevar8x32_epi32(_mm256_castsi128_si256(_mm_cvtsi64_si128(some)), where);
+                    const __m256i magnitudes = _mm256_abs_epi8(x);
+                    for (int v = 0; v < VECTORS; ++v) {
+                        const __m256i pairs = _mm256_maddubs_epi16(magnitudes, _mm256_sign_epi8(rows[v], x));
+                        total[k][v] = _mm256_add_epi32(total[k][v], _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
                     }
-                    if (i < s.n) one = _mm_fmadd_ps(_mm_loadu_ps(s.values + 4 * i), _mm_set1_ps(x[s.columns[i]]), one);
-                    _mm_storeu_ps(total[b], _mm_add_ps(one, two));
-                } else {
-                    __m256 one = _mm256_loadu_ps(total[b]), two = _mm256_loadu_ps(total[b] + 8);
-                    for (int i = 0; i < s.n; ++i) {
-                        const __m256 value = _mm256_set1_ps(x[s.columns[i]]);
-                        one = _mm256_fmadd_ps(_mm256_loadu_ps(s.values + 16 * i), value, one);
-                        two = _mm256_fmadd_ps(_mm256_loadu_ps(s.values + 16 * i + 8), value, two);
-                    }
-                    _mm256_storeu_ps(total[b], one), _mm256_storeu_ps(total[b] + 8, two);
                 }
             }
         }
-        for (int64_t b = 0; b < in.batch; ++b)
-            for (int64_t r = 0, row = group * m.block; r < m.block && row < m.rows; ++r, ++row)
-                y[b * m.rows + row] = total[b][r] + (bias ? bias[row] : 0.0f);
+        for (int k = 0; k < T; ++k) {
+            int32_t found[16];
+            rows_of<BLOCK>(total[k], found);
+            for (int r = 0; r < BLOCK; ++r) {
+                const int64_t row = group * BLOCK + r;
+                const float part = row < m.rows ? float(found[r]) * m.scale[row * m.scales + scale] : 0.0f;
+                out[k][r] = (scale ? out[k][r] : 0.0f) + part;
+            }
+        }
     }
+    for (int k = 0; k < T; ++k)
+        for (int r = 0; r < BLOCK; ++r) out[k][r] *= in.factor[b + k];
+}
+
+// 8 values of the stream
+template <int KIND>
+ALWAYS __m256 eight(const char* at) {
+    if (KIND == F32) return _mm256_loadu_ps((const float*)at);
+    const __m128i raw = _mm_loadu_si128((const __m128i*)at);
+    if (KIND == F16) return _mm256_cvtph_ps(raw);
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(raw), 16));
+}
+
+template <int KIND, int BLOCK, int T>
+ALWAYS void blocks_in_float(const Matrix& m, const Inputs& in, int64_t group, int64_t b, float (*out)[16]) {
+    constexpr int SIZE = KIND == F32 ? 4 : 2, UNITS = BLOCK == 4 ? 8 : 4;  // that are multiplied side by side
+    float kept[T][FLOCK * WORD + 64];
+    const uint64_t* mask = m.mask + group * m.words;
+    const char* w = (const char*)m.values + m.offsets[group] * SIZE;
+    __m256 total[T][4];
+    for (int k = 0; k < T; ++k)
+        for (int v = 0; v < 4; ++v) total[k][v] = _mm256_setzero_ps();
+    for (int64_t word = 0, stop; word < m.words; word = stop) {
+        stop = word + FLOCK < m.words ? word + FLOCK : m.words;
+        const int64_t n = keep<float, T>(mask + word, stop - word, in.plain + b * in.padded + word * WORD, in.padded, kept);
+        const int64_t whole = n / UNITS * UNITS;
+        for (int64_t i = 0; i < whole; i += UNITS)
+            for (int v = 0; v < UNITS * BLOCK / 8; ++v, w += 8 * SIZE) {
+                if (v % 2 == 0) _mm_prefetch(w + 1024, _MM_HINT_T0);
+                const __m256 some = eight<KIND>(w);
+                for (int k = 0; k < T; ++k) {
+                    const float* x = kept[k] + i + v * 8 / BLOCK;
+                    __m256 value = _mm256_set1_ps(*x);
+                    if (BLOCK == 4) value = _mm256_blend_ps(value, _mm256_set1_ps(x[1]), 0xf0);
+                    total[k][v % 4] = _mm256_fmadd_ps(some, value, total[k][v % 4]);
+                }
+            }
+        // the rest in halves: what comes next may be no numbers, and zero times those is none
+        for (int64_t i = whole; i < n; ++i)
+            for (int v = 0; v < BLOCK / 4; ++v, w += 4 * SIZE) {
+                const __m256 some = _mm256_blend_ps(_mm256_setzero_ps(), eight<KIND>(w), 0x0f);
+                const __m256 four = v % 2 ? _mm256_permute2f128_ps(some, some, 0x08) : some;
+                for (int k = 0; k < T; ++k)
+                    total[k][v / 2] = _mm256_fmadd_ps(four, _mm256_set1_ps(kept[k][i]), total[k][v / 2]);
+            }
+    }
+    for (int k = 0; k < T; ++k) {
+        const __m256 one = _mm256_add_ps(total[k][0], total[k][2]), two = _mm256_add_ps(total[k][1], total[k][3]);
+        if (BLOCK == 4) {
+            const __m256 both = _mm256_add_ps(one, two);
+            _mm_storeu_ps(out[k], _mm_add_ps(_mm256_castps256_ps128(both), _mm256_extractf128_ps(both, 1)));
+        } else {
+            _mm256_storeu_ps(out[k], one), _mm256_storeu_ps(out[k] + 8, two);
+        }
+    }
+}
+
+template <int KIND, int BLOCK, int T>
+ALWAYS void blocks(const Matrix& m, const Inputs& in, int64_t group, int64_t b, float (*out)[16]) {
+    if (KIND == I8 || KIND == I4) {
+        blocks_in_integers<KIND, BLOCK, T>(m, in, group, b, out);
+    } else {
+        blocks_in_float<KIND, BLOCK, T>(m, in, group, b, out);
+    }
+}
+
+template <int KIND, int BLOCK>
+void few_blocks(const Matrix& m, const Inputs& in, const float* bias, float* y, int64_t first, int64_t last) {
+    for (int64_t group = first; group < last; ++group)
+        for (int64_t b = 0; b < in.batch;) {
+            float out[2][16];
+            const int tokens = in.batch - b >= 2 ? 2 : 1;
+            if (tokens == 2) blocks<KIND, BLOCK, 2>(m, in, group, b, out);
+            if (tokens == 1) blocks<KIND, BLOCK, 1>(m, in, group, b, out);
+            for (int k = 0; k < tokens; ++k, ++b)
+                for (int64_t r = 0, row = group * BLOCK; r < BLOCK && row < m.rows; ++r, ++row)
+                    y[b * m.rows + row] = out[k][r] + (bias ? bias[row] : 0.0f);
+        }
 }
 
 // The index form, one row at a time: columns as 16 bits over the whole of up to FLAT columns, so that no short loop ends in
@@ -551,20 +704,23 @@ Few few_for(int64_t batch) {
     return few_rows<KIND, 4, WHOLE>;
 }
 
+template <int KIND>
+Few few_of(const Matrix& m, int64_t batch) {
+    if (m.block > 1) return m.block == 4 ? few_blocks<KIND, 4> : few_blocks<KIND, 16>;
+    return (KIND == I8 || KIND == I4) && batch > FEW ? panels<KIND, false> : few_for<KIND>(batch);
+}
+
 void few(const Matrix& m, const Inputs& in, const float* bias, float* y, int64_t first, int64_t last) {
-    Few function = few_units;
-    if (m.form == DENSE && m.kind == I8 && m.block == 1) {
+    Few function = few_gathered;
+    if (m.form == DENSE) {
         // long rows are read four at a time, or fetching starts anew too often
         function = in.batch > FEW || m.columns >= 2048 ? panels<I8, true> : few_for<I8, true>(in.batch);
-    } else if (m.form == INDEX && m.block == 1) {
-        function = few_gathered;
-    } else if (m.form == BITMASK && m.block == 1) {
-        const bool more = in.batch > FEW;
-        if (m.kind == F32) function = few_for<F32>(in.batch);
-        if (m.kind == BF16) function = few_for<BF16>(in.batch);
-        if (m.kind == F16) function = few_for<F16>(in.batch);
-        if (m.kind == I8) function = more ? panels<I8, false> : few_for<I8>(in.batch);
-        if (m.kind == I4) function = more ? panels<I4, false> : few_for<I4>(in.batch);
+    } else if (m.form == BITMASK) {
+        if (m.kind == F32) function = few_of<F32>(m, in.batch);
+        if (m.kind == BF16) function = few_of<BF16>(m, in.batch);
+        if (m.kind == F16) function = few_of<F16>(m, in.batch);
+        if (m.kind == I8) function = few_of<I8>(m, in.batch);
+        if (m.kind == I4) function = few_of<I4>(m, in.batch);
     }
     function(m, in, bias, y, first, last);
 }

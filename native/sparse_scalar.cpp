@@ -66,29 +66,28 @@ float scale_at(const Matrix& m, int64_t row, int64_t column) {
 }
 
 // Integers times integers are summed exactly per scale, as the other instruction sets do.
-float dot_integers(const Matrix& m, int64_t row, const int8_t* x) {
+float dot_integers(const Matrix& m, int64_t group, int64_t r, const int8_t* x) {
     int32_t sum = 0;
     int64_t current = 0;
     float total = 0;
-    const int64_t width = m.columns / m.scales;
-    each(m, row, [&](int64_t column, int64_t at) {
+    const int64_t width = m.columns / m.scales, row = group * m.block + r;
+    each(m, group, [&](int64_t column, int64_t at) {
         if (column / width != current) {
             total += float(sum) * m.scale[row * m.scales + current];
             sum = 0, current = column / width;
         }
-        sum += int32_t(value_at(m, at)) * x[column];
+        sum += int32_t(value_at(m, at + r)) * x[column];
     });
     return total + float(sum) * m.scale[row * m.scales + current];
 }
 
 void few(const Matrix& m, const Inputs& in, const float* bias, float* y, int64_t first, int64_t last) {
-    const bool exact = (m.kind == I8 || m.kind == I4) && m.block == 1 && m.form != INDEX;
     for (int64_t group = first; group < last; ++group)
         for (int64_t b = 0; b < in.batch; ++b)
             for (int64_t r = 0, row = group * m.block; r < m.block && row < m.rows; ++r, ++row) {
                 float sum = 0;
-                if (exact) {
-                    sum = dot_integers(m, row, in.integers + b * in.padded) * in.factor[b];
+                if (in_integers(m)) {
+                    sum = dot_integers(m, group, r, in.integers + b * in.padded) * in.factor[b];
                 } else {
                     const float* x = in.plain + b * in.padded;
                     each(m, group, [&](int64_t column, int64_t at) {

@@ -10,6 +10,7 @@ import torch
 
 from secateur import __version__, evaluate
 from secateur.core import native
+from secateur.errors import UsageError
 
 __all__ = ["findings"]
 
@@ -36,7 +37,20 @@ def findings() -> dict[str, str]:
     found["memory free"] = _memory()
     found["torchvision"] = _torchvision()
     found["selection"] = native.path()
+    found["sparse kernels"] = _sparse()
     return found
+
+
+def _sparse() -> str:
+    from secateur.deploy.sparse import kernels
+
+    try:
+        used = kernels.LEVELS[kernels.level()]
+    except UsageError as error:
+        return str(error)
+    if native.library() is None:
+        return native.path()
+    return f"{used} ({kernels.ENVIRONMENT} of {', '.join(kernels.LEVELS)} takes a lesser one)"
 
 
 def _version(package: str) -> str | None:

@@ -14,6 +14,7 @@ from secateur.core import native
 from secateur.deploy.sparse import kernels, pack
 from secateur.deploy.sparse.ops import BATCHES, STREAM, TILES, UNPACK, sparse_linear
 from secateur.deploy.sparse.packed import pack_integers
+from secateur.doctor import findings
 from secateur.errors import UsageError
 
 KINDS = ("float32", "bfloat16", "float16", "int8", "int4")
@@ -43,7 +44,7 @@ def check(found, x, bias, way, tolerance=2e-6):
     assert y.shape == (*x.shape[:-1], found.rows)
     assert y.dtype == x.dtype
     dense = found.dense().double()
-    whole = found.kind.startswith("int") and found.block == 1 and found.form != "index"
+    whole = found.kind.startswith("int") and found.form != "index"
     inputs = rounded(x) if whole and way == STREAM and native.library() is not None else x.double()
     expected = inputs @ dense.T + bias.double()
     size = x.double().abs() @ dense.abs().T + bias.double().abs() + 1e-30
@@ -68,6 +69,28 @@ def test_every_form_and_way_is_the_dense_product(path, kind, block):
                 x, bias = torch.randn(batch, columns), torch.randn(rows)
                 for way in (STREAM, TILES, UNPACK) if path != "torch" else (UNPACK,):
                     check(found, x, bias, way)
+
+
+@pytest.mark.parametrize("block", [1, 4, 16])
+def test_sums_of_integers_are_exact(path, block):
+    """On every path the same bits: sums of a scale are whole numbers, rounded once."""
+    generator = torch.Generator().manual_seed(1)
+    for kind, columns, scales in (("int8", 1000, 1), ("int8", 130, 1), *[("int4", 640, 5)] * (block > 1)):
+        most = 127 if kind == "int8" else 7
+        integers = torch.randint(-most, most + 1, (37, columns), generator=generator, dtype=torch.int8)
+        cut = torch.rand(-(-37 // block), columns, generator=generator) < 0.6
+        integers[cut.repeat_interleave(block, 0)[:37]] = 0
+        scale = torch.rand(37, scales, generator=generator) + 0.5
+        found = pack_integers(integers, scale, kind, form="bitmask", block=block)
+        for batch in (1, 2, 3, 4, 7):
+            x = torch.randint(-127, 128, (batch, columns), generator=generator).float()
+            x[:, 0] = 127  # rounded without a change
+            parts = torch.einsum("bsc,rsc->bsr", *(y.view(len(y), scales, -1).double() for y in (x, integers)))
+            expected = torch.zeros(batch, 37)
+            for number in range(scales):
+                expected += parts[:, number].float() * scale[:, number]
+            y = sparse_linear(found, x, ways=[STREAM] * 9)
+            assert torch.equal(y, expected) or path == "torch"  # which does not know integers
 
 
 def test_integers_of_wide_rows(path):
@@ -198,6 +221,13 @@ def test_callers_on_several_threads_and_after_a_fork(fast):
         assert os.waitpid(child, 0)[1] == 0
     finally:
         torch.set_num_threads(1)
+
+
+def test_doctor_names_the_kernels_in_use(path, monkeypatch):
+    wanted = {"torch": "torch (SECATEUR_NATIVE=0)", "emulated": "avx512 ("}.get(path, f"{path} (")
+    assert findings()["sparse kernels"].startswith(wanted)
+    monkeypatch.setenv(kernels.ENVIRONMENT, "avx1024")
+    assert "SECATEUR_ISA=avx1024: this machine has plain" in findings()["sparse kernels"]
 
 
 def test_an_instruction_set_that_is_not_there_is_named(fast, monkeypatch):

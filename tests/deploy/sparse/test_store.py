@@ -153,11 +153,14 @@ def mutations(path, count):
 def survive(tmp_path, count):
     """Load every mutation; what is accepted is multiplied with, so that kernels meet it."""
     path, place = tmp_path / "m.safetensors", tmp_path / "mutated.safetensors"
-    weights = {"a": (None, "bitmask"), "b": (None, "index"), "c": ("int8", "bitmask"), "d": ("int4", "bitmask")}
+    weights = {
+        "a": (None, "bitmask", 1), "b": (None, "index", 1), "c": ("int8", "bitmask", 1), "d": ("int4", "bitmask", 1),
+        "e": ("int8", "bitmask", 4), "f": ("int4", "bitmask", 16),
+    }  # fmt: skip
     tensors = {
         name: tensor
-        for each, (kind, form) in weights.items()
-        for name, tensor in named(each, pack(matrix(7, 90, 0.7), kind, form=form)).items()
+        for each, (kind, form, block) in weights.items()
+        for name, tensor in named(each, pack(matrix(7, 90, 0.7), kind, form=form, block=block)).items()
     }
     save_file(tensors, path, metadata={"secateur": json.dumps({"format": "secateur.sparse.v1", "tied": {}})})
     x, refused = {90: torch.randn(5, 90)}, 0

@@ -21,7 +21,7 @@ __all__ = ["Encoded", "Product", "bits_of", "decode", "encode", "level", "scaled
 FORM = {"bitmask": 0, "index": 1, "dense": 2}
 KIND = {"float32": 0, "bfloat16": 1, "float16": 2, "int8": 3, "int4": 4}
 ENVIRONMENT = "SECATEUR_ISA"
-LEVELS = ("plain", "avx2")
+LEVELS = ("plain", "avx2", "avx512")
 ALONE = 1 << 18  # weights below which one thread is faster than waking another
 
 
@@ -36,7 +36,7 @@ class Encoded(NamedTuple):
 
 
 def level() -> int:
-    """The instruction set in use: 0 plain, 1 AVX2; `SECATEUR_ISA=plain` takes the plain kernels.
+    """The instruction set in use, a place in `LEVELS`; `SECATEUR_ISA` takes a lesser one than the best.
 
     Raises:
         UsageError: `SECATEUR_ISA` names none, or one that this machine or library lacks.

@@ -131,8 +131,8 @@ def sparse_linear(
 
     Args:
         packed: the matrix `(rows, columns)`.
-        x: `(..., columns)`, any floating-point type. Sums are float32, the result has the type of x. Where int8 and
-            int4 matrices of whole rows meet at most 4 tokens, these are rounded to 8 bits, each token by its own scale.
+        x: `(..., columns)`, any floating-point type. Sums are float32, the result has the type of x. Where the
+            stream of integers is met (not in the index form), inputs are rounded to 8 bits, each token by its own scale.
             NaN and Inf reach every row, as in a dense product.
         bias: `(rows)`.
         ways: how, for each of `BATCHES` and beyond; None for the usual choice.

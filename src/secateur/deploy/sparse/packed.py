@@ -92,7 +92,7 @@ class Packed:
     @property
     def in_integers(self) -> bool:
         """Whether inputs that meet the stream are rounded to integers; this way serves any number of tokens."""
-        return self.kind in ("int8", "int4") and self.block == 1 and self.form != "index"
+        return self.kind in ("int8", "int4") and self.form != "index"
 
     @property
     def nonzeros(self) -> int:

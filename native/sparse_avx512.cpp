@@ -1,0 +1,629 @@
+// The kernels for AVX-512 with VBMI2 and VNNI: Ice Lake, Zen 4 and later.
+//
+// One instruction expands packed values, one compresses the inputs that a mask keeps, one adds products of bytes. Bytes are
+// signed times unsigned there: inputs come with 128 added, and 128 times the sum of the weights is taken off again, lane
+// by lane, so that sums stay exact. What has no better way here (8 tokens, the index form) is left to AVX2.
+//
+// With SECATEUR_EMULATED_AVX512 the instructions are plain C++ (tests/native): for tests where no machine has them.
+
+#include <cstdint>
+#include <cstring>
+
+#include "sparse.h"
+
+#if !defined(__x86_64__) || !(defined(__clang__) || (defined(__GNUC__) && __GNUC__ >= 9))
+
+namespace sparse {
+const Kernels* avx512_kernels() { return nullptr; }
+}  // namespace sparse
+
+#else
+
+#include <immintrin.h>
+
+#if defined(SECATEUR_EMULATED_AVX512)
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c,bmi,bmi2,popcnt")
+#include "avx512_emulated.h"
+#elif defined(__clang__)
+#pragma clang attribute push( \
+    __attribute__((target( \
+        "avx2,fma,f16c,bmi,bmi2,popcnt,avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vbmi2,avx512vnni" \
+    ))), \
+    apply_to = function \
+)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c,bmi,bmi2,popcnt,avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vbmi2,avx512vnni")
+#endif
+
+#define ALWAYS inline __attribute__((always_inline))
+
+namespace sparse {
+namespace {
+
+const Kernels* narrow;  // those of AVX2
+
+struct Orders {
+    alignas(64) uint8_t counted[64];     // 0, 1, 2, ...
+    alignas(64) uint8_t spread[64];      // every 8 bytes: the 5 that hold the next 8 codes of 4 bits
+    alignas(64) uint8_t nibbles[64];     // every 8 bytes: where those codes start
+    alignas(64) uint8_t turned[2][64];   // blocks of 4 and 16 rows: 4 columns of a row side by side
+    alignas(64) int32_t repeated[2][16]; // blocks of 4 and 16 rows: which 4 inputs (or which 1) a lane meets
+};
+
+Orders o;
+
+bool fill() {
+    for (int i = 0; i < 64; ++i) {
+        o.counted[i] = uint8_t(i);
+        o.spread[i] = uint8_t(i / 8 * 4 + (i % 8 < 5 ? i % 8 : 0));
+        o.nibbles[i] = uint8_t(i % 8 * 4);
+        o.turned[0][i] = uint8_t(i / 16 * 16 + i % 4 * 4 + i / 4 % 4);
+        o.turned[1][i] = uint8_t(i % 4 * 16 + i / 4);
+    }
+    for (int i = 0; i < 16; ++i) o.repeated[0][i] = i / 4, o.repeated[1][i] = 0;
+    return true;
+}
+
+ALWAYS int kept(uint64_t bits) { return int(_mm_popcnt_u64(bits)); }
+
+// The lowest n of 64 bits; all for more
+ALWAYS uint64_t lowest(int64_t n) { return n < 64 ? (uint64_t(1) << n) - 1 : ~uint64_t(0); }
+
+// 64 codes of 4 bits from any place of a stream, looked up in a codebook that is there four times: a place counts by its
+// lowest 6 bits. Uses 33 bytes, reads 64.
+ALWAYS __m512i codes(const uint8_t* values, int64_t at, __m512i codebook) {
+    const __m512i raw = _mm512_permutexvar_epi8(_mm512_load_si512(o.spread), _mm512_loadu_si512(values + (at >> 1)));
+    const __m512i from = _mm512_add_epi8(_mm512_load_si512(o.nibbles), _mm512_set1_epi8(char((at & 1) * 4)));
+    return _mm512_permutexvar_epi8(_mm512_multishift_epi64_epi8(from, raw), codebook);
+}
+
+ALWAYS __m512i codebook_of(const Matrix& m) {
+    return m.codebook ? _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)m.codebook)) : _mm512_setzero_si512();
+}
+
+// The next bytes of a stream, put where bits are
+template <int KIND>
+ALWAYS __m512i expand_bytes(const uint8_t* values, int64_t& at, uint64_t bits, __m512i codebook) {
+    const __m512i packed = KIND == I4 ? codes(values, at, codebook) : _mm512_loadu_si512(values + at);
+    at += kept(bits);
+    return _mm512_maskz_expand_epi8(bits, packed);
+}
+
+// 16 values of the stream as float32, those of the mask
+template <int KIND>
+ALWAYS __m512 sixteen(const char* at, uint32_t mask) {
+    if (KIND == F32) return _mm512_maskz_loadu_ps(__mmask16(mask), (const float*)at);
+    const __m256i raw = _mm512_castsi512_si256(_mm512_maskz_loadu_epi16(__mmask32(mask & 0xffff), at));
+    if (KIND == F16) return _mm512_cvtph_ps(raw);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16));
+}
+
+// Integer sums of B tokens, each with 128 times the sum of the weights in it
+template <int B>
+struct Sums {
+    __m512i total[B], weights;
+
+    ALWAYS void start() {
+        weights = _mm512_setzero_si512();
+        for (int b = 0; b < B; ++b) total[b] = _mm512_setzero_si512();
+    }
+    ALWAYS void weigh(__m512i w) { weights = _mm512_dpbusd_epi32(weights, _mm512_set1_epi8(char(-128)), w); }
+    ALWAYS void add(__m512i w, const uint8_t* x, int64_t padded) {
+        weigh(w);
+        for (int b = 0; b < B; ++b) total[b] = _mm512_dpbusd_epi32(total[b], _mm512_loadu_si512(x + b * padded), w);
+    }
+    ALWAYS __m512i lanes(int b) const { return _mm512_sub_epi32(total[b], weights); }
+};
+
+// Words that share a scale: see `_wrong_scale` in secateur/deploy/sparse/store.py
+ALWAYS int64_t words_of_scale(const Matrix& m) { return m.scales == 1 ? m.words : m.columns / m.scales / WORD; }
+
+template <int KIND, int B>
+ALWAYS void row_in_float(const Matrix& m, const Inputs& in, int64_t row, float* out) {
+    constexpr int SIZE = KIND == F32 ? 4 : 2;
+    const uint64_t* mask = m.mask + row * m.words;
+    const char* values = (const char*)m.values + m.offsets[row] * SIZE;
+    const float* x = KIND == BF16 ? in.paired : in.plain;
+    const int64_t padded = in.padded, words = m.words;
+    __m512 total[B][4];
+    for (int b = 0; b < B; ++b)
+        for (int part = 0; part < 4; ++part) total[b][part] = _mm512_setzero_ps();
+    for (int64_t word = 0; word < words; ++word) {
+        const uint64_t bits = mask[word];
+        if (!bits) continue;
+        _mm_prefetch(values + 1024, _MM_HINT_T0);
+        if (KIND == F32) _mm_prefetch(values + 1024 + 64, _MM_HINT_T0);
+        const float* at = x + word * WORD;
+        __m512 w[4];
+        if (KIND == F32) {
+            for (int part = 0; part < 4; ++part) {
+                const char* from = values + 4 * kept(bits & lowest(16 * part));
+                w[part] = _mm512_maskz_expand_ps(__mmask16(bits >> (16 * part)), _mm512_loadu_ps(from));
+            }
+        } else {
+            for (int half = 0; half < 2; ++half) {
+                const char* from = values + 2 * kept(bits & lowest(32 * half));
+                const __m512i both = _mm512_maskz_expand_epi16(__mmask32(bits >> (32 * half)), _mm512_loadu_si512(from));
+                if (KIND == BF16) {
+                    w[2 * half] = _mm512_castsi512_ps(_mm512_slli_epi32(both, 16));
+                    w[2 * half + 1] = _mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32(int32_t(0xffff0000u))));
+                } else {
+                    w[2 * half] = _mm512_cvtph_ps(_mm512_castsi512_si256(both));
+                    w[2 * half + 1] = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(both, 1));
+                }
+            }
+        }
+        values += SIZE * kept(bits);
+        for (int b = 0; b < B; ++b)
+            for (int part = 0; part < 4; ++part)
+                total[b][part] = _mm512_fmadd_ps(w[part], _mm512_loadu_ps(at + b * padded + 16 * part), total[b][part]);
+    }
+    for (int b = 0; b < B; ++b)
+        out[b] = _mm512_reduce_add_ps(
+            _mm512_add_ps(_mm512_add_ps(total[b][0], total[b][1]), _mm512_add_ps(total[b][2], total[b][3]))
+        );
+}
+
+template <int KIND, int B>
+ALWAYS void row_in_integers(const Matrix& m, const Inputs& in, int64_t row, float* out) {
+    const uint64_t* mask = m.mask + row * m.words;
+    const uint8_t *values = (const uint8_t*)m.values, *x = in.shifted;
+    const int64_t padded = in.padded, words = m.words, reach = words_of_scale(m);
+    const __m512i codebook = codebook_of(m);
+    int64_t at = m.offsets[row];
+    __m512 all[B];
+    for (int b = 0; b < B; ++b) all[b] = _mm512_setzero_ps();
+    for (int64_t word = 0, scale = 0; word < words; ++scale) {
+        Sums<B> one, two;  // side by side, so that additions do not wait for each other
+        one.start(), two.start();
+        const int64_t stop = word + reach < words ? word + reach : words;
+        for (; word + 2 <= stop; word += 2) {
+            _mm_prefetch((const char*)values + (KIND == I4 ? at >> 1 : at) + 1024, _MM_HINT_T0);
+            one.add(expand_bytes<KIND>(values, at, mask[word], codebook), x + word * WORD, padded);
+            two.add(expand_bytes<KIND>(values, at, mask[word + 1], codebook), x + word * WORD + WORD, padded);
+        }
+        if (word < stop) {
+            one.add(expand_bytes<KIND>(values, at, mask[word], codebook), x + word * WORD, padded);
+            ++word;
+        }
+        const float factor = m.scale[row * m.scales + scale];
+        for (int b = 0; b < B; ++b) {
+            const __m512i lanes = _mm512_add_epi32(one.lanes(b), two.lanes(b));
+            if (m.scales == 1)
+                out[b] = float(_mm512_reduce_add_epi32(lanes)) * factor;
+            else
+                all[b] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(lanes), _mm512_set1_ps(factor), all[b]);
+        }
+    }
+    for (int b = 0; b < B; ++b) out[b] = (m.scales == 1 ? out[b] : _mm512_reduce_add_ps(all[b])) * in.factor[b];
+}
+
+template <int KIND, int B>
+void few_rows(const Matrix& m, const Inputs& in, const float* bias, float* y, int64_t first, int64_t last) {
+    for (int64_t row = first; row < last; ++row) {
+        float out[B];
+        if (KIND == I8 || KIND == I4) {
+            row_in_integers<KIND, B>(m, in, row, out);
+        } else {
+            row_in_float<KIND, B>(m, in, row, out);
+        }
+        for (int b = 0; b < B; ++b) y[b * m.rows + row] = out[b] + (bias ? bias[row] : 0.0f);
+    }
+}
+
+constexpr int64_t DEEP = 4096;  // columns of a panel: four rows of bytes in the nearest cache
+
+// Four rows of bytes times T tokens over `words` words; `ahead` bytes further on lie the next four
+template <int T>
+ALWAYS void four_rows(
+    const uint8_t* const* w, int64_t ahead, const uint8_t* x, int64_t padded, int64_t words, int64_t reach,
+    const float* const* scale, float (*out)[4]
+) {
+    __m512 all[4][T];
+    for (int r = 0; r < 4; ++r)
+        for (int t = 0; t < T; ++t) all[r][t] = _mm512_setzero_ps();
+    for (int64_t word = 0, number = 0; word < words; ++number) {
+        Sums<T> sums[4];
+        for (int r = 0; r < 4; ++r) sums[r].start();
+        const int64_t stop = word + reach < words ? word + reach : words;
+        for (; word < stop; ++word) {
+            if (ahead)
+                for (int r = 0; r < 4; ++r) _mm_prefetch((const char*)w[r] + word * WORD + ahead, _MM_HINT_T0);
+            for (int r = 0; r < 4; ++r) sums[r].add(_mm512_loadu_si512(w[r] + word * WORD), x + word * WORD, padded);
+        }
+        for (int r = 0; r < 4; ++r)
+            for (int t = 0; t < T; ++t) {
+                if (words <= reach)
+                    out[t][r] = float(_mm512_reduce_add_epi32(sums[r].lanes(t))) * *scale[r];
+                else
+                    all[r][t] = _mm512_fmadd_ps(
+                        _mm512_cvtepi32_ps(sums[r].lanes(t)), _mm512_set1_ps(scale[r][number]), all[r][t]
+                    );
+            }
+    }
+    if (words <= reach) return;
+    for (int t = 0; t < T; ++t)
+        for (int r = 0; r < 4; ++r) out[t][r] = _mm512_reduce_add_ps(all[r][t]);
+}
+
+// Any number of tokens: four rows at a time are expanded into the nearest cache, or lie there as they are (DENSE)
+template <int KIND, bool WHOLE>
+void panels(const Matrix& m, const Inputs& in, const float* bias, float* y, int64_t first, int64_t last) {
+    alignas(64) uint8_t room[4][DEEP + 64];
+    int64_t at[4];
+    const uint8_t* values = (const uint8_t*)m.values;
+    const int64_t reach = words_of_scale(m), ahead = WHOLE && in.batch <= FEW ? 4 * m.columns : 0;
+    const __m512i codebook = codebook_of(m);
+    for (int64_t row = first; row < last; row += 4) {
+        const int rows = int(last - row < 4 ? last - row : 4);
+        const uint8_t* w[4];
+        const float* scale[4];
+        for (int r = 0; r < rows; ++r) at[r] = m.offsets[row + r];
+        // as deep as the nearest cache holds, and no further than whole scales, or than one
+        const int64_t step = WHOLE ? m.words : reach < DEEP / WORD ? DEEP / WORD / reach * reach : DEEP / WORD;
+        for (int64_t word = 0, stop; word < m.words; word = stop) {
+            stop = word + step < m.words ? word + step : m.words;
+            if (reach > step && stop > (word / reach + 1) * reach) stop = (word / reach + 1) * reach;
+            for (int r = 0; r < 4; ++r) {
+                const int64_t here = row + (r < rows ? r : 0);
+                scale[r] = m.scale + here * m.scales + word / reach;
+                w[r] = WHOLE ? values + m.offsets[here] : room[r < rows ? r : 0];
+                if (WHOLE || r >= rows) continue;
+                const uint64_t* mask = m.mask + here * m.words;
+                for (int64_t i = word; i < stop; ++i)
+                    _mm512_store_si512(room[r] + (i - word) * WORD, expand_bytes<KIND>(values, at[r], mask[i], codebook));
+            }
+            for (int64_t b = 0; b < in.batch;) {
+                float out[4][4];
+                const uint8_t* x = in.shifted + b * in.padded + word * WORD;
+                const int tokens = in.batch - b >= 4 ? 4 : in.batch - b >= 2 ? 2 : 1;
+                if (tokens == 4) four_rows<4>(w, ahead, x, in.padded, stop - word, reach, scale, out);
+                if (tokens == 2) four_rows<2>(w, ahead, x, in.padded, stop - word, reach, scale, out);
+                if (tokens == 1) four_rows<1>(w, ahead, x, in.padded, stop - word, reach, scale, out);
+                for (int t = 0; t < tokens; ++t, ++b)
+                    for (int r = 0; r < rows; ++r) {
+                        float* to = y + b * m.rows + row + r;
+                        const float before = word ? *to : bias ? bias[row + r] : 0.0f;
+                        *to = out[t][r] * in.factor[b] + before;
+                    }
+            }
+        }
+    }
+}
+
+// Blocks of 4 or 16 rows: the inputs that the mask keeps are put side by side, once for all rows of a block, and the
+// stream meets them as if nothing were left out. FLOCK words at a time.
+constexpr int64_t FLOCK = 16;
+
+ALWAYS void keep(uint64_t bits, const uint8_t* x, uint8_t* out) {
+    _mm512_storeu_si512(out, _mm512_maskz_compress_epi8(bits, _mm512_loadu_si512(x)));
+}
+
+ALWAYS void keep(uint64_t bits, const float* x, float* out) {
+    for (int part = 0; part < 4; ++part) {
+        const __m512 some = _mm512_maskz_compress_ps(__mmask16(bits >> (16 * part)), _mm512_loadu_ps(x + 16 * part));
+        _mm512_storeu_ps(out + kept(bits & lowest(16 * part)), some);
+    }
+}
+
+// Kept inputs of T tokens in order, zeros behind the last; returns how many
+template <class X, int T>
+ALWAYS int64_t keep(const uint64_t* mask, int64_t words, const X* x, int64_t padded, X (*out)[FLOCK * WORD + 64]) {
+    int64_t n = 0;
+    for (int64_t word = 0; word < words; n += kept(mask[word++]))
+        for (int t = 0; t < T; ++t) keep(mask[word], x + t * padded + word * WORD, out[t] + n);
+    for (int t = 0; t < T; ++t) std::memset(out[t] + n, 0, 64);
+    return n;
+}
+
+// Lanes of a vector as rows of a block: of 4 there are four times each
+template <int BLOCK>
+ALWAYS void rows_of(__m512i lanes, int32_t* out) {
+    if (BLOCK == 16) return _mm512_storeu_si512(out, lanes);
+    const __m256i two = _mm256_add_epi32(_mm512_castsi512_si256(lanes), _mm512_extracti64x4_epi64(lanes, 1));
+    const __m128i one = _mm_add_epi32(_mm256_castsi256_si128(two), _mm256_extracti128_si256(two, 1));
+    _mm_storeu_si128((__m128i*)out, one);
+}
+
+template <int KIND, int BLOCK, int T>
+ALWAYS void blocks_in_integers(const Matrix& m, const Inputs& in, int64_t group, int64_t b, float (*out)[16]) {
+    constexpr int UNITS = 64 / BLOCK;  // of a vector
+    uint8_t inputs[T][FLOCK * WORD + 64];
+    const uint64_t* mask = m.mask + group * m.words;
+    const uint8_t *values = (const uint8_t*)m.values, *x = in.shifted + b * in.padded;
+    const int64_t words = m.words, reach = words_of_scale(m);
+    const __m512i codebook = codebook_of(m), turned = _mm512_load_si512(o.turned[BLOCK == 16]);
+    const __m512i repeated = _mm512_load_si512(o.repeated[BLOCK == 16]);
+    int64_t at = m.offsets[group];
+    for (int64_t word = 0, scale = 0; word < words; ++scale) {
+        Sums<T> sums;
+        sums.start();
+        const int64_t end = word + reach < words ? word + reach : words;
+        for (int64_t stop; word < end; word = stop) {
+            stop = word + FLOCK < end ? word + FLOCK : end;
+            const int64_t n = keep<uint8_t, T>(mask + word, stop - word, x + word * WORD, in.padded, inputs);
+            for (int64_t i = 0; i < n; i += UNITS, at += 64) {
+                const uint64_t here = lowest((n - i) * BLOCK);
+                __m512i w;
+                if (KIND == I4) {
+                    w = _mm512_maskz_mov_epi8(here, codes(values, at, codebook));
+                } else {
+                    _mm_prefetch((const char*)values + at + 1024, _MM_HINT_T0);
+                    w = _mm512_maskz_loadu_epi8(here, values + at);
+                }
+                w = _mm512_permutexvar_epi8(turned, w);
+                sums.weigh(w);
+                for (int t = 0; t < T; ++t) {
+                    const __m512i some = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)(inputs[t] + i)));
+                    sums.total[t] = _mm512_dpbusd_epi32(sums.total[t], _mm512_permutexvar_epi32(repeated, some), w);
+                }
+            }
+            if (n % UNITS) at -= 64 - n % UNITS * BLOCK;
+        }
+        for (int t = 0; t < T; ++t) {
+            int32_t found[16];
+            rows_of<BLOCK>(sums.lanes(t), found);
+            for (int r = 0; r < BLOCK; ++r) {
+                const int64_t row = group * BLOCK + r;
+                const float part = row < m.rows ? float(found[r]) * m.scale[row * m.scales + scale] : 0.0f;
+                out[t][r] = (scale ? out[t][r] : 0.0f) + part;
+            }
+        }
+    }
+    for (int t = 0; t < T; ++t)
+        for (int r = 0; r < BLOCK; ++r) out[t][r] *= in.factor[b + t];
+}
+
+template <int KIND, int BLOCK, int T>
+ALWAYS void blocks_in_float(const Matrix& m, const Inputs& in, int64_t group, int64_t b, float (*out)[16]) {
+    constexpr int SIZE = KIND == F32 ? 4 : 2, UNITS = 16 / BLOCK;
+    float inputs[T][FLOCK * WORD + 64];
+    const uint64_t* mask = m.mask + group * m.words;
+    const char* values = (const char*)m.values + m.offsets[group] * SIZE;
+    const __m512i repeated = _mm512_load_si512(o.repeated[BLOCK == 16]);
+    __m512 total[T][4];
+    for (int t = 0; t < T; ++t)
+        for (int part = 0; part < 4; ++part) total[t][part] = _mm512_setzero_ps();
+    for (int64_t word = 0, stop; word < m.words; word = stop) {
+        stop = word + FLOCK < m.words ? word + FLOCK : m.words;
+        const float* x = in.plain + b * in.padded + word * WORD;
+        const int64_t n = keep<float, T>(mask + word, stop - word, x, in.padded, inputs);
+        for (int64_t i = 0; i < n;) {
+            _mm_prefetch(values + 1024, _MM_HINT_T0);
+            if (KIND == F32) _mm_prefetch(values + 1024 + 128, _MM_HINT_T0);
+            for (int part = 0; part < 4 && i < n; ++part, i += UNITS) {
+                // nothing of the next units, which may be no numbers: zero times those is none
+                const uint64_t here = lowest((n - i) * BLOCK) & 0xffff;
+                const __m512 w = sixteen<KIND>(values, uint32_t(here));
+                values += SIZE * kept(here);
+                for (int t = 0; t < T; ++t) {
+                    __m512 value = _mm512_set1_ps(inputs[t][i]);
+                    if (BLOCK == 4) value = _mm512_permutexvar_ps(repeated, _mm512_loadu_ps(inputs[t] + i));
+                    total[t][part] = _mm512_fmadd_ps(w, value, total[t][part]);
+                }
+            }
+        }
+    }
+    for (int t = 0; t < T; ++t) {
+        float lanes[16];
+        const __m512 low = _mm512_add_ps(total[t][0], total[t][1]), high = _mm512_add_ps(total[t][2], total[t][3]);
+        _mm512_storeu_ps(lanes, _mm512_add_ps(low, high));
+        for (int r = 0; r < BLOCK; ++r) out[t][r] = lanes[r];
+        for (int i = BLOCK; i < 16; ++i) out[t][i % BLOCK] += lanes[i];
+    }
+}
+
+template <int KIND, int BLOCK, int T>
+ALWAYS void blocks(const Matrix& m, const Inputs& in, int64_t group, int64_t b, float (*out)[16]) {
+    if (KIND == I8 || KIND == I4) {
+        blocks_in_integers<KIND, BLOCK, T>(m, in, group, b, out);
+    } else {
+        blocks_in_float<KIND, BLOCK, T>(m, in, group, b, out);
+    }
+}
+
+template <int KIND, int BLOCK>
+void few_blocks(const Matrix& m, const Inputs& in, const float* bias, float* y, int64_t first, int64_t last) {
+    for (int64_t group = first; group < last; ++group)
+        for (int64_t b = 0; b < in.batch;) {
+            float out[4][16];
+            const int tokens = in.batch - b >= 4 ? 4 : in.batch - b >= 2 ? 2 : 1;
+            if (tokens == 4) blocks<KIND, BLOCK, 4>(m, in, group, b, out);
+            if (tokens == 2) blocks<KIND, BLOCK, 2>(m, in, group, b, out);
+            if (tokens == 1) blocks<KIND, BLOCK, 1>(m, in, group, b, out);
+            for (int t = 0; t < tokens; ++t, ++b)
+                for (int64_t r = 0, row = group * BLOCK; r < BLOCK && row < m.rows; ++r, ++row)
+                    y[b * m.rows + row] = out[t][r] + (bias ? bias[row] : 0.0f);
+        }
+}
+
+using Few = void (*)(const Matrix&, const Inputs&, const float*, float*, int64_t, int64_t);
+
+template <int KIND>
+Few few_for(const Matrix& m, int64_t batch) {
+    if (m.block == 4) return few_blocks<KIND, 4>;
+    if (m.block == 16) return few_blocks<KIND, 16>;
+    if (batch == 1) return few_rows<KIND, 1>;
+    if (batch == 2) return few_rows<KIND, 2>;
+    if (batch == 3) return few_rows<KIND, 3>;
+    if (batch == 4) return few_rows<KIND, 4>;
+    return panels<KIND == I4 ? I4 : I8, false>;
+}
+
+void few(const Matrix& m, const Inputs& in, const float* bias, float* y, int64_t first, int64_t last) {
+    Few function = narrow->few;
+    if (m.form == DENSE) function = panels<I8, true>;
+    if (m.form == BITMASK) {
+        if (m.kind == F32) function = few_for<F32>(m, in.batch);
+        if (m.kind == BF16) function = few_for<BF16>(m, in.batch);
+        if (m.kind == F16) function = few_for<F16>(m, in.batch);
+        if (m.kind == I8) function = few_for<I8>(m, in.batch);
+        if (m.kind == I4) function = few_for<I4>(m, in.batch);
+    }
+    function(m, in, bias, y, first, last);
+}
+
+// The units of a group in a word or span: their columns, and their values as scaled float32
+struct Stretch {
+    alignas(64) uint8_t listed[WORD];
+    float room[SPAN * 16 + 64];
+    const uint8_t* columns;
+    const float* values;
+    int n;
+};
+
+// n values from a position of the stream as float32, without scale; writes up to 63 more
+ALWAYS void widen(const Matrix& m, int64_t at, int64_t n, float* out) {
+    const __m512i codebook = codebook_of(m);
+    alignas(64) int8_t bytes[64];
+    for (int64_t i = 0; i < n; i += 16) {
+        if (m.kind == BF16) {
+            _mm512_storeu_ps(out + i, sixteen<BF16>((const char*)m.values + 2 * (at + i), 0xffff));
+        } else if (m.kind == F16) {
+            _mm512_storeu_ps(out + i, sixteen<F16>((const char*)m.values + 2 * (at + i), 0xffff));
+        } else {
+            const int8_t* from = (const int8_t*)m.values + at + i;
+            if (m.kind == I4) {
+                if (i % 64 == 0) _mm512_store_si512(bytes, codes((const uint8_t*)m.values, at + i, codebook));
+                from = bytes + i % 64;
+            }
+            const __m128i raw = _mm_loadu_si128((const __m128i*)from);
+            _mm512_storeu_ps(out + i, _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(raw)));
+        }
+    }
+}
+
+// Values of a stretch times their scales, of which a word has one for each row
+ALWAYS void rescale(const Matrix& m, int64_t group, int64_t number, int64_t count, Stretch& s) {
+    const int64_t width = m.columns / m.scales;
+    if (m.form == INDEX && m.scales > 1) {
+        for (int64_t i = 0; i < count; ++i)
+            s.room[i] *= m.scale[group * m.scales + (number * SPAN + s.columns[i]) / width];
+        return;
+    }
+    float factor[16];
+    for (int i = 0; i < 16; ++i) {
+        const int64_t row = group * m.block + i % m.block;
+        factor[i] = row < m.rows ? m.scale[row * m.scales + number * WORD / width] : 0.0f;
+        if (m.scales == 1 && row < m.rows) factor[i] = m.scale[row];
+    }
+    const __m512 scale = _mm512_loadu_ps(factor);
+    for (int64_t i = 0; i < count; i += 16)
+        _mm512_storeu_ps(s.room + i, _mm512_mul_ps(_mm512_loadu_ps(s.room + i), scale));
+}
+
+ALWAYS void stretch(const Matrix& m, int64_t group, int64_t number, int64_t at, Stretch& s) {
+    s.columns = s.listed;
+    if (m.form == INDEX) {
+        s.n = m.counts[group * m.words + number];
+        s.columns = m.index + at;
+    } else {
+        const uint64_t bits = m.form == DENSE ? lowest(m.columns - number * WORD) : m.mask[group * m.words + number];
+        _mm512_store_si512(s.listed, _mm512_maskz_compress_epi8(bits, _mm512_load_si512(o.counted)));
+        s.n = kept(bits);
+    }
+    const int64_t count = int64_t(s.n) * m.block;
+    if (m.kind == F32) {
+        s.values = (const float*)m.values + at;
+    } else {
+        widen(m, at, count, s.room);
+        s.values = s.room;
+    }
+    if (m.scale) rescale(m, group, number, count, s);
+}
+
+// A row times V vectors of tokens; U sums run side by side so that additions do not wait for each other
+template <int V, int U>
+ALWAYS void lanes_of_row(const Stretch& s, const float* x, float* y) {
+    __m512 total[U][V];
+    for (int u = 0; u < U; ++u)
+        for (int v = 0; v < V; ++v) total[u][v] = u ? _mm512_setzero_ps() : _mm512_loadu_ps(y + 16 * v);
+    int i = 0;
+    for (; i + U <= s.n; i += U)
+        for (int u = 0; u < U; ++u) {
+            const __m512 w = _mm512_set1_ps(s.values[i + u]);
+            const float* at = x + int64_t(s.columns[i + u]) * (16 * V);
+            for (int v = 0; v < V; ++v) total[u][v] = _mm512_fmadd_ps(w, _mm512_loadu_ps(at + 16 * v), total[u][v]);
+        }
+    for (; i < s.n; ++i) {
+        const __m512 w = _mm512_set1_ps(s.values[i]);
+        const float* at = x + int64_t(s.columns[i]) * (16 * V);
+        for (int v = 0; v < V; ++v) total[0][v] = _mm512_fmadd_ps(w, _mm512_loadu_ps(at + 16 * v), total[0][v]);
+    }
+    for (int v = 0; v < V; ++v) {
+        for (int u = 1; u < U; ++u) total[0][v] = _mm512_add_ps(total[0][v], total[u][v]);
+        _mm512_storeu_ps(y + 16 * v, total[0][v]);
+    }
+}
+
+// Rows of a block times 16 tokens, four rows at a time, two units side by side
+ALWAYS void lanes_of_block(const Stretch& s, int block, const float* x, float* y) {
+    for (int from = 0; from < block; from += 4, y += 4 * 16) {
+        __m512 total[2][4];
+        for (int r = 0; r < 4; ++r) total[0][r] = _mm512_loadu_ps(y + r * 16), total[1][r] = _mm512_setzero_ps();
+        for (int i = 0; i < s.n; i += 2)
+            for (int u = 0; u < 2 && i + u < s.n; ++u) {
+                const float* w = s.values + int64_t(i + u) * block + from;
+                const __m512 value = _mm512_loadu_ps(x + int64_t(s.columns[i + u]) * 16);
+                for (int r = 0; r < 4; ++r) total[u][r] = _mm512_fmadd_ps(_mm512_set1_ps(w[r]), value, total[u][r]);
+            }
+        for (int r = 0; r < 4; ++r) _mm512_storeu_ps(y + r * 16, _mm512_add_ps(total[0][r], total[1][r]));
+    }
+}
+
+void many(const Matrix& m, const float* x, int lanes, float* y, int64_t first, int64_t last) {
+    if (lanes == 8) return narrow->many(m, x, lanes, y, first, last);
+    Stretch s;
+    int64_t at[PANEL];
+    for (int64_t group = first; group < last; ++group) at[group - first] = m.offsets[group];
+    const int64_t width = m.form == INDEX ? SPAN : WORD;
+    for (int64_t number = 0; number < m.words; ++number) {
+        const float* here = x + number * width * lanes;
+        for (int64_t group = first; group < last; ++group) {
+            stretch(m, group, number, at[group - first], s);
+            at[group - first] += int64_t(s.n) * m.block;
+            float* out = y + (group - first) * m.block * lanes;
+            if (m.block > 1) {
+                lanes_of_block(s, m.block, here, out);
+            } else if (lanes == 16) {
+                lanes_of_row<1, 8>(s, here, out);
+            } else if (lanes == 32) {
+                lanes_of_row<2, 4>(s, here, out);
+            } else {
+                lanes_of_row<4, 4>(s, here, out);
+            }
+        }
+    }
+}
+
+const Kernels table = {few, many};
+
+}  // namespace
+
+#if defined(__clang__) && !defined(SECATEUR_EMULATED_AVX512)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+#if defined(SECATEUR_EMULATED_AVX512)
+static bool runs_here() { return true; }
+#else
+// these ask the operating system as well: whether it keeps the wide registers
+static bool runs_here() {
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vbmi") &&
+           __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512vnni");
+}
+#endif
+
+const Kernels* avx512_kernels() {
+    static const bool here = runs_here() && (narrow = avx2_kernels()) && fill();
+    return here ? &table : nullptr;
+}
+
+}  // namespace sparse
+
+#endif

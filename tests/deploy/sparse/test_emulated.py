@@ -1,0 +1,45 @@
+"""AVX-512 instructions in plain C++ do what AVX2 and BMI2 do to parts of a vector; the unit compiles as it is."""
+
+from __future__ import annotations
+
+import platform
+import runpy
+import shutil
+import subprocess
+
+import pytest
+
+from .conftest import BUILD, INSTEAD
+
+pytestmark = pytest.mark.thorough
+BASELINE = ("-std=c++17", "-O1", "-ffp-contract=off")
+
+
+@pytest.fixture(scope="module")
+def compiler() -> str:
+    found = runpy.run_path(str(BUILD))["compiler"]()
+    if found is None or shutil.which(found.split()[0]) is None or platform.machine() not in ("x86_64", "AMD64"):
+        pytest.skip("no C++ compiler for x86-64")
+    return found.split()[0]
+
+
+def test_emulated_instructions_agree_with_narrower_ones(compiler, tmp_path):
+    from secateur.deploy.sparse import kernels
+
+    if kernels.level() < 1:
+        pytest.skip("this machine has no avx2")
+    program = tmp_path / "check"
+    source = INSTEAD / "check_emulated.cpp"
+    subprocess.run([compiler, *BASELINE, f"-I{INSTEAD}", str(source), "-o", str(program)], check=True)
+    done = subprocess.run([program], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "")
+
+
+def test_the_unit_compiles_with_the_real_instructions(compiler, tmp_path):
+    """Not only into a unit that stands for nothing."""
+    unit = tmp_path / "unit.s"
+    source = BUILD.parent / "sparse_avx512.cpp"
+    subprocess.run([compiler, *BASELINE, "-S", str(source), "-o", str(unit)], check=True)
+    text = unit.read_text()
+    for instruction in ("vpexpandb", "vpexpandw", "vexpandps", "vpcompressb", "vpdpbusd", "vpmultishiftqb"):
+        assert instruction in text
