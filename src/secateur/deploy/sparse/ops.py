@@ -132,7 +132,7 @@ def sparse_linear(
     Args:
         packed: the matrix `(rows, columns)`.
         x: `(..., columns)`, any floating-point type. Sums are float32, the result has the type of x. Where the
-            stream of integers is met (not in the index form), inputs are rounded to 8 bits, each token by its own scale.
+            stream of integers is met (not in the index form), inputs are rounded to 8 bits, token by token.
             NaN and Inf reach every row, as in a dense product.
         bias: `(rows)`.
         ways: how, for each of `BATCHES` and beyond; None for the usual choice.
