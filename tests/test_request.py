@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from secateur import recipes
-from secateur.allocate import Percentile, Threshold, globally, per_layer, per_row
+from secateur.allocate import Normalised, Percentile, Threshold, globally, per_layer, per_row
 from secateur.errors import UsageError
 from secateur.pattern import NM, Blocks, Columns, Rows, Weights
 from secateur.request import (
@@ -90,7 +90,7 @@ def test_no_count(text):
         ({"pattern": 124}, "pattern: '124' is no pattern"),
         (
             {"allocate": "per_head"},
-            "allocate: Input should be 'per-row', 'per-layer' or 'global', got 'per_head'",
+            "allocate: Input should be 'per-row', 'per-layer', 'global', 'normalised' or 'per-cost', got 'per_head'",
         ),
         ({"nonzero": "12.3456k"}, "nonzero: '12.3456k' is no whole number of parameters"),
         ({"nonzero": -1}, "nonzero: Input should be greater than or equal to 0, got -1"),
@@ -189,10 +189,11 @@ def test_patterns(pattern, shape):
 
 
 @pytest.mark.parametrize(
-    ("word", "function"), [("per-row", per_row), ("per-layer", per_layer), ("global", globally)]
+    ("word", "function"),
+    [("per-row", per_row), ("per-layer", per_layer), ("global", globally), ("normalised", Normalised())],
 )
 def test_allocators(word, function):
-    assert build_recipe(request({"model": "m", "sparsity": 0.5, "allocate": word})).allocate is function
+    assert build_recipe(request({"model": "m", "sparsity": 0.5, "allocate": word})).allocate == function
 
 
 def test_the_decisive_methods_carry_their_number():

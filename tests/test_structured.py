@@ -8,13 +8,14 @@ import torch
 from torch import nn
 
 from secateur import Recipe, Threshold, evaluate, magnitude, plan, prune_, score, structured, taylor
-from secateur.allocate import Normalised, globally, per_layer
+from secateur.allocate import Normalised, PerCost, globally, per_layer
 from secateur.core.example import analysis_of
+from secateur.core.select import Candidates
 from secateur.core.unit_masks import keep_of
 from secateur.core.units import pruned_program
 from secateur.errors import UsageError
 from secateur.pattern import Channels, Neurons, Weights
-from secateur.structured import Target, meter_of
+from secateur.structured import Target, meter_of, with_costs
 
 UNITS = Neurons() | Channels()
 L2 = Recipe(score.l2, UNITS)
@@ -78,7 +79,7 @@ def test_numbers_out_of_range_are_refused():
         Target.parse("150% macs")
 
 
-@pytest.mark.parametrize("allocate", [per_layer, globally, Normalised()])
+@pytest.mark.parametrize("allocate", [per_layer, globally, Normalised(), PerCost()])
 @pytest.mark.parametrize("text", ["0.5 parameters", "0.3 macs", "0.6 bytes", "9000 parameters"])
 def test_a_target_is_met_within_two_percent(analysed, text, allocate):
     model, analysis = analysed
@@ -95,6 +96,33 @@ def test_a_target_is_met_within_two_percent(analysed, text, allocate):
     wanted = target.value * (count[target.quantity](model) if target.relative else 1)
     assert abs(amount - wanted) <= 0.02 * wanted
     torch.testing.assert_close(small(X), pruned(X), rtol=1e-4, atol=1e-6)
+
+
+def test_the_cost_of_a_unit_is_what_the_model_needs_less_without_it(analysed):
+    model, analysis = analysed
+    candidates = {units.name: Candidates((1, units.size), 1, lambda: X) for units in analysis.units}
+    costs = with_costs(candidates, Target.parse("0.5 macs"), analysis)
+    for units in analysis.units:
+        small = pruned_program(analysis, {units.name: torch.arange(1, units.size)})
+        less = evaluate.flops(model, X)["macs"].value - evaluate.flops(small, X)["macs"].value
+        assert costs[units.name].cost == less
+    costs = with_costs(candidates, Target.parse("0.5 parameters"), analysis)
+    small = pruned_program(analysis, {analysis.units[0].name: torch.arange(1, analysis.units[0].size)})
+    assert costs[analysis.units[0].name].cost == sum(map(torch.numel, model.parameters())) - sum(
+        map(torch.numel, small.parameters())
+    )
+
+
+def test_per_cost_spares_what_is_cheap_to_compute(analysed):
+    """The second convolution and the linear layer behind it: few places, many parameters."""
+    model, analysis = analysed
+    kept = {}
+    for allocate in (Normalised(), PerCost()):
+        masks = prune_(deepcopy(model), target="0.5 macs", recipe=replace(L2, allocate=allocate), example=X)
+        kept[type(allocate)] = sum(
+            map(torch.numel, pruned_program(analysis, keep_of(analysis, masks)).parameters())
+        )
+    assert kept[PerCost] > 1.2 * kept[Normalised]
 
 
 def test_macs_are_those_of_one_row(analysed):

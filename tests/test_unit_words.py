@@ -85,6 +85,18 @@ def test_mending_is_as_asked(mend, update):
     assert str(recipe) == "taylor on Neurons(multiple=8), per_layer" + update
 
 
+def test_units_may_compete_by_what_they_cost():
+    given = {"method": "taylor", "pattern": "channels", "target": "2x fewer macs"}
+    assert (
+        str(build_recipe(asked(**given, allocate="per-cost")))
+        == "taylor on Channels(), PerCost(by='mean', power=1.0)"
+    )
+    assert (
+        str(build_recipe(asked(**given, allocate="normalised")))
+        == "taylor on Channels(), Normalised(by='mean')"
+    )
+
+
 def test_activation_pruning_cuts_what_lies_under_lambda():
     assert str(build_recipe(asked(method="activation", tau=0.05))) == (
         "activation on Neurons(), Threshold(tau=0.05, relative=False)"
@@ -104,7 +116,8 @@ def test_activation_pruning_cuts_what_lies_under_lambda():
         ({"sparsity": 0.5, "method": "flap", "pattern": "weights"}, "method flap is made for whole units"),
         ({"sparsity": 0.5, "pattern": "heads", "stream": True}, "taken out of the files, not zeroed; add --shrink"),
         ({"nonzero": 5, "pattern": "heads"}, "--nonzero counts single weights; for whole units say --target"),
-        ({"sparsity": 0.5, "pattern": "heads", "allocate": "per-row"}, "whole units have per-layer and global"),
+        ({"sparsity": 0.5, "pattern": "heads", "allocate": "per-row"}, "whole units have per-layer, global, norm"),
+        ({"sparsity": 0.5, "allocate": "per-cost"}, "single weights all cost the same; say normalised or global"),
         ({"sparsity": 0.5, "pattern": "heads", "method": "best"}, "method best mends single weights while it chooses"),
         ({"sparsity": 0.5, "pattern": "heads", "method": "sparsegpt"}, "choose another --method, such as flap"),
         ({"sparsity": 0.5, "target": "0.5 macs", "pattern": "heads"}, "--sparsity and --target both say how much"),

@@ -160,7 +160,7 @@ class PruneRequest(BaseModel):
     mend: Literal["none", "bias", "least-squares"] | None = None  # the method's own
     permute: bool = False  # input channels into the order in which N:M keeps most
     evolution: bool = False  # best also searches a share for each layer
-    allocate: Literal["per-row", "per-layer", "global"] | None = None
+    allocate: Literal["per-row", "per-layer", "global", "normalised", "per-cost"] | None = None
     only: Annotated[tuple[str, ...], BeforeValidator(_words)] = ()
     skip: Annotated[tuple[str, ...], BeforeValidator(_words)] = ()
     data: str | None = None
@@ -326,7 +326,8 @@ def _check_units(asked: PruneRequest) -> None:
         )
     if asked.allocate == "per-row":
         raise UsageError(
-            "--allocate per-row compares weights of one row; whole units have per-layer and global"
+            "--allocate per-row compares weights of one row; whole units have per-layer, global, normalised and "
+            "per-cost"
         )
 
 
@@ -337,7 +338,7 @@ def build_recipe(asked: PruneRequest) -> Recipe:
         UsageError: settings that do not belong together.
     """
     from secateur import recipes
-    from secateur.allocate import globally, per_layer, per_row
+    from secateur.allocate import Normalised, PerCost, globally, per_layer, per_row
 
     check_target(asked)
     units = cuts_units(asked)
@@ -356,7 +357,13 @@ def build_recipe(asked: PruneRequest) -> Recipe:
     else:
         recipe = recipes.METHODS[asked.method or (UNITS_METHOD if units else "magnitude")]
     if asked.allocate is not None:
-        shares = {"per-row": per_row, "per-layer": per_layer, "global": globally}
+        shares = {"per-row": per_row, "per-layer": per_layer, "global": globally, "normalised": Normalised(),
+                  "per-cost": PerCost()}  # fmt: skip
+        if asked.allocate == "per-cost" and not units:
+            raise UsageError(
+                "--allocate per-cost weighs whole units by what they cost, and single weights all cost the same; say "
+                "normalised or global, or give a --pattern of units such as channels"
+            )
         recipe = replace(recipe, allocate=shares[asked.allocate])
     text = pattern_of(asked)
     return _unit_recipe(asked, recipe, text) if units else replace(recipe, pattern=_pattern_of(text))

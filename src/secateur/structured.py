@@ -9,9 +9,10 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from secateur import evaluate
@@ -146,7 +147,22 @@ def counts_of(model: nn.Module, todo: Any, candidates: Mapping[str, Candidates])
     if todo.target is None:
         return at(todo.keep or 0)
     meter = meter_of(todo.target, todo.analysis, todo.example)
+    candidates = with_costs(candidates, todo.target, todo.analysis)
     return _search(todo.target, meter, at, candidates)
+
+
+def with_costs(
+    candidates: Mapping[str, Candidates], target: Target, analysis: Analysis
+) -> dict[str, Candidates]:
+    """The candidates with what one unit of each frees of the target's quantity; multiply-accumulates for a time."""
+    count = {"parameters": analysis.parameter_count, "bytes": analysis.byte_count}.get(
+        target.quantity, analysis.macs
+    )
+    whole = count({})
+    return {
+        name: replace(layer, cost=float(whole - count({name: torch.arange(layer.units - 1)})))
+        for name, layer in candidates.items()
+    }
 
 
 def meter_of(target: Target, analysis: Analysis, example: Example | None) -> Meter:

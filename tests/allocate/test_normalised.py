@@ -5,15 +5,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from secateur.allocate import Normalised, globally
+from secateur.allocate import Normalised, PerCost, globally
 from secateur.core.select import Candidates
 from secateur.errors import UsageError
 
 WAYS = ("mean", "standard", "rank")
 
 
-def layer(scores: torch.Tensor, cells: int = 1) -> Candidates:
-    return Candidates(tuple(scores.shape), cells, lambda: scores)
+def layer(scores: torch.Tensor, cells: int = 1, cost: float | None = None) -> Candidates:
+    return Candidates(tuple(scores.shape), cells, lambda: scores, cost=cost)
 
 
 @pytest.mark.parametrize("by", WAYS)
@@ -81,3 +81,44 @@ def test_units_of_unequal_sizes_are_ranked_as_globally_does():
 def test_an_unknown_scale_is_refused():
     with pytest.raises(UsageError, match="normalised by 'mean', 'standard' or 'rank', got 'max'"):
         Normalised("max")
+
+
+@settings(max_examples=50)
+@given(st.integers(0, 2**12 - 1), st.integers(0, 12), st.integers(0, 99))
+def test_no_choice_frees_more_for_a_smaller_loss(other, keep, seed):
+    """Against every other choice: one that loses less, by scores that can be compared, frees less."""
+    generator = torch.Generator().manual_seed(seed)
+    a, b = torch.rand(1, 6, generator=generator), torch.rand(1, 6, generator=generator)
+    counts = PerCost("none")({"a": layer(a, cost=5.0), "b": layer(b, cost=2.0)}, keep)
+    worth, cost = torch.cat([a, b], 1)[0].double(), torch.tensor([5.0] * 6 + [2.0] * 6)
+    gone = torch.zeros(12, dtype=torch.bool)
+    for start, (scores, name) in enumerate(((a, "a"), (b, "b"))):
+        gone[6 * start + scores[0].argsort()[: 6 - int(counts[name])]] = True
+    mine = torch.tensor([other >> bit & 1 for bit in range(12)], dtype=torch.bool)
+    if worth[mine].sum() < worth[gone].sum() - 1e-6:
+        assert cost[mine].sum() < cost[gone].sum()
+
+
+def test_the_power_of_the_cost():
+    a, b = torch.tensor([[1.0, 4.0]]), torch.tensor([[1.0, 4.0]])
+    for power, kept in ((0.0, {"a": 1, "b": 1}), (0.5, {"a": 2, "b": 0}), (1.0, {"a": 2, "b": 0})):
+        found = PerCost("mean", power)({"a": layer(a, cost=1.0), "b": layer(b, cost=25.0)}, 2)
+        assert {name: int(count) for name, count in found.items()} == kept
+    for power, kept in ((0.0, {"a": 1, "b": 1}), (0.5, {"a": 1, "b": 1}), (1.0, {"a": 2, "b": 0})):
+        found = PerCost("mean", power)({"a": layer(a, cost=1.0), "b": layer(b, cost=9.0)}, 2)
+        assert {name: int(count) for name, count in found.items()} == kept
+
+
+def test_without_a_cost_a_unit_costs_its_weights_and_infinite_scores_stay():
+    infinity = float("inf")
+    wide = layer(torch.tensor([[2.0, 2.0, infinity]]), cells=8)
+    thin = layer(torch.tensor([[1.0, 1.0, -infinity]]), cells=2)
+    found = PerCost("none")({"wide": wide, "thin": thin}, 12)
+    assert {name: int(count) for name, count in found.items()} == {"wide": 1, "thin": 2}
+
+
+def test_scales_and_powers_that_mean_nothing_are_refused():
+    with pytest.raises(UsageError, match="compared by 'mean', 'rank' or 'none', got 'standard'"):
+        PerCost("standard")
+    with pytest.raises(UsageError, match="power is -1; expected a number of at least 0"):
+        PerCost(power=-1.0)

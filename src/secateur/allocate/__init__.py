@@ -1,6 +1,6 @@
 """Who pays how much? `(units by layer, weights kept) -> kept units by competition`; totals are exact."""
 
-from secateur.allocate.normalised import Normalised
+from secateur.allocate.normalised import Normalised, PerCost
 from secateur.allocate.outliers import OWL
 from secateur.allocate.share import globally, per_layer, per_row
 from secateur.allocate.shares import Shares, Slope
@@ -9,6 +9,7 @@ from secateur.allocate.threshold import Percentile, Threshold
 __all__ = [
     "OWL",
     "Normalised",
+    "PerCost",
     "Percentile",
     "Shares",
     "Slope",

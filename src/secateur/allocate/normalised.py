@@ -13,7 +13,7 @@ from secateur.allocate.share import Counts, globally
 from secateur.core.select import Candidates
 from secateur.errors import UsageError
 
-__all__ = ["Normalised"]
+__all__ = ["Normalised", "PerCost"]
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,63 @@ class Normalised:
             for name, layer in layers.items()
         }
         return globally(scaled, keep)
+
+
+@dataclass(frozen=True)
+class PerCost:
+    """All units compete by what they are worth for what they cost: by their score over the cost of one unit.
+
+    The cost is that of the target: multiply-accumulates or bytes, parameters otherwise. Channels of early layers, which
+    are computed at many places, then go before those of late ones, which hold many parameters and are cheap to compute.
+
+    Args:
+        by: how scores of different layers are brought to one scale first: "mean" and "rank" as in `Normalised`, or
+            "none" where the scores can be compared as they are, as losses can.
+        power: of the cost; 0 is no cost, 1 is the greedy answer to "which units lose least for what they free".
+
+    Source: the ratio is the greedy rule of the knapsack problem (Dantzig 1957). Molchanov et al. 2017 (arXiv
+        1611.06440, section 2.3) take a multiple of the cost off the score instead. A unit's cost is counted in the
+        dense model and not again when others are gone.
+
+    Raises:
+        UsageError: an unknown scale, or a negative power.
+
+    Cost: as `Normalised`.
+
+    Example:
+        >>> cheap = Candidates((1, 2), 1, lambda: torch.tensor([[1.0, 2.0]]), cost=1)
+        >>> dear = Candidates((1, 2), 1, lambda: torch.tensor([[1.0, 2.0]]), cost=4)
+        >>> PerCost()({"a": cheap, "b": dear}, 2)
+        {'a': tensor([2]), 'b': tensor([0])}
+    """
+
+    by: str = "mean"
+    power: float = 1.0
+
+    def __post_init__(self):
+        if self.by not in ("mean", "rank", "none"):
+            raise UsageError(f"scores over costs are compared by 'mean', 'rank' or 'none', got {self.by!r}")
+        if not self.power >= 0:
+            raise UsageError(f"power is {self.power:g}; expected a number of at least 0")
+
+    def __call__(self, layers: Mapping[str, Candidates], keep: int) -> Counts:
+        """Kept units of each layer."""
+        costs = {
+            name: float(layer.cells if layer.cost is None else layer.cost) for name, layer in layers.items()
+        }
+        least = torch.finfo(torch.float32).tiny  # what frees nothing stays
+        dearest = max(least, *costs.values())
+        scaled = {
+            name: replace(
+                layer, scores=partial(self._worth, layer, max(costs[name] / dearest, least)), magnitudes=None
+            )
+            for name, layer in layers.items()
+        }
+        return globally(scaled, keep)
+
+    def _worth(self, layer: Candidates, cost: float) -> Tensor:
+        scores = layer.scores() if self.by == "none" else _scaled(layer, self.by)
+        return scores / cost**self.power
 
 
 def _scaled(layer: Candidates, by: str) -> Tensor:

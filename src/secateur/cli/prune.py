@@ -104,7 +104,11 @@ def prune(
         bool, typer.Option("--evolution", help="for best: also search a share for each layer; slower")
     ] = False,
     allocate: Annotated[
-        str | None, typer.Option(help="per-row, per-layer or global; default: the method's own")
+        str | None,
+        typer.Option(
+            help="per-row, per-layer, global, normalised (by each layer's mean score) or, for units, per-cost "
+            "(score over what the target counts); default: the method's own"
+        ),
     ] = None,
     only: Only = None,
     skip: Skip = None,
