@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from cifar import ResNet, images
 
 from secateur import Recipe, evaluate, finetune_, mend_units_, prune_, recalibrate_, score, shrink
-from secateur.allocate import Normalised, globally, per_layer
+from secateur.allocate import Normalised, PerCost, globally, per_layer
 from secateur.pattern import Axes
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -137,9 +137,12 @@ METHODS: dict[str, Callable[..., nn.Module]] = {
     "secateur, l2, per axis, mended": secateur(Recipe(score.l2, INNER), True),
     "secateur, Taylor, per axis, mended": secateur(Recipe(score.taylor, INNER, per_layer), True),
     "secateur, Taylor, global, mended": secateur(Recipe(score.taylor, INNER, globally), True),
+    "secateur, Taylor per cost, mended": secateur(Recipe(score.taylor, INNER, PerCost()), True),
+    "secateur, l2 per cost, mended": secateur(Recipe(score.l2, INNER, PerCost(power=0.25)), True),
     "secateur, Taylor by mean, mended": secateur(Recipe(score.taylor, INNER, Normalised("mean")), True),
 }  # fmt: skip
 TRAINED = (
+    "secateur, Taylor per cost, mended",
     "torch-pruning, group l2, local",
     "torch-pruning, group l2, global",
     "torch-pruning, Taylor, global",

@@ -89,7 +89,7 @@ def test_units_may_compete_by_what_they_cost():
     given = {"method": "taylor", "pattern": "channels", "target": "2x fewer macs"}
     assert (
         str(build_recipe(asked(**given, allocate="per-cost")))
-        == "taylor on Channels(), PerCost(by='mean', power=1.0)"
+        == "taylor on Channels(), PerCost(by='mean', power=0.5)"
     )
     assert (
         str(build_recipe(asked(**given, allocate="normalised")))

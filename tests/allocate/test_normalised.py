@@ -89,7 +89,7 @@ def test_no_choice_frees_more_for_a_smaller_loss(other, keep, seed):
     """Against every other choice: one that loses less, by scores that can be compared, frees less."""
     generator = torch.Generator().manual_seed(seed)
     a, b = torch.rand(1, 6, generator=generator), torch.rand(1, 6, generator=generator)
-    counts = PerCost("none")({"a": layer(a, cost=5.0), "b": layer(b, cost=2.0)}, keep)
+    counts = PerCost("none", 1.0)({"a": layer(a, cost=5.0), "b": layer(b, cost=2.0)}, keep)
     worth, cost = torch.cat([a, b], 1)[0].double(), torch.tensor([5.0] * 6 + [2.0] * 6)
     gone = torch.zeros(12, dtype=torch.bool)
     for start, (scores, name) in enumerate(((a, "a"), (b, "b"))):
@@ -113,7 +113,7 @@ def test_without_a_cost_a_unit_costs_its_weights_and_infinite_scores_stay():
     infinity = float("inf")
     wide = layer(torch.tensor([[2.0, 2.0, infinity]]), cells=8)
     thin = layer(torch.tensor([[1.0, 1.0, -infinity]]), cells=2)
-    found = PerCost("none")({"wide": wide, "thin": thin}, 12)
+    found = PerCost("none", 1.0)({"wide": wide, "thin": thin}, 12)
     assert {name: int(count) for name, count in found.items()} == {"wide": 1, "thin": 2}
 
 
