@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from secateur.documents import PYTHON_DOCS, read_text
+from secateur.documents import PYTHON_DOCS, check_there, read_text
 from secateur.errors import InputError, SecateurError, UsageError
 
 
@@ -162,3 +162,23 @@ def test_real_files(shared: Path) -> None:
     [wikitext] = read_text(shared / "data/lm/wikitext2_raw_test.txt")
     assert len(wikitext.split()) == 241_211
     assert len(read_text(f"{shared}/data/lm/lambada_test.jsonl")) == 5153
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl:words", "python-docs", "folder"])
+def test_what_is_there_is_not_read(tmp_path, name, monkeypatch):
+    (tmp_path / "a.txt").write_bytes(b"\xff")
+    (tmp_path / "a.jsonl").write_text("no json")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "b.txt").write_text("")
+    monkeypatch.chdir(tmp_path)
+    check_there(name)
+
+
+def test_what_is_not_there_is_told_in_the_words_of_the_reader(tmp_path):
+    (tmp_path / "a.csv").write_text("x")
+    for name in ("b.txt", "a.csv", "b.jsonl:text"):
+        with pytest.raises(UsageError) as there:
+            check_there(tmp_path / name)
+        with pytest.raises(UsageError) as read:
+            read_text(tmp_path / name)
+        assert str(there.value) == str(read.value)

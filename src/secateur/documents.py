@@ -16,9 +16,10 @@ from secateur import own
 from secateur.checkpoint import one_line
 from secateur.errors import InputError, UsageError, nearest
 
-__all__ = ["PYTHON_DOCS", "read_text"]
+__all__ = ["PYTHON_DOCS", "check_there", "read_text"]
 
 PYTHON_DOCS = "python-docs"
+_KINDS = (".txt", ".jsonl", ".parquet")
 _FIELD = re.compile(r"(?P<path>.+\.(?:jsonl|parquet)):(?P<field>[^/]+)")
 _SEPARATOR = re.compile(r"(?:\r?\n)?^<\|endoftext\|>[ \t\r]*$\n?", re.MULTILINE)
 
@@ -40,35 +41,55 @@ def read_text(spec: str | Path) -> list[str]:
         UsageError: no such file, kind of file, field or column.
         InputError: a file is empty, no text, or not what its name says.
     """
-    text = str(spec)
-    if text == PYTHON_DOCS:
+    if str(spec) == PYTHON_DOCS:
         return _python_docs()
-    found = None if Path(text).expanduser().exists() else _FIELD.fullmatch(text)
-    path, field = (found["path"], found["field"]) if found else (text, "text")
-    documents = [document for document in _documents(Path(path).expanduser(), field) if document.strip()]
+    path, field = _place(str(spec))
+    documents = [document for document in _documents(path, field) if document.strip()]
     if not documents:
         raise InputError(f"{path}: holds no text; give a file with some.")
     return documents
 
 
-def _documents(path: Path, field: str) -> Iterator[str]:
-    readers: dict[str, Callable[[], Iterator[str]]] = {
-        ".txt": lambda: _from_txt(path),
-        ".jsonl": lambda: _from_jsonl(path, field),
-        ".parquet": lambda: _from_parquet(path, field),
-    }
+def check_there(spec: str | Path) -> None:
+    """Whether there is such a text, of a kind that is read; nothing is read yet, so a slip costs no waiting.
+
+    Raises:
+        UsageError: as `read_text`, but for fields and columns.
+    """
+    if str(spec) != PYTHON_DOCS:
+        _files(_place(str(spec))[0])
+
+
+def _place(spec: str) -> tuple[Path, str]:
+    """The path, and the field or column of it."""
+    found = None if Path(spec).expanduser().exists() else _FIELD.fullmatch(spec)
+    path, field = (found["path"], found["field"]) if found else (spec, "text")
+    return Path(path).expanduser(), field
+
+
+def _files(path: Path) -> list[Path]:
+    """The file, or those of the folder."""
     if path.is_dir():
         files = sorted(file for file in path.glob("*.txt") if file.is_file())
         if not files:
             raise UsageError(f"{path}: no .txt file in this folder.")
-        return itertools.chain.from_iterable(map(_from_txt, files))
+        return files
     if not path.is_file():
         raise UsageError(f'"{path}": no such file.{own.near(path.name, [PYTHON_DOCS, *_names(path.parent)])}')
-    if path.suffix not in readers:
+    if path.suffix not in _KINDS:
         raise UsageError(
-            f'{path}: "{path.suffix}" is no kind of text that is read; known: {", ".join(readers)}, folders.'
+            f'{path}: "{path.suffix}" is no kind of text that is read; known: {", ".join(_KINDS)}, folders.'
         )
-    return readers[path.suffix]()
+    return [path]
+
+
+def _documents(path: Path, field: str) -> Iterator[str]:
+    readers: dict[str, Callable[[Path], Iterator[str]]] = {
+        ".txt": _from_txt,
+        ".jsonl": lambda file: _from_jsonl(file, field),
+        ".parquet": lambda file: _from_parquet(file, field),
+    }
+    return itertools.chain.from_iterable(readers[file.suffix](file) for file in _files(path))
 
 
 def _from_txt(path: Path) -> Iterator[str]:

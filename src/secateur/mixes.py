@@ -12,12 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from secateur import data, own
+from secateur import documents as texts_of
 from secateur.core.select import apportion
 from secateur.errors import UsageError
 from secateur.request import spec_name
 
 __all__ = [
     "Share",
+    "check_there",
     "cut_each",
     "drawn_from",
     "mix_name",
@@ -179,6 +181,13 @@ def cut_each(
     """Both halves of every text of a mix."""
     halves = [(part, *cut(documents)) for part, documents in texts]
     return [(part, first) for part, first, _ in halves], [(part, second) for part, _, second in halves]
+
+
+def check_there(spec: str) -> None:
+    """Whether every text of a mix is there, before anything dear is done; code of the user's own is not looked at."""
+    if not own.is_own(spec):
+        for part in read_mix(spec):
+            texts_of.check_there(part.spec)
 
 
 def read_texts(spec: str) -> list[tuple[Share, list[str]]]:

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 
 from secateur import measure as measuring
+from secateur import mixes, report
 from secateur import model as models
-from secateur import report
 from secateur.apply import Applied, apply_, intention, needs_calibration, planned
 from secateur.checkpoint import headers
 from secateur.core.gradients import GRADIENTS
@@ -86,7 +86,10 @@ def prepare(
         UsageError, InputError: whatever is wrong with the request, the model or the data.
     """
     check_target(asked)
-    build_recipe(asked)  # what does not fit together is told before the model is loaded
+    build_recipe(asked)  # what does not fit together, or is not there, is told before the model is loaded
+    for text in (asked.data, asked.evaluate):
+        if text:
+            mixes.check_there(text)
     tell("loading the model", 0, 1)
     loaded = models.load(
         asked.model,
