@@ -134,3 +134,18 @@ def test_a_failed_file_leaves_no_module_behind(tmp_path: Path) -> None:
 def test_interrupting_is_not_the_users_error(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         own.call(write(tmp_path, "raise KeyboardInterrupt") + ":build")
+
+
+def test_the_code_of_a_model_is_its_file_and_what_that_imports(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "parts_of_mine.py").write_text("from torch import nn\n\nclass Part(nn.Linear):\n    pass\n")
+    path = write(tmp_path, "from parts_of_mine import Part\ndef build():\n    return Part(2, 2)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    model = own.call(f"{path}:build")
+    seen = {own.code_digest(f"{path}:build", model), own.code_digest("elsewhere", model)}
+    write(tmp_path, Path(path).read_text() + "# another word\n")
+    seen.add(own.code_digest(f"{path}:build", model))
+    (tmp_path / "parts_of_mine.py").write_text("from torch import nn\nPart = nn.Linear\n")
+    seen.add(own.code_digest(f"{path}:build", model))
+    assert len(seen) == 4
+    assert own.code_digest("a-folder", torch.nn.Linear(2, 2)) is None
+    del sys.modules["parts_of_mine"]

@@ -11,7 +11,9 @@ import importlib.util
 import inspect
 import random
 import re
+import site
 import sys
+import sysconfig
 import traceback
 import types
 from collections.abc import Callable, Iterable, Iterator
@@ -21,10 +23,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from secateur.errors import UsageError, nearest
 
-__all__ = ["call", "is_own", "near", "seeded", "split", "theirs"]
+__all__ = ["call", "code_digest", "is_own", "near", "seeded", "split", "theirs"]
 
 _SPEC = re.compile(r"(?P<file>.+\.py)(?::(?P<function>[^:@]*))?(?:@(?P<weights>.+))?")
 _SHOWN = 6  # frames of the user's traceback
@@ -83,6 +86,32 @@ def call(spec: str, *, seed: int = 0, finish: Callable[[Any], Any] | None = None
     with seeded(seed), _importing_from(path.resolve().parent), theirs(f"{path}:{name}", path):
         result = _function(path, name)()
         return result if finish is None else finish(result)
+
+
+def code_digest(spec: str, model: nn.Module) -> str | None:
+    """SHA-256 of the code that a model computes by, as far as it is no library's; None where all of it is a library's.
+
+    That is the file that `spec` names, and every file in which the class of a module stands that is not installed
+    (a file imported from it, the code of a checkpoint): weights may be the same and mean something else.
+
+    Example:
+        >>> code_digest("a-folder", nn.Linear(2, 2)) is None
+        True
+    """
+    found = {split(spec)[0].resolve()} if is_own(spec) else set()
+    for kind in {type(module) for module in model.modules()}:
+        place = getattr(sys.modules.get(kind.__module__), "__file__", None)
+        if place is not None and not _installed(Path(place)):
+            found.add(Path(place).resolve())
+    digests = sorted(hashlib.sha256(path.read_bytes()).hexdigest() for path in found if path.is_file())
+    return hashlib.sha256("".join(digests).encode()).hexdigest() if digests else None
+
+
+def _installed(path: Path) -> bool:
+    """Whether a file belongs to Python, to an installed package or to secateur."""
+    places = [sysconfig.get_path(key) for key in ("stdlib", "platstdlib", "purelib", "platlib")]
+    around = [*map(Path, places), *map(Path, site.getsitepackages()), Path(__file__).parent]
+    return any(place.resolve() in path.resolve().parents for place in around)
 
 
 def near(word: str, names: Iterable[str]) -> str:

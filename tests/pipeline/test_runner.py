@@ -169,6 +169,19 @@ def test_another_experiment_does_not_go_on(tmp_path, other, said):
     run(spec(), tmp_path / "out")
 
 
+@pytest.mark.thorough
+def test_other_code_does_not_go_on(tmp_path):
+    """The weights are the same, what is computed with them is not."""
+    copied = tmp_path / "own.py"
+    copied.write_text(OWN.read_text())
+    asked = {"model": f"{copied}:build", "train": f"{OWN}:train", "labelled": f"{OWN}:test"}
+    with pytest.raises(Stop):
+        run(spec(**asked), tmp_path / "out", tell=stopping(80))
+    copied.write_text(OWN.read_text().replace("nn.ReLU()", "nn.GELU()"))
+    with pytest.raises(UsageError, match="begun otherwise: the code of the model changed"):
+        run(spec(**asked), tmp_path / "out")
+
+
 def test_a_garbled_state_is_refused(tmp_path):
     with pytest.raises(Stop):
         run(spec(), tmp_path / "out", tell=stopping(80))

@@ -154,7 +154,7 @@ def test_weights_and_biases_get_the_same(monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     log_to(run, measurements={"dense": measured(1.5, 9, 1.0)})  # scalars alone need no package
     assert (run.sent["dense/perplexity"], run.step) == (1.5, None)
-    with pytest.raises(UsageError, match="pip install wandb"):
+    with pytest.raises(UsageError, match=r"the extra wandb: pip install 'secateur\[wandb\]'"):
         log_to(run, stage=stage)
     with pytest.raises(UsageError, match="dict is no board"):
         log_to({})

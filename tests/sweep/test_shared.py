@@ -100,8 +100,12 @@ def test_stopped_and_called_again_it_repeats_nothing(alone, tmp_path, monkeypatc
     assert table(given, tmp_path) == alone
 
 
+@pytest.mark.parametrize(
+    "change", [("_batches(0, 20)", "_batches(2, 20)"), ("nn.ReLU()", "nn.GELU()")], ids=["data", "code"]
+)
 @pytest.mark.thorough
-def test_what_changed_meanwhile_is_not_taken_over(tmp_path, trainings):
+def test_what_changed_meanwhile_is_not_taken_over(tmp_path, trainings, change):
+    """Other data under the same name, or other code around the same weights."""
     copy = tmp_path / "own.py"
     copy.write_text(OWN.read_text())
     axes = {"sparsity": [0.5, 0.8]}
@@ -122,9 +126,7 @@ def test_what_changed_meanwhile_is_not_taken_over(tmp_path, trainings):
     work._share(whole, {0, 1}, tmp_path / "other", work._Way(1, None, None, CODE), lambda *_: None)
     assert is_run_folder(tmp_path / "other" / "shared" / whole[0].name)
     assert trainings.count("train") == 3
-    copy.write_text(
-        OWN.read_text().replace("_batches(0, 20)", "_batches(2, 20)")
-    )  # other data under the same name
+    copy.write_text(OWN.read_text().replace(*change))
     carry_out(given.points, tmp_path / "other", allowed=CODE)
     assert trainings.count("train") == 5
     assert [line.status for line in lines(given, tmp_path / "other")] == ["done"] * 2

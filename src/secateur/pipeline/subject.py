@@ -64,6 +64,7 @@ class Subject:
         quantization: settings under which weights are rounded now, None before.
         cuts: what stages took out of the model as it was loaded, None where nothing.
         pristine: whether it is still the model as it was loaded.
+        code: digests of the code that is no library's, of the model and its teachers, as it was when they were loaded.
     """
 
     experiment: Experiment
@@ -78,6 +79,7 @@ class Subject:
     quantization: Quantization | None = None
     cuts: Shrunk | None = None
     pristine: bool = False
+    code: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def model(self) -> nn.Module:
@@ -138,6 +140,7 @@ class Subject:
         """Digests of everything that decides the result beside the experiment itself."""
         seen = {"model": self.loaded.fingerprint}
         seen |= {f"teacher {name}": loaded.fingerprint for name, loaded in self.teachers.items()}
+        seen |= self.code
         if self.material is not None:
             seen["training data"] = self.material.identity
         if self.calibration is not None and not self._own_text():
@@ -191,7 +194,14 @@ def prepare(experiment: Experiment, loading: Loading, tell: Tell) -> Subject:
     learned = material(common, loaded, tell) if experiment.trains else None
     dense = copy.deepcopy(loaded.model)
     by = replace(given.by, tell=tell)
-    return Subject(experiment, loaded, dense, by, given.calibration, learned, teachers, given.notes)
+    code = _code({"model": loaded, **{f"teacher {name}": each for name, each in teachers.items()}})
+    return Subject(experiment, loaded, dense, by, given.calibration, learned, teachers, given.notes, code=code)
+
+
+def _code(held: Mapping[str, models.Loaded]) -> dict[str, str]:
+    """Digests of what these models compute by, of those that bring code of their own."""
+    found = {f"code of the {name}": own.code_digest(each.spec, each.model) for name, each in held.items()}
+    return {name: digest for name, digest in found.items() if digest is not None}
 
 
 def settled(asked: PruneRequest, loaded: models.Loaded, example: Any = None) -> tuple[PruneRequest, Plan]:

@@ -100,6 +100,6 @@ def _wandb() -> Any:
         import wandb
     except ImportError as error:
         raise UsageError(
-            "histograms and figures of Weights & Biases need its package, which is not installed: pip install wandb"
+            "histograms and figures of Weights & Biases need the extra wandb: pip install 'secateur[wandb]'"
         ) from error
     return wandb
