@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import HealthCheck, settings
 from jaxtyping import install_import_hook
+
+if TYPE_CHECKING:
+    from .tiny import Folders, Secateur
 
 # One thread and no network, whatever the machine: the same bytes everywhere.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -38,6 +43,71 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip("the folder of real data and models (../shared) is not beside this repository")
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Folders:
+    """Tiny models in folders, each made when a test asks for it; no test changes them."""
+    from .tiny import Folders
+
+    return Folders(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four models in Hugging Face format with values of every size; GPT-2 with a tokenizer."""
+    from secateur.model import save
+
+    from .loading import make, tokenizer
+
+    root = tmp_path_factory.mktemp("made")
+    for kind in ("gpt2", "bert", "t5", "mixtral"):
+        (root / kind).mkdir()
+        save(make(kind), tokenizer() if kind == "gpt2" else None, root / kind)
+    return root
+
+
+@pytest.fixture(scope="session")
+def story(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text of sixty sentences."""
+    from .tiny import text
+
+    path = tmp_path_factory.mktemp("text") / "story.txt"
+    path.write_text(text())
+    return path
+
+
+@pytest.fixture(scope="session")
+def own(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A user's own file of functions that give models and data."""
+    from .tiny import OWN
+
+    path = tmp_path_factory.mktemp("own") / "own.py"
+    path.write_text(OWN)
+    return path
+
+
+@pytest.fixture
+def secateur(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Secateur:
+    """The command line, called in this process."""
+    from .tiny import Secateur
+
+    return Secateur(monkeypatch, capsys)
+
+
+@pytest.fixture
+def prune(tmp_path: Path) -> Callable[..., Path]:
+    """Prune to a fresh folder with few tokens, by magnitude unless said otherwise, and return the folder."""
+    from secateur.request import request
+    from secateur.run import prepare, prune_to
+
+    def run(model: object, **asked: object) -> Path:
+        asked = {"method": "magnitude", "samples": 4, "evaluate_tokens": 300, **asked}
+        out = tmp_path / f"out{len(list(tmp_path.iterdir()))}"
+        prune_to(prepare(request({"model": str(model), **asked}), offline=True), out)
+        return out
+
+    return run
 
 
 @pytest.fixture(autouse=True)

@@ -15,7 +15,7 @@ from secateur.core.example import analysis_of
 from secateur.pattern import Heads, Neurons
 from secateur.recipes import Recipe, magnitude
 
-from .tiny import OWN, Folders, Secateur, text
+from .tiny import OWN, Folders, text
 
 pytest.importorskip("transformers")
 
@@ -23,11 +23,6 @@ pytest.importorskip("transformers")
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
     return Folders(tmp_path_factory.mktemp("models"))
-
-
-@pytest.fixture
-def secateur(monkeypatch, capsys) -> Secateur:
-    return Secateur(monkeypatch, capsys)
 
 
 @pytest.fixture(scope="module")

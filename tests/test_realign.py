@@ -15,7 +15,7 @@ from secateur import model as models
 from secateur.errors import InputError, UsageError
 from secateur.folder import verify
 
-from .tiny import Secateur, tokenizer
+from .tiny import tokenizer
 
 transformers = pytest.importorskip("transformers")
 
@@ -41,11 +41,6 @@ def images():
 def pictures():
     return [torch.randn(3, 1, 8, 8)]
 """
-
-
-@pytest.fixture
-def secateur(monkeypatch, capsys) -> Secateur:
-    return Secateur(monkeypatch, capsys)
 
 
 @pytest.fixture(scope="module")

@@ -11,20 +11,10 @@ from secateur.errors import UsageError
 from secateur.folder import verify
 from secateur.shorten import depth_request
 
-from .tiny import Folders, Secateur, text
+from .tiny import text
 
 pytest.importorskip("transformers")
 pytest.importorskip("plotly")
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory) -> Folders:
-    return Folders(tmp_path_factory.mktemp("models"))
-
-
-@pytest.fixture
-def secateur(monkeypatch, capsys) -> Secateur:
-    return Secateur(monkeypatch, capsys)
 
 
 def test_blocks_are_dropped_and_the_folder_loads(models, secateur, tmp_path):

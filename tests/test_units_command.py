@@ -18,7 +18,7 @@ from secateur.model import load
 from secateur.pattern import Neurons
 from secateur.recipes import Recipe, inactive
 
-from .tiny import OWN, Folders, Secateur, text, weights
+from .tiny import OWN, weights
 
 pytest.importorskip("transformers")
 pytest.importorskip("plotly")
@@ -51,27 +51,10 @@ def whim():
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory) -> Folders:
-    return Folders(tmp_path_factory.mktemp("models"))
-
-
-@pytest.fixture(scope="module")
 def own(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("own") / "own.py"
     path.write_text(OWN + MORE)
     return path
-
-
-@pytest.fixture(scope="module")
-def story(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "story.txt"
-    path.write_text(text())
-    return path
-
-
-@pytest.fixture
-def secateur(monkeypatch, capsys) -> Secateur:
-    return Secateur(monkeypatch, capsys)
 
 
 def of(found: dict, variant: str, name: str) -> float:
