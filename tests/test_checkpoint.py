@@ -17,8 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from secateur.checkpoint import fetch, headers, one_line, read_checkpoint, read_object, read_state
+from secateur.checkpoint import headers, one_line, read_checkpoint, read_object, read_state
 from secateur.errors import InputError, ResourceError, SecateurError, UsageError
+from secateur.hub import fetch
 from secateur.manifest import write_manifest
 
 STATE = {"a.weight": torch.arange(6.0).reshape(2, 3), "b.bias": torch.ones(4, dtype=torch.bfloat16)}

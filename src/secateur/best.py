@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from secateur.allocate import OWL, globally
+from secateur.checks import check_nonzero
 from secateur.core.masks import Masks
 from secateur.core.visit import merge, split
 from secateur.core.where import Layer, Only, select
 from secateur.errors import UsageError
 from secateur.pattern import Weights
-from secateur.prune import Plan, _check_nonzero, plan
+from secateur.prune import Plan, plan
 from secateur.recipes import Recipe, alps
 from secateur.recover import reconstruct_
 from secateur.search import Judge, Trial, evolve, finished, try_allocations, try_slopes
@@ -146,7 +147,7 @@ def best_(
     assert final.masks is not None
     if nonzero is not None:
         chosen = select(final.model, only, skip).chosen
-        _check_nonzero({layer.name: layer.weight for layer in chosen}, final.masks, nonzero)
+        check_nonzero({layer.name: layer.weight for layer in chosen}, final.masks, nonzero)
     _copy_(model, final.model, final.masks)
     return Best(final.masks, final.recipe, final.mended, tuple(steps))
 

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from secateur.checks import check_weights
 from secateur.core.axes.found import Units
 from secateur.core.example import Example, analysis_of, main_output
 from secateur.core.forward import undisturbed
@@ -19,7 +20,6 @@ from secateur.errors import NumericError, UsageError
 from secateur.ordering import channel_order, kept_score
 from secateur.pattern import NM
 from secateur.pattern.axis import columns_of
-from secateur.prune import _check_weights
 from secateur.recipes import Recipe
 from secateur.scoring import Statistics, gather_for, scored, statistics_of
 from secateur.target import shape_of
@@ -125,7 +125,7 @@ def permute_channels_(
     chosen = {layer.name: layer for layer in select(model, only, skip).chosen}
     for layer in chosen.values():
         shape_of(recipe, layer)  # a layer narrower than m is told before anything runs
-    _check_weights(chosen.values())
+    check_weights(chosen.values())
     analysis, inputs = analysis_of(model, batches[0] if example is None and batches else example)
     axes, left_out = orderable(analysis.units, chosen, groups.m)
     readers = readers_of(axes)

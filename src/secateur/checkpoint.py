@@ -21,13 +21,13 @@ import torch
 from torch import Tensor
 
 from secateur import own
-from secateur.errors import InputError, ResourceError, UsageError
+from secateur.errors import InputError, UsageError
 from secateur.manifest import MANIFEST, read_manifest, sha256
 
 __all__ = [
+    "OTHER_FILES",
     "TOKENIZER_FILES",
     "Checkpoint",
-    "fetch",
     "headers",
     "look_through",
     "one_line",
@@ -53,7 +53,7 @@ TOKENIZER_FILES = (
     "bpe.codes",
     "chat_template.jinja",
 )
-_OTHER_FILES = ("config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json")
+OTHER_FILES = ("config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json")
 _PICKLES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
 _WEIGHTS = (*_PICKLES, ".safetensors")
 _JSON_LIMIT = 512 * 2**20  # bytes; the largest tokenizer.json in use has about 40 MB
@@ -138,7 +138,7 @@ def look_through(
     Raises:
         InputError: a file is truncated, garbled, or altered since a run wrote the folder.
     """
-    for name in (*TOKENIZER_FILES, *_OTHER_FILES):
+    for name in (*TOKENIZER_FILES, *OTHER_FILES):
         if name.endswith(".json") and (folder / name).is_file():
             read_object(folder / name)
     tensors = elements = 0
@@ -149,7 +149,7 @@ def look_through(
                 tensors, elements = tensors + 1, elements + size
                 types[dtype] += size
     floating = [_DTYPES[name] for name, _ in types.most_common() if name in _DTYPES]
-    others = dict.fromkeys((described_in, *_OTHER_FILES, *TOKENIZER_FILES))
+    others = dict.fromkeys((described_in, *OTHER_FILES, *TOKENIZER_FILES))
     used = [folder / name for name in others if (folder / name).is_file()]
     files = _digests(folder, [*used, *index, *weights])
     return Checkpoint(
@@ -241,53 +241,6 @@ def read_state(path: Path, *, allow_pickle: bool = False) -> tuple[dict[str, Ten
     ):
         raise InputError(f"{path}: a dictionary of tensors is expected, found something else.")
     return state, {}
-
-
-def fetch(name: str, *, offline: bool, allow_pickle: bool, trust_remote_code: bool) -> Path:
-    """The folder of a model on the Hugging Face hub: from the cache, or downloaded unless `offline`.
-
-    Raises:
-        UsageError: there is no such name, or `offline` and it is not in the cache.
-        InputError: the download failed.
-    """
-    try:
-        import huggingface_hub
-        from huggingface_hub import errors
-    except ImportError as error:
-        raise UsageError(
-            f"{name}: a Hugging Face name needs the extra hf: pip install 'secateur[hf]'."
-        ) from error
-    wanted = [
-        *_OTHER_FILES,
-        *TOKENIZER_FILES,
-        "model*.safetensors",
-        "model.safetensors.index.json",
-        "adapter_config.json",
-    ]
-    wanted += ["pytorch_model*.bin", "pytorch_model.bin.index.json"] * allow_pickle + [
-        "*.py"
-    ] * trust_remote_code
-    local = own.near(name, [path.name for path in Path().iterdir() if path.is_dir()])
-    try:
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted, local_files_only=offline))
-    except errors.HFValidationError as error:
-        raise UsageError(f'"{name}" is neither a folder nor a Hugging Face name.{local}') from error
-    except errors.GatedRepoError as error:
-        raise UsageError(
-            f"{name}: its owner grants access by request; log in with `hf auth login` first."
-        ) from error
-    except errors.RepositoryNotFoundError as error:
-        raise UsageError(
-            f'"{name}" is no folder here and no model on the hub, or a private one.{local}'
-        ) from error
-    except Exception as error:
-        if (isinstance(error, OSError) and error.errno is not None) and "No space left" in str(error):
-            raise ResourceError(f"{name}: no space left on the disk for the download.") from error
-        if offline or huggingface_hub.constants.HF_HUB_OFFLINE:
-            raise UsageError(
-                f'"{name}" is no folder here and not in the cache, and nothing is downloaded offline.{local}'
-            ) from error
-        raise InputError(f"{name}: the download failed ({one_line(error)}).{local}") from error
 
 
 def one_line(error: BaseException) -> str:

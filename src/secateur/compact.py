@@ -10,23 +10,23 @@ from __future__ import annotations
 
 import hashlib
 import json
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from secateur import pretrained
+from secateur import named_class, pretrained
 from secateur.checkpoint import Checkpoint, look_through, read_object, read_state
+from secateur.compact_modules import Build, built_of_code, built_of_config, cast_, places_of, refuse_gaps
 from secateur.core.taps import taps_of
 from secateur.deploy import Shrunk, load_quantized_, shrunk
 from secateur.deploy.cuts import cut, from_json, to_json
 from secateur.deploy.decoupling import check_indices, entries_of, restore_
 from secateur.deploy.packed import quantized_header
-from secateur.deploy.twin import built_empty, differences
+from secateur.deploy.twin import differences
 from secateur.errors import InputError, UsageError
 from secateur.manifest import sha256, write_json
 from secateur.state import save_state
@@ -47,8 +47,6 @@ __all__ = [
 COMPACT = "compact.json"
 FORMAT = "secateur.compact.v1"
 WEIGHTS = "model.safetensors"
-
-Build = Callable[[], Any]
 
 
 @dataclass(frozen=True)
@@ -164,15 +162,15 @@ def _digest(cuts: Any) -> str:
 def _known(model: nn.Module) -> bool:
     """Whether the class is one that the library's tables list for its type of model."""
     name, config = type(model).__name__, getattr(model, "config", None)
-    listed = name in pretrained._classes(str(getattr(config, "model_type", "")))
-    return listed and type(model) is getattr(pretrained.import_transformers(), name)
+    listed = name in named_class.classes_of(str(getattr(config, "model_type", "")))
+    return listed and type(model) is getattr(named_class.import_transformers(), name)
 
 
 def _refuse_strange(model: nn.Module, cuts: dict[str, Any]) -> None:
     """A model that was changed in ways that neither config nor cuts say would not load as itself."""
     checkpoint = Checkpoint(Path(), cuts["config"], (Path(WEIGHTS),), 2**20, 2**60, None, {}, COMPACT)
     try:
-        built = _of_config(checkpoint)
+        built = built_of_config(checkpoint)
         restore_(built, cuts.get("decoupled", []))
         said = next(differences(model, cut(built, from_json(cuts, built))), "")
     except InputError as error:
@@ -238,7 +236,7 @@ def read_compact(found: Compact, build: Build | None = None) -> nn.Module:
             f"build), or file.py:function@{folder} on the command line."
         )
     try:
-        built = _of_config(found.checkpoint) if build is None else _of_code(build, str(folder))
+        built = built_of_config(found.checkpoint) if build is None else built_of_code(build, str(folder))
         restore_(built, found.cuts.get("decoupled", []))
         note = from_json(found.cuts, built)
         small = cut(built, note)
@@ -252,69 +250,11 @@ def read_compact(found: Compact, build: Build | None = None) -> nn.Module:
     if found.pretrained and generation.is_file():
         with (
             pretrained.quiet(),
-            pretrained._told(found.checkpoint, "makes no config of generation", generation.name),
+            named_class.told(found.checkpoint, "makes no config of generation", generation.name),
         ):
-            kind: Any = pretrained.import_transformers().GenerationConfig
+            kind: Any = named_class.import_transformers().GenerationConfig
             small.generation_config = kind.from_dict(read_object(generation))
     return small.eval()
-
-
-def _of_config(checkpoint: Checkpoint) -> nn.Module:
-    """A model of transformers as its config builds it, without values of parameters."""
-    pretrained.import_transformers()
-    with pretrained.quiet():
-        model_class, config = pretrained._class_and_config(checkpoint, False)
-        whole = replace(checkpoint, elements=2**60)  # before anything is cut it may be of any size
-        with (
-            pretrained._told(checkpoint, f"cannot be built as {model_class.__name__}"),
-            pretrained._bounded(whole),
-        ):
-            model = built_empty(model_class, config)
-            return model if not any(_beside(model)) else built_empty(model_class, config, buffers=True)
-
-
-def _of_code(build: Build, who: str) -> nn.Module:
-    """What a user's function builds, without values where that can be."""
-    try:
-        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), torch.device("meta"):
-            warnings.simplefilter("ignore")
-            model = _module(build(), who)
-        if not any(_beside(model)):
-            return model
-    except (
-        Exception
-    ):  # code that looks at values cannot run on the meta device: it says so again below, if it fails
-        pass
-    with torch.random.fork_rng(devices=[]):
-        return _module(build(), who)
-
-
-def _module(built: Any, who: str) -> nn.Module:
-    model = built[0] if isinstance(built, tuple) and built else built
-    if not isinstance(model, nn.Module):
-        raise UsageError(f"{who}: build gave {type(built).__name__}; expected an nn.Module.")
-    return model
-
-
-def _beside(model: nn.Module) -> Iterator[Tensor]:
-    """Tensors that modules keep as plain attributes: nothing is stored of them."""
-    for module in model.modules():
-        for value in vars(module).values():
-            for each in value if isinstance(value, (list, tuple)) else [value]:
-                if isinstance(each, Tensor):
-                    yield each
-
-
-def cast_(model: nn.Module, dtype: torch.dtype | str | None) -> None:
-    """Parameters and saved buffers in another type; tables in no state keep theirs, as in `from_pretrained`."""
-    if not isinstance(dtype, torch.dtype):
-        return
-    saved = model.state_dict(keep_vars=True)
-    apart = {n: b for n, b in model.named_buffers(remove_duplicate=False) if n not in saved}
-    model.to(dtype)
-    for name, value in apart.items():
-        path, _, last = name.rpartition(".")
-        model.get_submodule(path)._buffers[last] = value
 
 
 def _fill(model: nn.Module, found: Compact) -> None:
@@ -334,10 +274,10 @@ def _fill(model: nn.Module, found: Compact) -> None:
         **dict(model.named_buffers(remove_duplicate=False)),
     }
     if integers:
-        rounded = _room(model)
+        rounded = places_of(model)
         wanted = {name: tensor for name, tensor in wanted.items() if name not in rounded}
     stored = {name: tied.get(name, name) for name in wanted}
-    _refuse_gaps(wanted, stored, state, {*state, *tied})
+    refuse_gaps(wanted, stored, state, {*state, *tied})
     made: dict[Any, Any] = {}
     for name, tensor in wanted.items():
         owner_path, _, last = name.rpartition(".")
@@ -352,37 +292,3 @@ def _fill(model: nn.Module, found: Compact) -> None:
     for module in model.modules():
         if isinstance(module, nn.RNNBase):
             module._init_flat_weights()  # it remembers its tensors
-
-
-def _room(model: nn.Module) -> set[str]:
-    """Give everything in the state a place on the CPU, tied tensors one; returns the names."""
-    made: dict[int, Tensor] = {}
-    names = model.state_dict(keep_vars=True)
-    for name, tensor in names.items():
-        path, _, last = name.rpartition(".")
-        owner = model.get_submodule(path)
-        if id(tensor) not in made:
-            empty = torch.empty(tensor.shape, dtype=tensor.dtype)
-            held = isinstance(tensor, nn.Parameter)
-            made[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if held else empty
-        (owner._parameters if last in owner._parameters else owner._buffers)[last] = made[id(tensor)]  # type: ignore[assignment]
-    return set(names)
-
-
-def _refuse_gaps(
-    wanted: Mapping[str, Tensor], stored: Mapping[str, str], state: Mapping[str, Tensor], known: set[str]
-) -> None:
-    said = []
-    if missing := [name for name, kept in stored.items() if kept not in state]:
-        said.append(f"missing in the files: {pretrained.some(missing)}")
-    if unknown := known - wanted.keys():
-        said.append(f"without a place in the model: {pretrained.some(unknown)}")
-    for name, kept in stored.items():
-        if kept in state:
-            found, tensor = state[kept], wanted[name]
-            if found.shape != tensor.shape:
-                said.append(f"{name} has shape {tuple(found.shape)} instead of {tuple(tensor.shape)}")
-            elif found.dtype != tensor.dtype and not (found.is_floating_point() and tensor.is_floating_point()):
-                said.append(f"{name} has type {found.dtype} instead of {tensor.dtype}")
-    if said:
-        raise InputError(f"the weight files do not fit: {'; '.join(said[:5])}.")

@@ -19,11 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from secateur import own, pretrained
-from secateur.checkpoint import fetch, read_checkpoint, read_state
+from secateur.checkpoint import read_checkpoint, read_state
 from secateur.compact import cast_, is_compact, open_compact, read_compact
 from secateur.deploy import Shrunk
 from secateur.deploy.slots import ATTRIBUTE
 from secateur.errors import InputError, ResourceError, UsageError, nearest
+from secateur.hub import fetch
 from secateur.manifest import sha256
 from secateur.shrunken import save_shrunk
 from secateur.state import groups, plain_state, save_state

@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from secateur import model as models
-from secateur import own, pretrained
+from secateur import named_class, own, pretrained
 from secateur.checkpoint import TOKENIZER_FILES, Checkpoint, look_through, read_object
 from secateur.deploy.sparse import Sparsified, load_sparse_, save_sparse, sparsify_
 from secateur.deploy.twin import configuration
@@ -114,13 +114,13 @@ def load_packed(
 
 def _of_config(checkpoint: Checkpoint) -> nn.Module:
     """A model of transformers as its config builds it."""
-    pretrained.import_transformers()
+    named_class.import_transformers()
     with pretrained.quiet(), own.seeded(0):
-        model_class, config = pretrained._class_and_config(checkpoint, False)
+        model_class, config = named_class.class_and_config(checkpoint, False)
         whole = replace(checkpoint, elements=2**60)  # what is packed holds fewer numbers than the model
         with (
-            pretrained._told(checkpoint, f"cannot be built as {model_class.__name__}"),
-            pretrained._bounded(whole),
+            named_class.told(checkpoint, f"cannot be built as {model_class.__name__}"),
+            named_class.bounded(whole),
         ):
             model = model_class(config)
         dtype = models._DTYPES.get(str(config.dtype).removeprefix("torch."))

@@ -11,23 +11,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from secateur.checks import (
+    bias_name,
+    check_masks,
+    check_nonzero,
+    check_stays_pruned,
+    check_total,
+    check_weights,
+)
 from secateur.core.example import Example
-from secateur.core.feasible import coarsest
 from secateur.core.gradients import GRADIENTS, gather_all
 from secateur.core.loss import Loss
-from secateur.core.masks import Masks, check_fits, named_parameters
-from secateur.core.select import Candidates
+from secateur.core.masks import Masks, named_parameters
 from secateur.core.site import Site
 from secateur.core.statistics import STATISTICS
 from secateur.core.units import Analysis
 from secateur.core.where import Layer, Only, layers
-from secateur.errors import NumericError, UsageError
+from secateur.errors import UsageError
 from secateur.mend import mend_, own_biases, update_statistics
 from secateur.recipes import Recipe, magnitude
 from secateur.scoring import (
     Statistics,
     candidates_of,
-    finite,
     gather_for,
     last_already,
     mask_of,
@@ -192,8 +197,8 @@ def prune_(
     todo = plan(model, sparsity, recipe, nonzero=nonzero, target=target, only=only, skip=skip, example=example)
     sites = {site.name: site for site in todo.sites}
     parameters = named_parameters(model)
-    _check_masks(masks, todo.sites, parameters)
-    _check_weights(todo.layers)
+    check_masks(masks, todo.sites, parameters)
+    check_weights(todo.layers)
     whole = hasattr(recipe.update, "units_")  # mends when all units are chosen
     if recipe.update is not None:
         data = _for_update(recipe, data, masks)
@@ -206,16 +211,16 @@ def prune_(
     if recipe.update is None or whole:
         known()  # what is wrong with the data is said before anything else
     counts = counts_of(model, todo, candidates)
-    _check_total(todo, candidates, counts)
+    check_total(todo, candidates, counts)
     if recipe.update is not None and not whole:
         return _mended(model, todo, counts, data or (), loss, seed, keep_originals, nonzero)
     kept: dict[str, Tensor] = {}
     for name, site in sites.items():
         for parameter, mask in mask_of(site, candidates[name], counts[name]).items():
             kept[parameter] = kept[parameter] & mask if parameter in kept else mask
-    _check_stays_pruned(kept, masks)
+    check_stays_pruned(kept, masks)
     if nonzero is not None:
-        _check_nonzero(parameters, kept, nonzero)
+        check_nonzero(parameters, kept, nonzero)
     if whole:
         return _mended_units(model, recipe, Masks(kept), data or (), keep_originals)
     originals = {name: parameters[name].detach().clone() for name in kept} if keep_originals else None
@@ -271,7 +276,7 @@ def _mended(
     """Prune and update while the data flow; on any error the weights are as they were."""
     mine = {layer.name: layer for layer in todo.layers}
     changed: dict[str, Tensor] = {name: layer.weight for name, layer in mine.items()}
-    changed |= {_bias_name(mine[name]): bias for name, bias in own_biases(model, todo.layers).items()}
+    changed |= {bias_name(mine[name]): bias for name, bias in own_biases(model, todo.layers).items()}
     originals = {name: parameter.detach().clone() for name, parameter in changed.items()}
     names = [name for name in {*todo.statistics, *update_statistics(todo.recipe)} if name in STATISTICS]
     slopes = [name for name in todo.statistics if name in GRADIENTS]  # of the dense model: the stream has none
@@ -288,71 +293,10 @@ def _mended(
     try:
         kept = mend_(model, todo.layers, todo.recipe, counts, names, data, scores).masks
         if nonzero is not None:
-            _check_nonzero({name: layer.weight for name, layer in mine.items()}, kept, nonzero)
+            check_nonzero({name: layer.weight for name, layer in mine.items()}, kept, nonzero)
     except BaseException:
         with torch.no_grad():
             for name, parameter in changed.items():
                 parameter.copy_(originals[name])
         raise
     return Masks({name: kept[name] for name in mine}, originals if keep_originals else None)
-
-
-def _bias_name(layer: Layer) -> str:
-    return f"{layer.path}.{layer.layout.bias}" if layer.path else str(layer.layout.bias)
-
-
-def _check_masks(masks: Masks | None, sites: Iterable[Site], parameters: Mapping[str, nn.Parameter]) -> None:
-    known = {name for site in sites for name in site.parameters}
-    for name, mask in (masks or {}).items():
-        if name not in known:
-            raise UsageError(
-                f"the earlier masks prune {name}, which is not chosen now; choose it too, or leave masks out"
-            )
-        check_fits(name, mask, {name: parameters[name]})
-
-
-def _check_weights(layers: Iterable[Layer]) -> None:
-    """Before the data run through the model, so that the layer named is the one that is ill."""
-    for layer in layers:
-        if layer.weight.is_meta:
-            raise UsageError(f"{layer.name} is on the meta device and has no values; load the weights first")
-        if not finite(layer.values.float()):
-            raise NumericError(
-                f"{layer.name}: NaN or Inf among its weights, read as float32; it cannot be pruned"
-            )
-
-
-def _check_total(todo: Plan, candidates: Mapping[str, Candidates], counts: Mapping[str, Tensor]) -> None:
-    """Exactly what was asked, or an error before anything is changed."""
-    kept = sum(int(counts[name].sum()) * layer.cells for name, layer in candidates.items())
-    if todo.keep is None:
-        if kept == todo.size:
-            raise UsageError(f"{todo.recipe}: no weight is pruned by it; every score lies above. Raise it")
-        return
-    if abs(kept - todo.keep) >= max(coarsest(candidates), 1):
-        raise UsageError(
-            f"{todo.recipe}: sparsity {todo.sparsity:.4f} cannot be reached in whole units; "
-            f"nearest {1 - kept / todo.size:.4f}"
-        )
-
-
-def _check_stays_pruned(kept: Mapping[str, Tensor], masks: Masks | None) -> None:
-    """A lower share than the earlier masks took, or units that hold pruned and kept weights, would bring some back."""
-    for name, mask in (masks or {}).items():
-        back = int(torch.count_nonzero(kept[name] & ~mask.to(kept[name].device)))
-        if back:
-            raise UsageError(
-                f"{name}: {back:,} of the weights that the earlier masks prune would be kept again; ask for a higher "
-                "sparsity with the pattern and allocation of before, or leave masks out"
-            )
-
-
-def _check_nonzero(parameters: Mapping[str, Tensor], kept: Mapping[str, Tensor], nonzero: int) -> None:
-    """Kept weights that happen to be zero would fall short of the promised number."""
-    for name, mask in kept.items():
-        idle = int(torch.count_nonzero(mask & (parameters[name] == 0)))
-        if idle:
-            raise UsageError(
-                f"{name}: {idle:,} of the weights it would keep are already zero, so {nonzero:,} non-zeros cannot be "
-                "reached with equal shares; use a global allocation"
-            )

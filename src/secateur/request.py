@@ -15,7 +15,16 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from secateur.errors import UsageError, nearest
-from secateur.unit_words import UNIT_WORDS, check_units, says_units, units_of
+from secateur.request_words import (
+    METHOD_NAMES,
+    parse_count,
+    read_count,
+    read_fraction,
+    read_method,
+    read_pattern,
+    read_words,
+)
+from secateur.unit_words import says_units, units_of
 
 if TYPE_CHECKING:
     from secateur.recipes import Recipe
@@ -33,103 +42,11 @@ __all__ = [
     "request",
     "with_method",
 ]
-
-# the methods of recipes.METHODS, the two that decide how much is cut and the one that tries several; listed so that
-# --help needs no torch
-METHOD_NAMES = (
-    "best",
-    "magnitude",
-    "global-magnitude",
-    "wanda",
-    "wanda-l1",
-    "ria",
-    "activation",
-    "random",
-    "snip",
-    "taylor",
-    "fisher",
-    "wanda-mended",
-    "sparsegpt",
-    "admm",
-    "alps",
-    "l2",
-    "gate",
-    "flap",
-    "active",
-    "slimming",
-    "threshold",
-    "percentile",
-)
 # methods that decide how much is cut, and the setting that they decide by
 _DECISIVE = {"threshold": "tau", "percentile": "percentile"}
 # methods that are made for whole units alone
 _OF_UNITS = ("l2", "gate", "flap", "active", "slimming")
 UNITS_METHOD = "flap"  # for whole units where no method is named; see docs/results.md
-_SHAPES = ("weights", "rows", "columns")
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9}
-
-
-def parse_count(text: str | int) -> int:
-    """A whole number of parameters, written out or with k, M or B.
-
-    Example:
-        >>> parse_count("104.69M"), parse_count("1,000"), parse_count(12)
-        (104690000, 1000, 12)
-    """
-    found = re.fullmatch(
-        r"(\d+)(?:\.(\d+))?\s*([kKmMbBgG]?)", str(text).replace(",", "").replace("_", "").strip()
-    )
-    if found is None:
-        raise UsageError(f"{text!r} is no number of parameters; expected for example 104690000 or 104.69M")
-    whole, fraction, unit = found[1], found[2] or "", _UNITS[found[3].lower()]
-    value, rest = divmod(int(whole + fraction) * unit, 10 ** len(fraction))
-    if rest:
-        raise UsageError(
-            f"{text!r} is no whole number of parameters; expected for example 104690000 or 104.69M"
-        )
-    return value
-
-
-def _count(value: Any) -> Any:
-    return value if value is None or isinstance(value, int) else parse_count(value)
-
-
-def _words(value: Any) -> Any:
-    """One word or a list of them; YAML knows no tuples."""
-    return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
-
-
-def _fraction(value: Any) -> Any:
-    if isinstance(value, int | float) and not isinstance(value, bool) and 1 < value <= 100:
-        raise ValueError(f"{value:g} is not in [0, 1]. Did you mean {value / 100:g}?")
-    return value
-
-
-def _method(value: Any) -> Any:
-    if value is None:
-        return None
-    name = str(value).replace("_", "-")
-    if name == "structured":  # whole units, by the plainest of their scores
-        return "l2"
-    if name not in METHOD_NAMES:
-        raise ValueError(f"{value!r} is no method; {nearest(name, METHOD_NAMES)}")
-    return name
-
-
-def _pattern(value: Any) -> Any:
-    if value is None:
-        return None
-    text = str(value)
-    if text in _SHAPES or re.fullmatch(r"\d+:\d+|blocks:\d+x\d+", text):
-        return text
-    try:
-        check_units(text)
-    except UsageError as error:
-        raise ValueError(
-            f"{text!r} is no pattern; expected weights, rows, columns, 2:4 (n kept of m), blocks:4x1, or whole units "
-            f"joined by commas: {', '.join(UNIT_WORDS)}, axes:NAME ({error})"
-        ) from None
-    return text
 
 
 Schema = TypeVar("Schema", bound=BaseModel)
@@ -141,28 +58,28 @@ class PruneRequest(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     model: Annotated[str, Field(min_length=1)]
-    method: Annotated[str | None, BeforeValidator(_method)] = (
+    method: Annotated[str | None, BeforeValidator(read_method)] = (
         None  # best for causal language models, or magnitude
     )
-    sparsity: Annotated[float | None, BeforeValidator(_fraction), Field(ge=0, le=1)] = None
-    nonzero: Annotated[int | None, BeforeValidator(_count), Field(ge=0)] = None
+    sparsity: Annotated[float | None, BeforeValidator(read_fraction), Field(ge=0, le=1)] = None
+    nonzero: Annotated[int | None, BeforeValidator(read_count), Field(ge=0)] = None
     tau: Annotated[float | None, Field(ge=0, allow_inf_nan=False)] = None
     percentile: Annotated[float | None, Field(ge=0, le=100)] = None
     target: str | None = None  # in real units, of whole units
-    pattern: Annotated[str | None, BeforeValidator(_pattern)] = None  # weights, or the method's own
+    pattern: Annotated[str | None, BeforeValidator(read_pattern)] = None  # weights, or the method's own
     minimum: Annotated[int, Field(ge=1)] = 1
     multiple: Annotated[int, Field(ge=1)] = 1
     homogeneous: bool = False
     shrink: bool = False  # write the model without the units that went
     decouple: Annotated[
-        tuple[str, ...], BeforeValidator(_words)
+        tuple[str, ...], BeforeValidator(read_words)
     ] = ()  # an index of their own for layers that share
     mend: Literal["none", "bias", "least-squares"] | None = None  # the method's own
     permute: bool = False  # input channels into the order in which N:M keeps most
     evolution: bool = False  # best also searches a share for each layer
     allocate: Literal["per-row", "per-layer", "global", "normalised", "per-cost"] | None = None
-    only: Annotated[tuple[str, ...], BeforeValidator(_words)] = ()
-    skip: Annotated[tuple[str, ...], BeforeValidator(_words)] = ()
+    only: Annotated[tuple[str, ...], BeforeValidator(read_words)] = ()
+    skip: Annotated[tuple[str, ...], BeforeValidator(read_words)] = ()
     data: str | None = None
     samples: Annotated[int, Field(ge=1)] = 128
     context: Annotated[int | None, Field(ge=2)] = None

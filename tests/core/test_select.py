@@ -7,6 +7,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from secateur.core import cut as cutting
 from secateur.core import select
 from secateur.core.select import Cut, Magnitudes, apportion, kth_smallest, smallest
 
@@ -40,8 +41,9 @@ def test_kth_smallest_is_the_one_that_sorting_finds(arrays, data):
 @pytest.mark.parametrize("kind", ["normal", "ties", "constant", "two scales", "sorted", "few large"])
 def test_kth_smallest_on_many_elements(kind, monkeypatch):
     # small limits, so that every branch (bracket missed, too many ties, narrowing) is taken
-    monkeypatch.setattr(select, "CHUNK", 1 << 10)
-    monkeypatch.setattr(select, "SAMPLE", 1 << 8)
+    for module in (select, cutting):
+        monkeypatch.setattr(module, "CHUNK", 1 << 10)
+    monkeypatch.setattr(cutting, "SAMPLE", 1 << 8)
     n = 60_000
     made = {
         "normal": torch.randn(n),
@@ -72,7 +74,8 @@ def test_smallest_is_a_stable_sort(rows, columns, tied, data):
 
 @pytest.mark.parametrize("shape", [(1, 5000), (3, 5000), (500, 20), (500, 4)])
 def test_smallest_across_chunks(shape, monkeypatch):
-    monkeypatch.setattr(select, "CHUNK", 1 << 10)
+    for module in (select, cutting):
+        monkeypatch.setattr(module, "CHUNK", 1 << 10)
     for scores in (torch.randn(shape), torch.randint(0, 3, shape).float(), torch.zeros(shape)):
         counts = torch.randint(0, shape[1] + 1, (shape[0],))
         assert torch.equal(smallest(scores, counts), by_sorting(scores, counts))

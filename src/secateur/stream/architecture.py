@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as hooks
 
-from secateur import pretrained
+from secateur import named_class, pretrained
 from secateur.checkpoint import Checkpoint
 from secateur.errors import InputError, UsageError
 from secateur.stream.shards import FLOATING, Shards
@@ -56,10 +56,10 @@ def build_empty(checkpoint: Checkpoint, shards: Shards, *, trust_remote_code: bo
             "no embedding and no norm",
         )
     with pretrained.quiet():
-        model_class, config = pretrained._class_and_config(checkpoint, trust_remote_code)
+        model_class, config = named_class.class_and_config(checkpoint, trust_remote_code)
         with (
-            pretrained._told(checkpoint, f"cannot be built as {model_class.__name__}"),
-            pretrained._bounded(checkpoint),
+            named_class.told(checkpoint, f"cannot be built as {model_class.__name__}"),
+            named_class.bounded(checkpoint),
             hooks.register_module_parameter_registration_hook(_without_values),  # type: ignore[arg-type]
             torch.random.fork_rng([]),
         ):
@@ -70,7 +70,7 @@ def build_empty(checkpoint: Checkpoint, shards: Shards, *, trust_remote_code: bo
 def _unknown(checkpoint: Checkpoint, trust_remote_code: bool) -> str:
     """Why the model cannot be built; empty where it can."""
     try:
-        pretrained.import_transformers()
+        named_class.import_transformers()
     except UsageError:
         return "transformers is not installed"
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING

@@ -16,13 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from secateur.checks import bias_name, check_nonzero
 from secateur.core.statistics import STATISTICS, gather
 from secateur.core.visit import visit
 from secateur.core.where import Layer
 from secateur.errors import InputError, NumericError
 from secateur.manifest import STATE
 from secateur.mend import mend_, own_biases, update_statistics
-from secateur.prune import Plan, _bias_name, _check_nonzero
+from secateur.prune import Plan
 from secateur.scoring import finite, score_of, seed_of
 from secateur.stream.hidden import Hidden, write_hidden
 from secateur.stream.journal import ANEW
@@ -121,11 +122,11 @@ def _mend(
         for layer in layers:
             mask = mended.masks[layer.name]
             if work.nonzero is not None:
-                _check_nonzero({layer.name: layer.weight}, {layer.name: mask}, work.nonzero)
+                check_nonzero({layer.name: layer.weight}, {layer.name: mask}, work.nonzero)
             weight = layer.weight.detach().to(work.places.kind(layer.name))
             found = write_pruned(work, layer, weight, mask, output)
             if layer.name in biases:
-                _write_changed(work, _bias_name(layer), biases[layer.name].detach(), output)
+                _write_changed(work, bias_name(layer), biases[layer.name].detach(), output)
             output.finished(layer.name, {**found, "damping": mended.damping[layer.name]})
 
     walk(work, parts, output, state, "update", at)

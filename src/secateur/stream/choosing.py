@@ -12,11 +12,12 @@ from typing import Any
 
 from torch import Tensor
 
+from secateur.checks import check_total
 from secateur.core.gradients import GRADIENTS
 from secateur.core.where import Layer, Only, layers
 from secateur.errors import UsageError
 from secateur.measure import Tell
-from secateur.prune import Plan, _check_total, plan
+from secateur.prune import Plan, plan
 from secateur.recipes import Recipe, magnitude
 from secateur.scoring import Statistics, candidates_of, kept_of, statistics_of
 from secateur.stream.architecture import build_empty
@@ -76,7 +77,7 @@ class Choosing:
             for site in self.todo.sites
         }
         counts = counts_of(self.opened.model, self.todo, candidates)
-        _check_total(self.todo, candidates, counts)
+        check_total(self.todo, candidates, counts)
         return {
             name: kept_of(found, counts[name])[0].nonzero().flatten().cpu()
             for name, found in candidates.items()

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from secateur import pretrained
+from secateur import named_class, pretrained
 from secateur.checkpoint import Checkpoint, read_checkpoint
 from secateur.core.example import analysis_of
 from secateur.core.units import Analysis
@@ -94,8 +94,8 @@ def analysed(checkpoint: Checkpoint, trust_remote_code: bool = False) -> Analysi
 def _built(checkpoint: Checkpoint, trust_remote_code: bool) -> tuple[Any, Any, Any]:
     """Class, config and modules, everything on the meta device."""
     with pretrained.quiet():
-        kind, config = pretrained._class_and_config(checkpoint, trust_remote_code)
-    with pretrained.quiet(), pretrained._bounded(checkpoint):
+        kind, config = named_class.class_and_config(checkpoint, trust_remote_code)
+    with pretrained.quiet(), named_class.bounded(checkpoint):
         return kind, config, built_empty(kind, config).eval()
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from secateur.checks import check_nonzero, check_total
 from secateur.core.counts import distinct_parameters
 from secateur.core.halves import count_nonzero
 from secateur.core.masks import zero_
@@ -17,7 +18,7 @@ from secateur.core.select import Candidates
 from secateur.core.where import Layer
 from secateur.errors import NumericError, UsageError
 from secateur.measure import Tell
-from secateur.prune import Plan, _check_nonzero, _check_total
+from secateur.prune import Plan
 from secateur.scoring import candidates_of, finite, mask_of
 from secateur.stream.output import Output
 from secateur.stream.places import Places
@@ -128,7 +129,7 @@ def keep_counts(work: Work, statistics: Statistics) -> dict[str, Tensor]:
     """
     candidates = work.candidates(statistics)
     counts = work.todo.recipe.allocation(candidates, work.todo.keep or 0)
-    _check_total(work.todo, candidates, counts)
+    check_total(work.todo, candidates, counts)
     return counts
 
 
@@ -176,7 +177,7 @@ def _prune_one(
     with holding(layer, weight):
         mask = mask_of(work.sites[layer.name], work.shell(layer, statistics), counts)[layer.name]
         if work.nonzero is not None:
-            _check_nonzero({layer.name: weight}, {layer.name: mask}, work.nonzero)
+            check_nonzero({layer.name: weight}, {layer.name: mask}, work.nonzero)
     zero_(weight, mask)
     return write_pruned(work, layer, weight, mask, output)
 
