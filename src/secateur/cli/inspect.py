@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -84,7 +83,7 @@ def inspect(
         show_layers(loaded.model, listed(only), listed(skip), as_json=json_)
         return
     from secateur.analysis import Wanted, analyse
-    from secateur.folder import new_folder
+    from secateur.cli.writing import opened
 
     try:
         shares = tuple(float(word) for word in listed([sparsities]))
@@ -93,9 +92,7 @@ def inspect(
             f"--sparsities {sparsities!r}: expected numbers with commas between, as 0.3,0.5,0.7"
         ) from None
     wanted = Wanted(measure, shares, method, data, samples, context, listed(only), listed(skip), seed)
-    with ExitStack() as stack:
-        folder = stack.enter_context(new_folder(out, if_exists)) if out is not None else None
-        tell = stack.enter_context(progress())
+    with opened(None, out, if_exists) as (folder, tell):
         found = analyse(models.load(model, **settings), wanted, folder, tell)
     if json_:
         typer.echo(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,6 +25,7 @@ from secateur.cli.options import (
     use_threads,
 )
 from secateur.cli.stages import FineTuneEpochs, LearningRate, Quantize, Schedule, Train, prune_in_stages
+from secateur.cli.writing import opened, plan_alone
 from secateur.errors import UsageError
 
 __all__ = ["prune"]
@@ -190,22 +190,15 @@ def prune(
             trust_remote_code=trust_remote_code,
         )  # fmt: skip
         return
-    from secateur.folder import new_folder
-    from secateur.run import carry_out, check_apart, prepare
-    from secateur.terminal import progress, show_measurements
+    from secateur.run import carry_out, prepare
+    from secateur.terminal import show_measurements
 
-    with ExitStack() as stack:
-        if out is not None and not dry_run:  # first, so that a folder that is taken is told at once
-            check_apart(model, out)
-            folder = stack.enter_context(new_folder(out, if_exists))
-        tell = stack.enter_context(progress())
+    with opened(model, None if dry_run else out, if_exists) as (folder, tell):
         run = prepare(
             asked, offline=offline, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle, tell=tell
         )
-        if dry_run:
-            typer.echo(json.dumps({"plan": str(run).splitlines()}) if json_ else str(run))
+        if plan_alone(run, folder, json_) or folder is None:
             return
-        typer.echo(str(run), err=json_)
         result = carry_out(run, folder, tell)
     if json_:
         plain = {name: [m.to_dict() for m in found] for name, found in result.measurements.items()}

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 
+from secateur.cli.writing import opened, plan_alone
 from secateur.errors import InterruptedRunError, ResourceError, UsageError
 
 if TYPE_CHECKING:
@@ -28,32 +28,18 @@ def prune_streamed(
     trust_remote_code: bool,
 ) -> None:
     """Say what will be done, and do it from file to file; without `out` only the first."""
-    from secateur.folder import interrupted, new_folder
-    from secateur.run import check_apart
+    from secateur.folder import interrupted
     from secateur.stream.asked import prepare_as_asked
     from secateur.stream.job import carry_out
-    from secateur.terminal import progress
 
     try:
-        with ExitStack() as stack:
-            if out is not None:  # first, so that a folder that is taken is told at once
-                check_apart(asked.model, out)
-                folder = stack.enter_context(new_folder(out, if_exists))
-            tell = stack.enter_context(progress())
+        with opened(asked.model, out, if_exists) as (folder, tell):
             prepared = prepare_as_asked(
                 asked, memory=max_ram, offline=offline, trust_remote_code=trust_remote_code, tell=tell
             )
-            if out is None:
-                plan = str(prepared)
-                typer.echo(json.dumps({"plan": plan.splitlines()}) if as_json else plan)
+            if plan_alone(prepared, folder, as_json) or folder is None:
                 return
-            typer.echo(str(prepared), err=as_json)
-            done = carry_out(
-                prepared,
-                folder,
-                asked.model_dump(mode="json", exclude_unset=True),
-                asked.model_dump(mode="json"),
-            )
+            done = carry_out(prepared, folder, *_words(asked))
     except KeyboardInterrupt:
         if out is None or interrupted(out) is None:
             raise
@@ -82,31 +68,20 @@ def shrink_streamed(
     trust_remote_code: bool,
 ) -> None:
     """Say which units will go, and take them out of the files; without `out` only the first."""
-    from secateur.folder import new_folder
-    from secateur.run import check_apart
     from secateur.stream.asked import prepare_units_as_asked
-    from secateur.terminal import progress
 
     if if_exists == "resume":
         raise UsageError(
             "--if-exists resume: whole units are taken out in one go, and nothing is kept of a run that was killed; "
             "choose overwrite"
         )
-    with ExitStack() as stack:
-        if out is not None:
-            check_apart(asked.model, out)
-            folder = stack.enter_context(new_folder(out, if_exists))
-        tell = stack.enter_context(progress())
+    with opened(asked.model, out, if_exists) as (folder, tell):
         prepared = prepare_units_as_asked(
             asked, memory=max_ram, offline=offline, trust_remote_code=trust_remote_code, tell=tell
         )
-        if out is None:
-            plan = str(prepared)
-            typer.echo(json.dumps({"plan": plan.splitlines()}) if as_json else plan)
+        if plan_alone(prepared, folder, as_json) or folder is None:
             return
-        typer.echo(str(prepared), err=as_json)
-        words = asked.model_dump(mode="json", exclude_unset=True)
-        done = prepared.carry_out(folder, words, asked.model_dump(mode="json"))
+        done = prepared.carry_out(folder, *_words(asked))
     before, after = done.parameters
     if as_json:
         typer.echo(json.dumps({"out": str(out), "form": done.form, "parameters": [before, after]}))
@@ -135,6 +110,11 @@ def export_streamed(folder: str, out: Path, *, to: str, if_exists: str, as_json:
     with progress() as tell:
         form = shrink_checkpoint(folder, Masks.load(path), out, to=to, if_exists=if_exists, tell=tell)
     typer.echo(json.dumps({"out": str(out), "form": form}) if as_json else _written(out, form))
+
+
+def _words(asked: PruneRequest) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A request as it was typed, and with every default."""
+    return asked.model_dump(mode="json", exclude_unset=True), asked.model_dump(mode="json")
 
 
 def _written(out: Path | None, form: str) -> str:
