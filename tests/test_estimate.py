@@ -62,6 +62,20 @@ def test_measuring_changes_nothing():
     assert 0 < found.wanda < found.alps < found.best
 
 
+def test_long_sequences_are_timed_one_at_a_time(monkeypatch):
+    seen = []
+
+    def rehearsed(model, path, layers, piece, clock):
+        seen.append(tuple(piece["input_ids"].shape))
+        return Rehearsed(1.0, 1.0, 1.0, 2, ())
+
+    monkeypatch.setattr(module, "rehearse", rehearsed)
+    monkeypatch.setattr(module, "_solving", lambda *_: 0.0)
+    for length in (100, 700, 5000):
+        estimate(Tiny(), {"input_ids": ids(9, length)}, 9 * length, plan(Tiny(), 0.5, alps))
+    assert seen == [(4, 100), (2, 700), (1, 5000)]
+
+
 def test_layers_that_share_an_input_share_its_moment():
     model = Tiny()
     chosen = [layer for layer in layers(model) if layer.block == 1]

@@ -26,6 +26,7 @@ __all__ = ["LONG", "Estimate", "estimate", "in_words", "warning"]
 
 LONG = 60.0  # seconds; what takes less needs no warning
 ROWS = 4  # sequences that reconstruction takes a step with
+POSITIONS = 2048  # fewer sequences are timed where these are more tokens, at least one
 LARGEST = 768  # inputs and outputs of a matrix on which ALPS is timed; larger ones are counted from it
 SEARCH = 35  # iterations after which ALPS stops: 34 to 35 in every layer of the models of docs/results.md
 EIGHTH = 0.125  # of the data judges, the rest is fitted to
@@ -59,15 +60,16 @@ def estimate(
 
     Args:
         model: not changed.
-        piece: calibration data, of which at most four sequences are used.
+        piece: calibration data, of which at most four sequences are used, fewer where they are long.
         tokens: of calibration in all.
         todo: the plan.
         clock: what time is told by.
 
-    Cost: a few passes of four sequences through one block, forward and backward, and a second or two of solving; for a
+    Cost: a few passes of these sequences through one block, forward and backward, and a second or two of solving; for a
         model without blocks, forward passes of the whole.
     """
     given = split(move(piece, device_of(model)), ROWS)[0]
+    given = split(given, max(1, ROWS * POSITIONS // max(_tokens(given), POSITIONS)))[0]
     count = _tokens(given)
     first, path = _first_block(todo.layers)
     weights = sum(layer.size for layer in todo.layers) / sum(layer.size for layer in first)
