@@ -274,8 +274,8 @@ def build_recipe(asked: PruneRequest) -> Recipe:
     else:
         recipe = recipes.METHODS[asked.method or (UNITS_METHOD if units else "magnitude")]
     if asked.allocate is not None:
-        shares = {"per-row": per_row, "per-layer": per_layer, "global": globally, "normalised": Normalised(),
-                  "per-cost": PerCost()}  # fmt: skip
+        shares: dict[str, Any] = {"per-row": per_row, "per-layer": per_layer, "global": globally}
+        shares |= {"normalised": Normalised(), "per-cost": PerCost()}
         if asked.allocate == "per-cost" and not units:
             raise UsageError(
                 "--allocate per-cost weighs whole units by what they cost, and single weights all cost the same; say "
