@@ -107,6 +107,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=4096)
     parser.add_argument("--batch", type=int, nargs="*", default=[1, 16, 64])
     parser.add_argument("--sparsity", type=float, nargs="*", default=[0.5, 0.7, 0.9])
+    parser.add_argument("--block", type=int, nargs="*", default=[1, 4])
     parser.add_argument("--rounds", type=int, default=15)
     given = parser.parse_args()
     torch.manual_seed(0)
@@ -117,7 +118,7 @@ def main() -> None:
         x = torch.randn(batch, given.size)
         runs, held = dense_runs(weight, x), {}
         for sparsity in given.sparsity:
-            for block in (1, 4):
+            for block in given.block:
                 cut = torch.rand(given.size // block, given.size) < sparsity
                 pruned = weight.masked_fill(cut.repeat_interleave(block, 0), 0)
                 for kind, dtype in KINDS.items():
@@ -127,7 +128,7 @@ def main() -> None:
                     if batch > 4 and block == 1 and kind != "int4":
                         ways.append(UNPACK)
                     for way in ways:
-                        shape = " 4x1" if block > 1 else ""
+                        shape = f" {block}x1" if block > 1 else ""
                         name = f"{kind}{shape} {sparsity:.0%} {('stream', 'tiles', 'unpack')[way]}"
                         held[name] = (kind, packed)
                         runs[name] = lambda p=packed, i=inputs, w=way: sparse_linear(p, i, ways=[w] * 9)

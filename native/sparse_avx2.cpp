@@ -36,6 +36,7 @@ struct Tables {
     alignas(64) uint64_t low[256];       // the same for 8 elements of 1 byte, in the lower and upper half of 16
     alignas(64) uint64_t high[256];
     alignas(64) uint64_t columns[256];   // bytes: the set bits in order
+    alignas(64) uint64_t behind[256];    // those and 8
 };
 
 Tables t;
@@ -56,6 +57,7 @@ bool fill() {
         std::memcpy(&t.low[mask], low, 8);
         std::memcpy(&t.high[mask], high, 8);
         std::memcpy(&t.columns[mask], columns, 8);
+        t.behind[mask] = t.columns[mask] + 0x0808080808080808ull;
     }
     return true;
 }
@@ -435,37 +437,55 @@ constexpr int64_t FLOCK = 16;
 template <class X, int T>
 ALWAYS int64_t keep(const uint64_t* mask, int64_t words, const X* x, int64_t padded, X (*out)[FLOCK * WORD + 64]) {
     int64_t n = 0;
-    for (int64_t i = 0; i < 8 * words; ++i) {
-        const int eight = ((const uint8_t*)mask)[i];
-        const __m128i columns = _mm_loadl_epi64((const __m128i*)(t.columns + eight));
+    for (int64_t i = 0; i < 4 * words; ++i, x += 16) {
+        const uint32_t bits = uint32_t(mask[i / 4] >> (16 * (i % 4))) & 0xffff;
+        const int low = bits & 255, high = bits >> 8, first = __builtin_popcount(unsigned(low));
         for (int k = 0; k < T; ++k) {
-            const X* from = x + k * padded + 8 * i;
+            const X* from = x + k * padded;
             if (sizeof(X) == 1) {
-                const __m128i kept = _mm_shuffle_epi8(_mm_loadl_epi64((const __m128i*)from), columns);
+                const __m128i where = two_eights(t.columns + low, t.behind + high);
+                const __m128i kept = _mm_shuffle_epi8(_mm_loadu_si128((const __m128i*)from), where);
                 _mm_storel_epi64((__m128i*)(out[k] + n), kept);
+                _mm_storeh_pd((double*)(out[k] + n + first), _mm_castsi128_pd(kept));
             } else {
-                const __m256 all = _mm256_loadu_ps((const float*)from);
-                _mm256_storeu_ps((float*)(out[k] + n), _mm256_permutevar8x32_ps(all, _mm256_cvtepu8_epi32(columns)));
+                for (int half = 0; half < 2; ++half) {
+                    const void* columns = t.columns + (half ? high : low);
+                    const __m256i where = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)columns));
+                    const __m256 all = _mm256_loadu_ps((const float*)from + 8 * half);
+                    float* to = (float*)out[k] + n + (half ? first : 0);
+                    _mm256_storeu_ps(to, _mm256_permutevar8x32_ps(all, where));
+                }
             }
         }
-        n += __builtin_popcount(unsigned(eight));
+        n += __builtin_popcount(bits);
     }
     for (int k = 0; k < T; ++k) std::memset(out[k] + n, 0, 16 * sizeof(X));
     return n;
 }
 
-// Four columns of a row side by side, of 8 units of 4 rows, or of 4 units of 16: rows 0-3 and 8-11, then 4-7 and 12-15
-template <int BLOCK>
-ALWAYS void turn(const int8_t* w, __m256i* out) {
-    if (BLOCK == 4) {
-        const __m256i order = _mm256_broadcastsi128_si256(
-            _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15)
+ALWAYS __m256i in_both(__m128i a) { return _mm256_broadcastsi128_si256(a); }
+
+// Bytes in which four columns of a row lie side by side: of 8 units of 4 rows, or of 4 units of 16
+template <int KIND, int BLOCK>
+ALWAYS void turn(const uint8_t* w, __m256i codebook, __m256i* out) {
+    const __m256i fours = in_both(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
+    const __m256i fifteen = _mm256_set1_epi8(15);
+    if (KIND == I8 && BLOCK == 4) {
+        out[0] = _mm256_shuffle_epi8(_mm256_loadu_si256((const __m256i*)w), fours);
+    } else if (KIND == I4 && BLOCK == 4) {  // rows 0 and 2 in one half, each twice, rows 1 and 3 in the other
+        const __m256i order = in_both(_mm_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15));
+        const __m256i raw = in_both(_mm_loadu_si128((const __m128i*)w));
+        const __m256i codes = _mm256_srlv_epi32(raw, _mm256_setr_epi32(0, 0, 0, 0, 4, 4, 4, 4));
+        out[0] = _mm256_shuffle_epi8(_mm256_shuffle_epi8(codebook, _mm256_and_si256(codes, fifteen)), order);
+    } else if (KIND == I4) {  // even rows, then odd ones
+        const __m256i raw = _mm256_permutevar8x32_epi32(
+            _mm256_loadu_si256((const __m256i*)w), _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7)
         );
-        out[0] = _mm256_shuffle_epi8(_mm256_loadu_si256((const __m256i*)w), order);
-    } else {
-        const __m256i order = _mm256_broadcastsi128_si256(
-            _mm_setr_epi8(0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15)
-        );
+        const __m256i even = _mm256_and_si256(raw, fifteen), odd = _mm256_and_si256(_mm256_srli_epi16(raw, 4), fifteen);
+        out[0] = _mm256_shuffle_epi8(_mm256_shuffle_epi8(codebook, even), fours);
+        out[1] = _mm256_shuffle_epi8(_mm256_shuffle_epi8(codebook, odd), fours);
+    } else {  // rows 0-3 and 8-11, then 4-7 and 12-15
+        const __m256i order = in_both(_mm_setr_epi8(0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15));
         __m256i pair[2];
         for (int i = 0; i < 2; ++i) {
             const __m256i two = _mm256_loadu_si256((const __m256i*)(w + 32 * i));
@@ -476,27 +496,48 @@ ALWAYS void turn(const int8_t* w, __m256i* out) {
     }
 }
 
-// Lanes of `turn` as rows
-template <int BLOCK>
-ALWAYS void rows_of(const __m256i* lanes, int32_t* out) {
+// Sums in the lanes of `turn`, as rows of the block
+template <int KIND, int BLOCK>
+ALWAYS void rows_of(const __m256i* lanes, __m128i* out) {
     const __m128i low = _mm256_castsi256_si128(lanes[0]), high = _mm256_extracti128_si256(lanes[0], 1);
     if (BLOCK == 4) {
-        _mm_storeu_si128((__m128i*)out, _mm_add_epi32(low, high));
-    } else {
-        _mm_storeu_si128((__m128i*)out, low), _mm_storeu_si128((__m128i*)(out + 8), high);
-        _mm_storeu_si128((__m128i*)(out + 4), _mm256_castsi256_si128(lanes[1]));
-        _mm_storeu_si128((__m128i*)(out + 12), _mm256_extracti128_si256(lanes[1], 1));
+        out[0] = KIND == I8 ? _mm_add_epi32(low, high) : _mm_shuffle_epi32(_mm_hadd_epi32(low, high), 0xd8);
+        return;
     }
+    __m256i two[2] = {lanes[0], lanes[BLOCK == 16]};
+    if (KIND == I4) {
+        two[0] = _mm256_unpacklo_epi32(lanes[0], lanes[BLOCK == 16]);
+        two[1] = _mm256_unpackhi_epi32(lanes[0], lanes[BLOCK == 16]);
+    }
+    for (int i = 0; i < BLOCK / 8; ++i) {
+        out[i] = _mm256_castsi256_si128(two[i]);
+        out[2 + i] = _mm256_extracti128_si256(two[i], 1);
+    }
+}
+
+// Four inputs for each row, as `turn` lays them
+template <int KIND, int BLOCK>
+ALWAYS __m256i inputs_of(const int8_t* kept) {
+    int64_t eight;
+    std::memcpy(&eight, kept, 8);
+    if (BLOCK == 16) return _mm256_set1_epi32(int32_t(eight));
+    if (KIND == I4) return _mm256_set1_epi64x(eight);
+    const __m256i where = _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1);
+    return _mm256_permutevar8x32_epi32(_mm256_castsi128_si256(_mm_cvtsi64_si128(eight)), where);
 }
 
 template <int KIND, int BLOCK, int T>
 ALWAYS void blocks_in_integers(const Matrix& m, const Inputs& in, int64_t group, int64_t b, float (*out)[16]) {
-    constexpr int VECTORS = BLOCK / 8 + (BLOCK < 8), UNITS = 32 * VECTORS / BLOCK;
-    int8_t kept[T][FLOCK * WORD + 64], room[KIND == I4 ? FLOCK * WORD * BLOCK + 64 : 1];
+    constexpr int VECTORS = BLOCK == 4 ? 1 : 2, UNITS = BLOCK == 4 ? 8 : 4, PER = KIND == I4 ? 2 : 1;  // values a byte
+    int8_t kept[T][FLOCK * WORD + 64];
     const uint64_t* mask = m.mask + group * m.words;
     const int64_t words = m.words, reach = m.scales == 1 ? m.words : m.columns / m.scales / WORD;
-    const __m256i where = BLOCK == 4 ? _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1) : _mm256_setzero_si256();
-    int64_t at = m.offsets[group];
+    const int64_t rows = m.rows - group * BLOCK;
+    const __m256i codebook = KIND == I4 ? in_both(_mm_loadu_si128((const __m128i*)m.codebook)) : _mm256_setzero_si256();
+    const uint8_t* stream = (const uint8_t*)m.values + m.offsets[group] / PER;
+    __m128 all[T][BLOCK / 4];
+    for (int k = 0; k < T; ++k)
+        for (int i = 0; i < BLOCK / 4; ++i) all[k][i] = _mm_setzero_ps();
     for (int64_t word = 0, scale = 0; word < words; ++scale) {
         __m256i total[T][VECTORS];
         for (int k = 0; k < T; ++k)
@@ -504,41 +545,40 @@ ALWAYS void blocks_in_integers(const Matrix& m, const Inputs& in, int64_t group,
         const int64_t end = word + reach < words ? word + reach : words;
         for (int64_t stop; word < end; word = stop) {
             stop = word + FLOCK < end ? word + FLOCK : end;
-            const int64_t n = keep<int8_t, T>(mask + word, stop - word, in.integers + b * in.padded + word * WORD, in.padded, kept);
-            const int8_t* w = (const int8_t*)m.values + at;
-            if (KIND == I4) {
-                const __m128i codebook = _mm_loadu_si128((const __m128i*)m.codebook);
-                decode_codes((const uint8_t*)m.values + (at >> 1), n * BLOCK, codebook, room), w = room;
-            }
-            at += n * BLOCK;
-            for (int64_t i = 0; i < n; i += UNITS, w += 32 * VECTORS) {
-                if (KIND == I8) _mm_prefetch((const char*)w + 1024, _MM_HINT_T0);
-                __m256i rows[VECTORS];
-                turn<BLOCK>(w, rows);
+            const int8_t* x = in.integers + b * in.padded + word * WORD;
+            const int64_t n = keep<int8_t, T>(mask + word, stop - word, x, in.padded, kept);
+            for (int64_t i = 0; i < n; i += UNITS) {
+                const uint8_t* w = stream + i * (BLOCK / PER);
+                _mm_prefetch((const char*)w + 2048, _MM_HINT_T0);
+                __m256i turned[VECTORS];
+                turn<KIND, BLOCK>(w, codebook, turned);
                 for (int k = 0; k < T; ++k) {
-                    int64_t some;
-                    std::memcpy(&some, kept[k] + i, 8);
-                    const __m256i x = _mm256_permutevar8x32_epi32(_mm256_castsi128_si256(_mm_cvtsi64_si128(some)), where);
-                    const __m256i magnitudes = _mm256_abs_epi8(x);
+                    const __m256i some = inputs_of<KIND, BLOCK>(kept[k] + i), magnitudes = _mm256_abs_epi8(some);
                     for (int v = 0; v < VECTORS; ++v) {
-                        const __m256i pairs = _mm256_maddubs_epi16(magnitudes, _mm256_sign_epi8(rows[v], x));
+                        const __m256i pairs = _mm256_maddubs_epi16(magnitudes, _mm256_sign_epi8(turned[v], some));
                         total[k][v] = _mm256_add_epi32(total[k][v], _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
                     }
                 }
             }
+            stream += n * (BLOCK / PER);
+        }
+        __m128 factor[BLOCK / 4];
+        for (int i = 0; i < BLOCK / 4; ++i) {
+            const float* at[4];
+            for (int r = 0; r < 4; ++r)  // rows behind the last one have no scale, and their sums are not used
+                at[r] = m.scale + (group * BLOCK + (4 * i + r < rows ? 4 * i + r : 0)) * m.scales + scale;
+            factor[i] = _mm_setr_ps(*at[0], *at[1], *at[2], *at[3]);
         }
         for (int k = 0; k < T; ++k) {
-            int32_t found[16];
-            rows_of<BLOCK>(total[k], found);
-            for (int r = 0; r < BLOCK; ++r) {
-                const int64_t row = group * BLOCK + r;
-                const float part = row < m.rows ? float(found[r]) * m.scale[row * m.scales + scale] : 0.0f;
-                out[k][r] = (scale ? out[k][r] : 0.0f) + part;
-            }
+            __m128i found[BLOCK / 4];
+            rows_of<KIND, BLOCK>(total[k], found);
+            for (int i = 0; i < BLOCK / 4; ++i)
+                all[k][i] = _mm_add_ps(all[k][i], _mm_mul_ps(_mm_cvtepi32_ps(found[i]), factor[i]));
         }
     }
     for (int k = 0; k < T; ++k)
-        for (int r = 0; r < BLOCK; ++r) out[k][r] *= in.factor[b + k];
+        for (int i = 0; i < BLOCK / 4; ++i)
+            _mm_storeu_ps(out[k] + 4 * i, _mm_mul_ps(all[k][i], _mm_set1_ps(in.factor[b + k])));
 }
 
 // 8 values of the stream
@@ -561,11 +601,12 @@ ALWAYS void blocks_in_float(const Matrix& m, const Inputs& in, int64_t group, in
         for (int v = 0; v < 4; ++v) total[k][v] = _mm256_setzero_ps();
     for (int64_t word = 0, stop; word < m.words; word = stop) {
         stop = word + FLOCK < m.words ? word + FLOCK : m.words;
-        const int64_t n = keep<float, T>(mask + word, stop - word, in.plain + b * in.padded + word * WORD, in.padded, kept);
+        const float* x = in.plain + b * in.padded + word * WORD;
+        const int64_t n = keep<float, T>(mask + word, stop - word, x, in.padded, kept);
         const int64_t whole = n / UNITS * UNITS;
         for (int64_t i = 0; i < whole; i += UNITS)
             for (int v = 0; v < UNITS * BLOCK / 8; ++v, w += 8 * SIZE) {
-                if (v % 2 == 0) _mm_prefetch(w + 1024, _MM_HINT_T0);
+                if (v % 2 == 0) _mm_prefetch(w + 2048, _MM_HINT_T0);
                 const __m256 some = eight<KIND>(w);
                 for (int k = 0; k < T; ++k) {
                     const float* x = kept[k] + i + v * 8 / BLOCK;

@@ -336,7 +336,9 @@ ALWAYS void blocks_in_integers(const Matrix& m, const Inputs& in, int64_t group,
     const int64_t words = m.words, reach = words_of_scale(m);
     const __m512i codebook = codebook_of(m), turned = _mm512_load_si512(o.turned[BLOCK == 16]);
     const __m512i repeated = _mm512_load_si512(o.repeated[BLOCK == 16]);
+    const int64_t rows = m.rows - group * BLOCK;
     int64_t at = m.offsets[group];
+    for (int t = 0; t < T; ++t) std::memset(out[t], 0, BLOCK * sizeof(float));
     for (int64_t word = 0, scale = 0; word < words; ++scale) {
         Sums<T> sums;
         sums.start();
@@ -362,14 +364,12 @@ ALWAYS void blocks_in_integers(const Matrix& m, const Inputs& in, int64_t group,
             }
             if (n % UNITS) at -= 64 - n % UNITS * BLOCK;
         }
+        float factor[BLOCK];  // rows behind the last one have none, and no values
+        for (int r = 0; r < BLOCK; ++r) factor[r] = m.scale[(group * BLOCK + (r < rows ? r : 0)) * m.scales + scale];
         for (int t = 0; t < T; ++t) {
             int32_t found[16];
             rows_of<BLOCK>(sums.lanes(t), found);
-            for (int r = 0; r < BLOCK; ++r) {
-                const int64_t row = group * BLOCK + r;
-                const float part = row < m.rows ? float(found[r]) * m.scale[row * m.scales + scale] : 0.0f;
-                out[t][r] = (scale ? out[t][r] : 0.0f) + part;
-            }
+            for (int r = 0; r < BLOCK; ++r) out[t][r] += float(found[r]) * factor[r];
         }
     }
     for (int t = 0; t < T; ++t)

@@ -35,6 +35,20 @@ def test_emulated_instructions_agree_with_narrower_ones(compiler, tmp_path):
     assert (done.returncode, done.stdout) == (0, "")
 
 
+def test_all_levels_agree_without_python(compiler, tmp_path):
+    from secateur.deploy.sparse import kernels
+
+    if kernels.level() < 1:
+        pytest.skip("this machine has no avx2")
+    program, sources = tmp_path / "levels", [*BUILD.parent.glob("sparse*.cpp"), BUILD.parent / "pool.cpp"]
+    flags = [*BASELINE, "-pthread", f"-I{INSTEAD}", f"-I{BUILD.parent}", "-DSECATEUR_EMULATED_AVX512"]
+    names = [str(source) for source in (*sources, INSTEAD / "check_levels.cpp")]
+    subprocess.run([compiler, *flags, *names, "-o", str(program)], check=True)
+    done = subprocess.run([program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    assert "level 2: 8288 products compared, 0 differ so far" in done.stdout
+
+
 def test_the_unit_compiles_with_the_real_instructions(compiler, tmp_path):
     """Not only into a unit that stands for nothing."""
     unit = tmp_path / "unit.s"

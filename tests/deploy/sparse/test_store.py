@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 import struct
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from secateur import prune_
+from secateur import Blocks, magnitude, prune_
 from secateur.deploy.sparse import load_sparse_, pack, save_sparse, sparsify_
 from secateur.deploy.sparse.ops import sparse_linear
 from secateur.deploy.sparse.store import named, read_sparse, sparse_header
@@ -47,6 +49,24 @@ def test_a_model_comes_back_bit_for_bit(fast, tmp_path):
     assert torch.allclose(packed(x), made(x), atol=1e-5)
     assert sparse_header(path) == {}
     assert sparse_header(tmp_path / "nothing") is None
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4", "bfloat16"])
+@pytest.mark.parametrize("block", [4, 16])
+@torch.no_grad()
+def test_a_model_in_blocks_is_stored_and_runs_in_them(fast, tmp_path, kind, block):
+    made = model()
+    prune_(made, 0.5, replace(magnitude, pattern=Blocks(block, 1)), only="3")
+    expected, x = made, torch.randn(2, 3, 8, 8)
+    made = copy.deepcopy(made)
+    done = sparsify_(made, kind, only="3", block=block, measure=False)
+    assert [(layer.kind, layer.block, layer.sparsity) for layer in done.layers] == [(kind, block, 0.5)]
+    save_sparse(made, tmp_path / "m.safetensors")
+    again = load_sparse_(model(), tmp_path / "m.safetensors")
+    assert again[3].packed.block == block
+    assert torch.equal(again(x), made(x))
+    error = (again(x) - expected(x)).norm() / expected(x).norm()
+    assert float(error) < (0.2 if kind == "int4" else 0.03)
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4", "bfloat16"])

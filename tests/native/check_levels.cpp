@@ -1,0 +1,133 @@
+// Multiplies random matrices of every kind, form and block with the kernels of every level that the processor has, and
+// compares them with the plain ones: the kernels without Python and torch, for whatever machine or simulator is at hand.
+// Prints a line for each level and each difference; returns how many differ.
+
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstring>
+#include <vector>
+
+extern "C" int64_t secateur_sparse_multiply(const void* const* pointers, const int64_t* numbers);
+extern "C" int64_t secateur_sparse_level();
+
+namespace {
+
+enum { F32, BF16, F16, I8, I4 };
+enum { BITMASK, INDEX, DENSE };
+const char* const KINDS[] = {"float32", "bfloat16", "float16", "int8", "int4"};
+
+uint64_t state = 88172645463325252ull;
+
+uint32_t chance(uint32_t below) {
+    state ^= state << 13, state ^= state >> 7, state ^= state << 17;
+    return uint32_t((state >> 20) % below);
+}
+
+float number() { return float(int(chance(4001)) - 2000) / 512; }
+
+struct Matrix {
+    int64_t form, kind, block, rows, columns, scales;
+    std::vector<uint64_t> mask;
+    std::vector<uint16_t> counts;
+    std::vector<uint8_t> index, values, codes;
+    std::vector<int64_t> offsets{0};
+    std::vector<float> scale;
+    int8_t codebook[16] = {0, 1, 2, 3, 4, 5, 6, 7, 0, -7, -6, -5, -4, -3, -2, -1};
+
+    void put() {
+        const float value = number();
+        uint32_t bits;
+        std::memcpy(&bits, &value, 4);
+        if (kind == F32) append(&bits, 4);
+        const uint16_t high = uint16_t(bits >> 16), half = uint16_t(chance(0x7c00) | chance(2) << 15);
+        if (kind == BF16) append(&high, 2);
+        if (kind == F16) append(&half, 2);
+        const int8_t byte = int8_t(int(chance(255)) - 127);
+        if (kind == I8) append(&byte, 1);
+        if (kind == I4) codes.push_back(uint8_t(1 + (chance(15) + 7) % 15));
+    }
+
+    void append(const void* from, int bytes) {
+        values.insert(values.end(), (const uint8_t*)from, (const uint8_t*)from + bytes);
+    }
+
+    Matrix(int64_t form, int64_t kind, int64_t block, int64_t rows, int64_t columns, double density)
+        : form(form), kind(kind), block(block), rows(rows), columns(columns), scales(1) {
+        if (kind == I4 && columns % 128 == 0) scales = columns / 128;
+        const int64_t groups = (rows + block - 1) / block, words = (columns + 63) / 64, spans = (columns + 255) / 256;
+        mask.resize(groups * words), counts.resize(groups * spans);
+        int64_t at = 0;
+        for (int64_t group = 0; group < groups; ++group) {
+            for (int64_t column = 0; column < columns; ++column) {
+                if (form != DENSE && chance(1000) >= density * 1000) continue;
+                mask[group * words + column / 64] |= uint64_t(1) << (column % 64);
+                ++counts[group * spans + column / 256], index.push_back(uint8_t(column % 256));
+                for (int64_t r = 0; r < block; ++r, ++at) put();
+            }
+            if (kind == I4 && form == BITMASK && at % 2) codes.push_back(0), ++at;
+            offsets.push_back(at);
+        }
+        if (kind == I4) {
+            codes.push_back(0);
+            for (size_t i = 0; i + 1 < codes.size(); i += 2) values.push_back(uint8_t(codes[i] | codes[i + 1] << 4));
+        }
+        values.resize(values.size() + 64);
+        if (kind >= I8)
+            for (int64_t i = 0; i < rows * scales; ++i) scale.push_back(0.5f + float(chance(1000)) / 1000);
+    }
+
+    std::vector<float> times(const std::vector<float>& x, int64_t batch, int64_t way, int64_t level) const {
+        std::vector<float> y(batch * rows);
+        const void* pointers[] = {
+            mask.data(), counts.data(), index.data(), values.data(), offsets.data(), scale.empty() ? nullptr : scale.data(),
+            codebook, x.data(), nullptr, y.data()
+        };
+        const int64_t numbers[] = {form, kind, block, rows, columns, scales, batch, way, 1, level};
+        if (secateur_sparse_multiply(pointers, numbers)) y.assign(y.size(), NAN);
+        return y;
+    }
+};
+
+int compare(const Matrix& m, int64_t batch, int64_t way, int64_t level) {
+    std::vector<float> x(batch * m.columns);
+    for (float& each : x) each = number();
+    const std::vector<float> expected = m.times(x, batch, way, 0), found = m.times(x, batch, way, level);
+    float largest = 1e-20f;
+    for (float each : expected) largest = std::fmax(largest, std::fabs(each));
+    for (size_t i = 0; i < found.size(); ++i)
+        if (!(std::fabs(found[i] - expected[i]) <= 1e-5f * largest)) {
+            std::printf("level %d: %s, form %d, block %d, %d x %d, batch %d, way %d: %g instead of %g at %d\n", int(level),
+                        KINDS[m.kind], int(m.form), int(m.block), int(m.rows), int(m.columns), int(batch), int(way),
+                        found[i], expected[i], int(i));
+            return 1;
+        }
+    return 0;
+}
+
+}  // namespace
+
+int main() {
+    const int64_t shapes[][2] = {{1, 1}, {5, 63}, {17, 64}, {33, 130}, {37, 257}, {18, 384}, {5, 9000}, {6, 4224}};
+    int wrong = 0;
+    for (int64_t level = 1; level <= secateur_sparse_level(); ++level) {
+        int count = 0;
+        for (int64_t kind = F32; kind <= I4; ++kind)
+            for (int64_t block : std::vector<int64_t>{1, 4, 16})
+                for (int64_t form = BITMASK; form <= DENSE; ++form) {
+                    if ((form != BITMASK && block > 1) || (form == DENSE && kind != I8)) continue;
+                    for (const auto& shape : shapes)
+                        for (double density : {0.0, 0.1, 0.5, 1.0}) {
+                            const Matrix m(form, kind, block, shape[0], shape[1], density);
+                            for (int64_t batch : {1, 2, 3, 4, 5, 9, 17, 40}) {
+                                const bool streams = batch <= 4 || (kind >= I8 && form != INDEX);
+                                if (shape[1] > 1000 && batch > 5) continue;
+                                for (int64_t way = !streams; way < 2; ++way, ++count) wrong += compare(m, batch, way, level);
+                            }
+                        }
+                }
+        std::printf("level %d: %d products compared, %d differ so far\n", int(level), count, wrong);
+        std::fflush(stdout);
+    }
+    return wrong;
+}
