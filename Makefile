@@ -31,7 +31,7 @@ test-slow: $(VENV)/.installed-dev
 # that sees the packages of the other one
 test-quantize: $(VENV)-quantize/.installed
 	OMP_NUM_THREADS=1 $(VENV)-quantize/bin/python -m pytest tests/deploy/test_quantize.py tests/deploy/test_exported.py \
-		tests/pipeline/test_quantized.py
+		tests/pipeline/test_quantized.py tests/test_integers.py
 
 # the tests of the native kernels against a library built with AddressSanitizer and UndefinedBehaviorSanitizer, 10,000 altered
 # files among them; -s, or what they report is lost

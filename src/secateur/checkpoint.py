@@ -25,6 +25,7 @@ from secateur.errors import InputError, UsageError
 from secateur.manifest import MANIFEST, read_manifest, sha256
 
 __all__ = [
+    "INTEGERS",
     "OTHER_FILES",
     "TOKENIZER_FILES",
     "Checkpoint",
@@ -34,6 +35,7 @@ __all__ = [
     "read_checkpoint",
     "read_object",
     "read_state",
+    "weight_file",
 ]
 
 TOKENIZER_FILES = (
@@ -53,6 +55,7 @@ TOKENIZER_FILES = (
     "bpe.codes",
     "chat_template.jinja",
 )
+INTEGERS = "quantized.safetensors"  # in place of the weights, where an experiment ends in integers
 OTHER_FILES = ("config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json")
 _PICKLES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
 _WEIGHTS = (*_PICKLES, ".safetensors")
@@ -185,6 +188,14 @@ def read_object(path: Path) -> dict[str, Any]:
     return value
 
 
+def weight_file(place: Path) -> Path:
+    """The file of weights of a module of one's own: the path itself, or what lies in that folder."""
+    if not place.is_dir():
+        return place
+    whole = place / "model.safetensors"
+    return place / INTEGERS if (place / INTEGERS).is_file() and not whole.is_file() else whole
+
+
 def headers(path: Path) -> dict[str, tuple[str, int]]:
     """Name -> (type in safetensors' spelling, number of elements) of a safetensors file found sound.
 
@@ -261,6 +272,8 @@ def _weight_files(folder: Path, allow_pickle: bool) -> tuple[list[Path], list[Pa
                 if whole.endswith(".bin"):
                     _refuse_pickle(folder / name, allow_pickle)
                 return ([], [folder / name]) if name == whole else ([folder / name], _shards(folder / name))
+    if INTEGERS in names:
+        return [], [folder / INTEGERS]
     for name in names:
         if name.endswith(_PICKLES):
             _refuse_pickle(folder / name, allow_pickle)

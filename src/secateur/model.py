@@ -19,9 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from secateur import own, pretrained
-from secateur.checkpoint import read_checkpoint, read_state
+from secateur.checkpoint import INTEGERS, read_checkpoint, read_state, weight_file
 from secateur.compact import cast_, is_compact, open_compact, read_compact
-from secateur.deploy import Shrunk
+from secateur.deploy import Shrunk, load_quantized_
+from secateur.deploy.packed import quantized_header
 from secateur.deploy.slots import ATTRIBUTE
 from secateur.errors import InputError, ResourceError, UsageError, nearest
 from secateur.hub import fetch
@@ -119,7 +120,8 @@ def load(
         with own.seeded(seed):
             model, tokenizer = pretrained.build(checkpoint, dtype=kind or torch.float32, **options)
         mark, files = checkpoint.fingerprint, checkpoint.files
-        loaded = Loaded(model, tokenizer, text, "transformers", mark, folder, files, checkpoint.dtype)
+        stored = None if INTEGERS in files else checkpoint.dtype  # scales say nothing of the weights
+        loaded = Loaded(model, tokenizer, text, "transformers", mark, folder, files, stored)
     return _on(where, loaded)
 
 
@@ -209,8 +211,7 @@ def load_built(
     else:
         built = build()
         model = built[0] if isinstance(built, tuple) else built
-        state, tied = read_state(folder / "model.safetensors")
-        _fill(model, state, tied, folder / "model.safetensors")
+        _filled_from(model, weight_file(folder))
     cast_(model, kind)
     loaded = Loaded(model.eval(), None, str(folder), "python", "")
     return _on(where, loaded).model
@@ -271,10 +272,8 @@ def _load_own(spec: str, dtype: torch.dtype | str | None, allow_pickle: bool, se
         known, mark = {**files, **opened.checkpoint.files}, opened.checkpoint.fingerprint
         return Loaded(model, None, spec, "python", mark, None, known, opened.checkpoint.dtype, example)
     if weights is not None:
-        file = Path(weights).expanduser()
-        file = file / "model.safetensors" if file.is_dir() else file
-        state, tied = read_state(file, allow_pickle=allow_pickle)
-        _fill(model, state, tied, file)
+        file = weight_file(Path(weights).expanduser())
+        state = _filled_from(model, file, allow_pickle=allow_pickle)
         files[file.name] = sha256(file)
         sizes: dict[torch.dtype, int] = defaultdict(int)
         for tensor in state.values():
@@ -284,6 +283,16 @@ def _load_own(spec: str, dtype: torch.dtype | str | None, allow_pickle: bool, se
     if isinstance(dtype, torch.dtype):
         model.to(dtype)
     return Loaded(model.eval(), None, spec, "python", mark, None, files, stored, example)
+
+
+def _filled_from(model: nn.Module, file: Path, *, allow_pickle: bool = False) -> dict[str, Tensor]:
+    """Fill a model from a file of weights, or of integers that stand for them; returns what was stored as it is."""
+    if quantized_header(file) is not None:
+        load_quantized_(model, file, dense=True)
+        return {}
+    state, tied = read_state(file, allow_pickle=allow_pickle)
+    _fill(model, state, tied, file)
+    return state
 
 
 def _fill(model: nn.Module, given: dict[str, Tensor], tied: dict[str, str], path: Path) -> None:

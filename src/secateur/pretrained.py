@@ -18,9 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secateur.checkpoint import TOKENIZER_FILES, Checkpoint, read_object
+from secateur.checkpoint import INTEGERS, TOKENIZER_FILES, Checkpoint, read_object
 from secateur.compressed import layout_of, read_compressed
 from secateur.core.quiet import quiet as hushed
+from secateur.deploy import load_quantized_
 from secateur.errors import InputError
 from secateur.manifest import write_json
 from secateur.named_class import bounded, class_and_config, import_transformers, told
@@ -51,6 +52,8 @@ def build(
         ResourceError: too little memory.
     """
     import_transformers()
+    if checkpoint.weights and checkpoint.weights[0].name == INTEGERS:
+        return _of_integers(checkpoint, dtype, trust_remote_code)
     layout = layout_of(checkpoint.config)
     state = None if layout is None else read_compressed(checkpoint.weights, layout)
     if state is not None:
@@ -74,6 +77,21 @@ def build(
         _refuse_gaps(checkpoint.folder, model_class.__name__, report, drop_unexpected)
         if state is not None:
             read_generation_(model, checkpoint)
+        return model.eval(), tokenizer_of(checkpoint, config, trust_remote_code)
+
+
+def _of_integers(
+    checkpoint: Checkpoint, dtype: torch.dtype | str, trust_remote_code: bool
+) -> tuple[nn.Module, Any]:
+    """The model whose weights lie there as integers, with the floating-point weights that they stand for."""
+    roomy = replace(checkpoint, elements=8 * checkpoint.elements)  # a byte holds up to eight weights
+    with quiet():
+        model_class, config = class_and_config(checkpoint, trust_remote_code)
+        kind = dtype if isinstance(dtype, torch.dtype) else getattr(config, "dtype", None) or torch.float32
+        with told(checkpoint, f"cannot be built as {model_class.__name__}"), bounded(roomy):
+            model = model_class._from_config(config, dtype=kind)
+        load_quantized_(model, checkpoint.weights[0], dense=True)
+        read_generation_(model, checkpoint)
         return model.eval(), tokenizer_of(checkpoint, config, trust_remote_code)
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import secateur
 from secateur import load_quantized_
 from secateur import measure as measuring
 from secateur.core.masks import Masks
@@ -33,6 +34,12 @@ SMALL = {
 }
 
 
+def assert_same(one, other):
+    assert one.state_dict().keys() == other.state_dict().keys()
+    for name, tensor in one.state_dict().items():
+        assert torch.equal(tensor, other.state_dict()[name]), name
+
+
 def order(*names):
     return [STAGES[0], *({name: SMALL[name]} for name in names)]
 
@@ -54,6 +61,11 @@ def test_the_recommended_order_learns_the_rounding(tmp_path):
         assert not again.get_parameter(name)[~mask].any()
     assert file.stat().st_size == value(outcome, "4 fine-tune", "disk_bytes")
     assert "quantized.safetensors" in (tmp_path / "out" / "README.md").read_text()
+    for loaded in (
+        load(f"{OWN}:build@{tmp_path / 'out'}").model,
+        secateur.load(tmp_path / "out", lambda: load(f"{OWN}:build").model),
+    ):
+        assert_same(loaded, again)
 
 
 @needs_torchao

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from secateur import model as models
 from secateur.card import code, plain
+from secateur.checkpoint import INTEGERS
 from secateur.compact import is_compact, open_compact, write_integers
 from secateur.deploy import load_quantized_, save_quantized
 from secateur.evaluate import Measurement
@@ -16,9 +17,7 @@ from secateur.pipeline.subject import Subject
 from secateur.request import spec_name
 from secateur.run import stored_dtype
 
-__all__ = ["QUANTIZED", "write_output"]
-
-QUANTIZED = "quantized.safetensors"
+__all__ = ["write_output"]
 
 
 def write_output(subject: Subject, journal: Journal, folder: Path) -> None:
@@ -43,36 +42,38 @@ def _as_integers(subject: Subject, folder: Path) -> None:
     """Put integers in the place of the weight files; or, where a checkpoint is asked for, the weights as rounded."""
     wanted = [stage.settings.to for stage in subject.experiment.stages if isinstance(stage.settings, Export)]
     model, _ = subject.quantized()
-    save_quantized(model, folder / QUANTIZED)
+    save_quantized(model, folder / INTEGERS)
     if wanted[-1:] == ["checkpoint"]:
-        load_quantized_(subject.model, folder / QUANTIZED, dense=True)
+        load_quantized_(subject.model, folder / INTEGERS, dense=True)
         _save(subject, folder)
-        (folder / QUANTIZED).unlink()
+        (folder / INTEGERS).unlink()
         return
     if is_compact(folder):
-        write_integers(subject.model, folder, folder / QUANTIZED)
+        write_integers(subject.model, folder, folder / INTEGERS)
         return
     for path in (*folder.glob("*.safetensors"), *folder.glob("*.safetensors.index.json")):
-        if path.name != QUANTIZED:
+        if path.name != INTEGERS:
             path.unlink()
 
 
-def _loading(folder: Path) -> str:
+def _loading(subject: Subject, folder: Path) -> str:
     """How what is no plain checkpoint is loaded."""
     build = ", build" if is_compact(folder) and not open_compact(folder).pretrained else ""
     small = code(f"secateur.load('FOLDER'{build})")
-    if not (folder / QUANTIZED).exists():
+    if not (folder / INTEGERS).exists():
         return f"The widths are smaller than a config can say: load the model with {small}."
     if is_compact(folder):
         return (
-            f"The weights are integers in {code(QUANTIZED)}, of a model with units taken out: {small} gives it with "
-            f"ordinary weights, and {code(f'secateur.load_quantized_(model, {QUANTIZED!r})')} puts the integers in "
+            f"The weights are integers in {code(INTEGERS)}, of a model with units taken out: {small} gives it with "
+            f"ordinary weights, and {code(f'secateur.load_quantized_(model, {INTEGERS!r})')} puts the integers in "
             "(needs torchao)."
         )
-    how = code(f"secateur.load_quantized_(model, 'FOLDER/{QUANTIZED}')")
+    own = "" if subject.loaded.kind == "transformers" else ", build"
+    dense = code(f"secateur.load('FOLDER'{own})")
+    how = code(f"secateur.load_quantized_(model, 'FOLDER/{INTEGERS}')")
     return (
-        f"The weights are integers in {code(QUANTIZED)}: build the model from its config or code, and fill it with "
-        f"{how} (needs torchao), or with `dense=True` for ordinary weights (needs nothing)."
+        f"The weights are integers in {code(INTEGERS)}: {dense} gives the model with the ordinary weights that they "
+        f"stand for, and {how} puts the integers in (needs torchao)."
     )
 
 
@@ -96,7 +97,7 @@ def _card(subject: Subject, journal: Journal, folder: Path) -> str:
             "|---|" + "---|" * len(heads),
             *rows,
             "",
-            *([_loading(folder), ""] if (folder / QUANTIZED).exists() or is_compact(folder) else []),
+            *([_loading(subject, folder), ""] if (folder / INTEGERS).exists() or is_compact(folder) else []),
             "Conditions of every measurement, masks and settings are in `run/`.",
             "",
         ]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from secateur import named_class, pretrained
-from secateur.checkpoint import Checkpoint, read_checkpoint
+from secateur.checkpoint import INTEGERS, Checkpoint, read_checkpoint
 from secateur.core.example import analysis_of
 from secateur.core.units import Analysis
 from secateur.deploy.twin import built_empty
@@ -63,6 +63,11 @@ def read_source(source: str | Path, tell: Tell = _silent) -> Checkpoint:
     tell("reading the checkpoint", 0, 1)
     checkpoint = read_checkpoint(path)
     tell("reading the checkpoint", 1, 1)
+    if INTEGERS in checkpoint.files:
+        raise UsageError(
+            f"{path / INTEGERS}: holds integers, which are not pruned from file to file; leave --stream out, or write "
+            "a checkpoint first (secateur.load and secateur.save)"
+        )
     return checkpoint
 
 
