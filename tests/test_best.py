@@ -75,6 +75,7 @@ def test_what_was_tried_is_said():
     assert lines[2].endswith("nats a token")
 
 
+@pytest.mark.thorough
 def test_equal_shares_and_no_reconstruction_where_nothing_helps(monkeypatch):
     """A judge that sees no difference leaves plain ALPS, bit for bit."""
     monkeypatch.setattr(module, "Judge", lambda dense, judged: lambda model: 1.0)
@@ -131,6 +132,7 @@ def test_without_blocks_there_is_no_reconstruction():
     assert not any("reconstruction" in step.name for step in found.steps)
 
 
+@pytest.mark.thorough
 def test_only_what_was_chosen_is_pruned():
     model = sharp()
     before = bits(model)

@@ -136,6 +136,7 @@ def test_layers_that_differ_are_padded_to_the_widest(secateur, folders, tmp_path
     assert torch.allclose(logits(found), logits(loaded.model), atol=1e-4)
 
 
+@pytest.mark.thorough
 def test_a_network_of_ones_own(secateur, own_file: Path, tmp_path: Path) -> None:
     from secateur.pattern import Channels
 

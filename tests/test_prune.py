@@ -145,6 +145,7 @@ def test_pruning_again_to_the_same_sparsity_changes_nothing(name, amount):
 
 @settings(max_examples=10)
 @given(SPARSITIES)
+@pytest.mark.thorough
 def test_magnitude_needs_no_masks_to_find_its_zeros_again(amount):
     for recipe in (magnitude, global_magnitude, replace(magnitude, allocate=per_row)):
         masks, model = pruned(recipe, amount)

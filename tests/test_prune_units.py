@@ -164,6 +164,7 @@ def test_no_axis_ever_loses_its_last_unit(net):
         prune_(deepcopy(model), recipe=Recipe(score.l2, UNITS, Threshold(0.0)), example=X)
 
 
+@pytest.mark.thorough
 def test_multiples_and_equal_widths():
     model, texts = transformer("gpt2")
     recipe = Recipe(score.l2, Neurons(multiple=8, homogeneous=True) | Heads(homogeneous=True), globally)
@@ -245,6 +246,7 @@ def test_groups_of_queries_go_with_their_keys():
         assert int(q.sum()) == 2
 
 
+@pytest.mark.thorough
 def test_hidden_width_goes_everywhere_and_tied_tensors_once():
     model, texts = transformer("gpt2")
     masks = prune_(model, 0.25, Recipe(score.magnitude, Hidden()), example=texts[0][None])

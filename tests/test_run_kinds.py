@@ -143,7 +143,14 @@ def test_a_language_model_gets_the_best_that_was_tried_and_every_file_says_so(mo
     assert Masks.load(out / "run/masks.safetensors").sparsity == 0.5
 
 
-@pytest.mark.parametrize("given", [{}, {"data": "own.py:ids"}, {"data": "story"}])
+@pytest.mark.parametrize(
+    "given",
+    [
+        pytest.param({}, marks=pytest.mark.thorough),
+        pytest.param({"data": "own.py:ids"}, marks=pytest.mark.thorough),
+        {"data": "story"},
+    ],
+)
 def test_how_long_best_takes_is_said_before(models, story, tmp_path, monkeypatch, given):
     """Whatever the data come from; the time of one block, so a bound on it is all that can be said here."""
     (tmp_path / "own.py").write_text(

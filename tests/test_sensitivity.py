@@ -152,6 +152,7 @@ def secateur(monkeypatch, capsys, tmp_path) -> Secateur:
     return Secateur(monkeypatch, capsys)
 
 
+@pytest.mark.thorough
 def test_on_the_command_line(secateur, tmp_path):
     pytest.importorskip("plotly")
     asked = (

@@ -93,6 +93,7 @@ def test_heads_and_neurons_go_whole_and_the_smaller_model_is_measured(models, st
     assert "Taken out: " in report
 
 
+@pytest.mark.thorough
 def test_channels_by_taylor_learn_from_the_labels(own, secateur, tmp_path):
     given = ("--pattern", "channels", "--method", "taylor", "--sparsity", 0.4, "--labelled", f"{own}:images")
     said = secateur("prune", f"{own}:cnn", *given, "--out", tmp_path / "out", "--json")
@@ -168,6 +169,7 @@ def test_every_axis_in_words(models, secateur):
     assert any("aten.embedding" in frozen["reason"] for frozen in found["frozen"])
 
 
+@pytest.mark.thorough
 def test_images_of_the_configs_size_serve_where_nothing_else_is_known(models, secateur):
     assert "of kind head with" in secateur("inspect", models["vit"], "--axes", "--offline").out
 

@@ -99,6 +99,7 @@ def test_29_percent_of_100_is_29():
     assert Percentile(29.0)(found, 0)["a"].tolist() == [71]
 
 
+@pytest.mark.thorough
 def test_a_percentile_of_more_than_16_million():
     """Trap 4: torch.quantile refuses more than 2**24 elements."""
     scores = torch.arange((1 << 24) + 1000.0).reshape(1, -1)

@@ -28,14 +28,14 @@ def bench():
 
 
 FEW = [
-    "resnet-option-a",
-    "densenet",
+    pytest.param("resnet-option-a", marks=pytest.mark.thorough),
+    pytest.param("densenet", marks=pytest.mark.thorough),
     "vgg-flatten",
     "shufflenet",
-    "c2f-yolo",
+    pytest.param("c2f-yolo", marks=pytest.mark.thorough),
     "decoder",
-    "lstm-2-bidirectional",
-    "gru",
+    pytest.param("lstm-2-bidirectional", marks=pytest.mark.thorough),
+    pytest.param("gru", marks=pytest.mark.thorough),
 ]
 HF = ["gpt2", "llama-gqa-tied", "phi3"]
 

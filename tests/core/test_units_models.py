@@ -204,6 +204,7 @@ def test_an_output_that_is_not_there_is_refused() -> None:
         analyse(model, (X.float(),), output=lambda result: 3)
 
 
+@pytest.mark.thorough
 def test_parameters_left_are_counted_without_building_anything() -> None:
     model, ids = tiny_llama()
     analysis = analyse(model, (ids,), output="logits")

@@ -76,6 +76,7 @@ def test_every_block_loses_its_own(kind: str, what: tuple[str, ...], lose: tuple
     assert all(small.state_dict()[name].numel() in widths for name in held if name.endswith("residual"))
 
 
+@pytest.mark.thorough
 def test_rotary_pairs_of_each_layer() -> None:
     """Llama's integer for the width of a head holds pairs and value dimensions alike, so both go together."""
     model, inputs, analysis = decoupled("llama", "rope", "residual")
@@ -119,6 +120,7 @@ class Stream(nn.Module):
         return self.leave(x)
 
 
+@pytest.mark.thorough
 def test_the_stream_keeps_what_a_block_does_not_read() -> None:
     """Against the same written out by hand: a block reads, normalises and writes its own dimensions alone."""
     torch.manual_seed(0)
@@ -204,6 +206,7 @@ class Attention(nn.Module):
         return x + self.out((weights @ v).transpose(1, 2).flatten(2)), bias
 
 
+@pytest.mark.thorough
 def test_heads_of_layers_that_share_a_bias(tmp_path: Path) -> None:
     """Each loses its own, and once more; what a layer hands on is the whole table; the masked model is the oracle."""
     torch.manual_seed(0)

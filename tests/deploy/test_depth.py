@@ -168,6 +168,7 @@ def test_a_model_without_config_and_blocks_that_change_the_shape():
     assert len(model.body) == 4
 
 
+@pytest.mark.thorough
 def test_words_for_what_is_not_there():
     model = build("bart")
     with pytest.raises(UsageError, match="an encoder and in a decoder; say which with stack="):

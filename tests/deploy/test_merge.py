@@ -170,6 +170,7 @@ def test_padding_does_not_count_when_neurons_are_compared():
     assert torch.equal(one["model.layers.1"], other["model.layers.1"])
 
 
+@pytest.mark.thorough
 def test_groups_start_at_the_first_block_and_the_rest_is_smaller():
     model = build("bart", 5)
     cut = [[block.path.rpartition(".")[2] for block in group] for group in groups_of(model, 2, "encoder")]

@@ -112,6 +112,7 @@ def test_a_run_that_stops_goes_on_to_the_same_smaller_model(tmp_path, whole, sta
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
 
 
+@pytest.mark.thorough
 def test_a_training_of_the_smaller_model_resumes_in_its_middle(tmp_path):
     stages = [{"prune": {**UNITS["prune"], "shrink": True}}, {"fine-tune": {"epochs": 4, "lr": 2e-2}}]
     run(spec(stages), tmp_path / "whole")

@@ -60,6 +60,7 @@ def test_other_points_of_the_axes(checkpoints, tmp_path):
         same_as_in_memory(source, tmp_path / f"{number}", sparsity, recipe, data=data)
 
 
+@pytest.mark.thorough
 def test_only_some_blocks_and_data_of_plain_tensors(checkpoints, tmp_path):
     ids = [torch.randint(3, WORDS, (2, 9), generator=torch.Generator().manual_seed(1)) for _ in range(2)]
     for number, recipe in enumerate((recipes.wanda, recipes.sparsegpt)):
@@ -67,6 +68,7 @@ def test_only_some_blocks_and_data_of_plain_tensors(checkpoints, tmp_path):
         same_as_in_memory(checkpoints("llama"), tmp_path / f"{number}", 0.5, recipe, **named)
 
 
+@pytest.mark.thorough
 def test_an_encoder_of_repeated_blocks(checkpoints, tmp_path):
     source, data = checkpoints("bert"), padded_batches()
     words = r"transform.dense.weight stands outside .* Skip it with skip=\"cls.predictions.transform.dense\""
@@ -76,6 +78,7 @@ def test_an_encoder_of_repeated_blocks(checkpoints, tmp_path):
         same_as_in_memory(source, tmp_path / f"{number}", 0.5, recipe, **named)
 
 
+@pytest.mark.thorough
 def test_what_is_no_stack_of_blocks_is_refused(checkpoints, tmp_path):
     data = [{**batch, "decoder_input_ids": batch["input_ids"]} for batch in padded_batches()]
     words = "T5ForConditionalGeneration is no decoder of repeated blocks.* Prune it in memory, or choose a recipe with"

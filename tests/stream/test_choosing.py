@@ -68,6 +68,7 @@ def test_scores_of_activations_choose_as_in_memory(checkpoints, kind, score) -> 
     same_units(checkpoints(kind), replace(score, pattern=BOTH, update=None), sparsity=0.5, data=data)
 
 
+@pytest.mark.thorough
 def test_targets_in_real_units(checkpoints) -> None:
     source = checkpoints("llama")
     keep = same_units(source, replace(l2, pattern=Neurons()), target="0.8 parameters")

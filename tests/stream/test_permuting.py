@@ -96,6 +96,7 @@ def biased(checkpoints, tmp_path_factory):
     return folder
 
 
+@pytest.mark.thorough
 def test_biases_follow_their_rows_and_files_keep_their_layout(biased, tmp_path):
     as_in_memory(biased, tmp_path / "out", RECIPES["sparsegpt"])
     moved = set()
@@ -109,6 +110,7 @@ def test_biases_follow_their_rows_and_files_keep_their_layout(biased, tmp_path):
     assert {"attn.c_attn.bias", "mlp.c_fc.bias"} <= moved <= {"attn.c_attn.bias", "mlp.c_fc.bias", ""}
 
 
+@pytest.mark.thorough
 def test_what_cannot_be_put_in_order_is_told(checkpoints, tmp_path, monkeypatch):
     source = checkpoints("llama")
     refused(source, tmp_path, UsageError, r"for N:M, such as NM\(2, 4\); got Weights", 0.5, permute=True)

@@ -114,6 +114,7 @@ def test_a_torn_line_of_the_journal_is_no_harm(checkpoints, tmp_path, monkeypatc
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
+@pytest.mark.thorough
 def test_a_resume_with_other_arguments_is_refused_and_the_state_stays(checkpoints, tmp_path, monkeypatch):
     monkeypatch.setattr(output, "_INTERVAL", 1)
     source = checkpoints("llama")
