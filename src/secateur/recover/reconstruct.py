@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from secateur.core.statistics import evaluating, forward
 from secateur.core.visit import merge, split
 from secateur.core.where import layers
 from secateur.errors import UsageError
+from secateur.recover.chain import Reached, chained
 from secateur.recover.fitting import Example, Fitting, Rebuilt, fit_, tensor_of
 
 __all__ = ["Rebuilt", "around", "examples_of", "reconstruct_", "without_cache"]
@@ -68,8 +70,12 @@ def reconstruct_(
             model.
         NumericError: NaN or Inf in the outputs of a sub-module.
 
-    Cost: per sub-module two forward passes of the data up to it (one dense, one pruned), and `epochs` forward
-        and backward passes of itself; memory for its inputs and outputs on all data.
+    Cost: for each block a forward pass of the data in either model, and up to each of its sub-modules one more;
+        then `epochs` forward and backward passes of each sub-module. Memory for hidden states of all data four
+        times over: what stands before the block in either model, and inputs and outputs of the sub-module; and for
+        the masks and positions that blocks are called with. A model whose blocks are no simple chain
+        (`secateur.recover.chain`) is run from its start to each sub-module instead, so time grows with the square
+        of its depth; the values are the same, and only inputs and outputs are kept.
 
     Source: EBFT (Guo et al. 2024) with the windows of "A Free Lunch in LLM Compression" (attention and
         feed-forward apart). Deviations: rates relative to each parameter, stopping by held-out error.
@@ -86,10 +92,13 @@ def reconstruct_(
     found = []
     with evaluating(model), evaluating(dense), without_cache(model), without_cache(dense):
         paths = _in_order(model, _submodules(model, masks), pieces[0])
+        walks = chained(model, dense, paths, pieces)
         for done, path in enumerate(paths):
             if tell is not None:
                 tell("reconstruction", done, len(paths))
-            examples = examples_of(model, dense, path, pieces)
+            for walk in walks or ():
+                walk.to(path)
+            examples = examples_of(model, dense, path, pieces, walks)
             own = {n: m for n, m in masks.items() if n.startswith(f"{path}.")}
             found.append(fit_(model, path, own, examples[:-judged], examples[-judged:], recipe))
         if tell is not None:
@@ -136,10 +145,6 @@ def around(paths: Sequence[str]) -> str:
     return ".".join(common)
 
 
-class _Reached(Exception):  # noqa: N818 - not an error: it ends a forward pass that has done its work
-    pass
-
-
 @contextmanager
 def without_cache(model: nn.Module) -> Iterator[None]:
     """A cache of keys and values would grow with every step of training; switched off where a model has one."""
@@ -170,31 +175,51 @@ def _in_order(model: nn.Module, paths: Sequence[str], piece: Any) -> list[str]:
     return [path for path in finished if finished.count(path) == 1]
 
 
-def examples_of(model: nn.Module, dense: nn.Module, path: str, pieces: Sequence[Any]) -> list[Example]:
-    """What the module gets in the pruned model, and what its original gives in the dense one."""
+def examples_of(
+    model: nn.Module,
+    dense: nn.Module,
+    path: str,
+    pieces: Sequence[Any],
+    through: tuple[Callable[[int], Any], Callable[[int], Any]] | None = None,
+) -> list[Example]:
+    """What the module gets in the pruned model, and what its original gives in the dense one.
+
+    Args:
+        model: the pruned one.
+        dense: the other one.
+        path: of the module in both.
+        pieces: of data.
+        through: runs the piece of a number through the module, in the one model and in the other; both whole models
+            where left out.
+    """
+    pruned, whole = through or [partial(_from_start, each, pieces) for each in (model, dense)]
     found: list[Example] = []
-    for piece in pieces:
+    for number, piece in enumerate(pieces):
         got: list[Any] = []
 
         def see(module: nn.Module, args: tuple, kwargs: dict[str, Any], got: list = got) -> None:
             got.append((args, dict(kwargs)))
-            raise _Reached
+            raise Reached
 
         def answer(module: nn.Module, args: tuple, output: Any, got: list = got) -> None:
             got.append(tensor_of(output, path))
-            raise _Reached
+            raise Reached
 
-        _run(model, piece, model.get_submodule(path).register_forward_pre_hook(see, with_kwargs=True))
-        _run(dense, piece, dense.get_submodule(path).register_forward_hook(answer))
+        _run(pruned, number, model.get_submodule(path).register_forward_pre_hook(see, with_kwargs=True))
+        _run(whole, number, dense.get_submodule(path).register_forward_hook(answer))
         (args, kwargs), target = got
         found.append((args, kwargs, target, _real(piece, target)))
     return found
 
 
-def _run(model: nn.Module, piece: Any, handle: Any) -> None:
+def _from_start(model: nn.Module, pieces: Sequence[Any], number: int) -> None:
+    forward(model, pieces[number])
+
+
+def _run(through: Callable[[int], Any], number: int, handle: Any) -> None:
     try:
-        forward(model, piece)
-    except _Reached:
+        through(number)
+    except Reached:
         pass
     finally:
         handle.remove()
