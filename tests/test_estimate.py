@@ -22,7 +22,8 @@ from .language import Tiny, ids
     ("sparsity", "pattern", "tried", "epochs"),
     [(0.5, None, 3, 10), (0.7, None, 6, 15), (None, NM(2, 4), 1, 10)],
 )
-def test_what_best_makes_of_one_block(monkeypatch, sparsity, pattern, tried, epochs):
+@pytest.mark.parametrize("chain", [True, False])
+def test_what_best_makes_of_one_block(monkeypatch, sparsity, pattern, tried, epochs, chain):
     """Three equal blocks; the piece is a tenth of the calibration data."""
     model = Tiny(blocks=3)
     recipe = replace(alps, pattern=pattern) if pattern else alps
@@ -32,7 +33,7 @@ def test_what_best_makes_of_one_block(monkeypatch, sparsity, pattern, tried, epo
         assert path == "blocks.0"
         assert {layer.block for layer in layers} == {0}
         assert torch.equal(piece["input_ids"], given)
-        return Rehearsed(forward=1.0, judged=1.6, step=5.0, submodules=2, shared=())
+        return Rehearsed(forward=1.0, judged=1.6, step=5.0, submodules=2, shared=(), chain=chain)
 
     monkeypatch.setattr(module, "rehearse", rehearsed)
     monkeypatch.setattr(module, "_solving", lambda *_: 7.0)
@@ -41,7 +42,9 @@ def test_what_best_makes_of_one_block(monkeypatch, sparsity, pattern, tried, epo
     pruning = forward + 7 * 3
 
     def rebuilding(count):
-        return 7 / 8 * (forward * 2 * 3 + 10 * 3 * (5 * count + 1.6 * (count + 1) / 16))
+        # a chain: half of the block twice for each of two sub-modules, and on to the next; five passes of the piece
+        found = 7 / 8 * forward * 4 + 5 * 3 if chain else 7 / 8 * forward * 2 * 3
+        return found + 7 / 8 * 10 * 3 * (5 * count + 1.6 * (count + 1) / 16)
 
     assert found.wanda == pytest.approx(forward)
     assert found.alps == pytest.approx(pruning)
@@ -67,7 +70,7 @@ def test_long_sequences_are_timed_one_at_a_time(monkeypatch):
 
     def rehearsed(model, path, layers, piece, clock):
         seen.append(tuple(piece["input_ids"].shape))
-        return Rehearsed(1.0, 1.0, 1.0, 2, ())
+        return Rehearsed(1.0, 1.0, 1.0, 2, (), True)
 
     monkeypatch.setattr(module, "rehearse", rehearsed)
     monkeypatch.setattr(module, "_solving", lambda *_: 0.0)
@@ -85,6 +88,7 @@ def test_layers_that_share_an_input_share_its_moment():
         ["attn.q.weight", "attn.k.weight", "attn.v.weight"], ["attn.o.weight"], ["mlp.0.weight"], ["mlp.2.weight"],
     ]  # fmt: skip
     assert found.submodules == 2
+    assert found.chain
 
 
 def test_a_large_matrix_is_counted_from_a_smaller_one(monkeypatch):

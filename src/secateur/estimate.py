@@ -29,6 +29,7 @@ ROWS = 4  # sequences that reconstruction takes a step with
 POSITIONS = 2048  # fewer sequences are timed where these are more tokens, at least one
 LARGEST = 768  # inputs and outputs of a matrix on which ALPS is timed; larger ones are counted from it
 SEARCH = 35  # iterations after which ALPS stops: 34 to 35 in every layer of the models of docs/results.md
+SEEING = 5  # forward passes of a few sequences in which reconstruction sees how the model runs
 EIGHTH = 0.125  # of the data judges, the rest is fitted to
 
 
@@ -65,8 +66,8 @@ def estimate(
         todo: the plan.
         clock: what time is told by.
 
-    Cost: a few passes of these sequences through one block, forward and backward, and a second or two of solving; for a
-        model without blocks, forward passes of the whole.
+    Cost: a few passes of these sequences through one block, forward and backward, two forward passes of one of them
+        through the model, and a second or two of solving; without blocks, forward passes of the whole.
     """
     given = split(move(piece, device_of(model)), ROWS)[0]
     given = split(given, max(1, ROWS * POSITIONS // max(_tokens(given), POSITIONS)))[0]
@@ -76,7 +77,7 @@ def estimate(
     if path is None:
         with undisturbed(model):
             seconds = timed(lambda: call(model, given), clock)
-        rehearsed = Rehearsed(seconds, 0.0, 0.0, 0, tuple((layer,) for layer in first))
+        rehearsed = Rehearsed(seconds, 0.0, 0.0, 0, tuple((layer,) for layer in first), False)
     else:
         rehearsed = rehearse(model, path, first, given, clock=clock)
     share = tokens / count
@@ -85,11 +86,15 @@ def estimate(
     judging = EIGHTH * forward * (1 + _outside(model, todo.layers))
 
     def rebuilding(epochs: int) -> float:
-        """Inputs and outputs of every sub-module, found from the model's start on; then the epochs."""
+        """Inputs and outputs of every sub-module, found in either model; then the epochs."""
         if path is None:
             return 0.0
         fitted = (1 - EIGHTH) * share * weights
-        found = (1 - EIGHTH) * forward * rehearsed.submodules * weights
+        if rehearsed.chain:
+            # to each sub-module from its block's start, half of the block in either model, and on to the next block
+            found = (1 - EIGHTH) * forward * (rehearsed.submodules + 2) + SEEING * rehearsed.forward * weights
+        else:
+            found = (1 - EIGHTH) * forward * rehearsed.submodules * weights  # from the model's start
         return found + fitted * (epochs * rehearsed.step + (epochs + 1) * rehearsed.judged / 16)
 
     pruning = forward + solving

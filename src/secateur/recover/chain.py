@@ -22,7 +22,7 @@ from secateur.core.statistics import forward
 from secateur.errors import UsageError
 from secateur.recover.fitting import tensor_of
 
-__all__ = ["Reached", "Walk", "chained", "links"]
+__all__ = ["Reached", "Walk", "chained", "is_chain", "links"]
 
 # what a block is called with: positional and keyword arguments
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -107,6 +107,18 @@ def chained(
         return Walk(model, blocks, pieces, forms[0]), Walk(dense, blocks, pieces, forms[1])
     except NO_CHAIN:
         return None
+
+
+def is_chain(model: nn.Module, paths: Sequence[str], piece: Any) -> bool:
+    """Whether `chained` would walk to these modules, judged by this piece of data.
+
+    Cost: two forward passes of the piece.
+    """
+    blocks = links(model, paths)
+    try:
+        return blocks is not None and _forms(model, blocks, piece) is not None
+    except NO_CHAIN:
+        return False
 
 
 def links(model: nn.Module, paths: Sequence[str]) -> tuple[str, ...] | None:

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from secateur.core.forward import undisturbed
+from secateur.core.visit import split
 from secateur.core.where import Layer
+from secateur.recover.chain import is_chain
 from secateur.recover.fitting import Fitting, fit_
 from secateur.recover.reconstruct import around, examples_of, without_cache
 
@@ -32,6 +34,7 @@ class Rehearsed:
         step: forward, backward and a step of Adam of its sub-modules, one after the other.
         submodules: how many these are.
         shared: its layers, those together that read the same input.
+        chain: whether the data walk from block to block, or are run from the model's start to each sub-module.
     """
 
     forward: float
@@ -39,6 +42,7 @@ class Rehearsed:
     step: float
     submodules: int
     shared: tuple[tuple[Layer, ...], ...]
+    chain: bool
 
 
 def rehearse(
@@ -53,8 +57,8 @@ def rehearse(
         piece: as many sequences as a step of reconstruction takes.
         clock: what time is told by.
 
-    Cost: two forward passes of the piece up to the block and through it for each sub-module, and a handful of
-        forward and backward passes of the block.
+    Cost: two forward passes of the piece up to the block and through it for each sub-module, a handful of
+        forward and backward passes of the block, and two forward passes of one sequence through the model.
     """
     groups: dict[str, list[Layer]] = {}
     for layer in layers:
@@ -64,6 +68,7 @@ def rehearse(
     before = [parameter.detach().clone() for parameter in module.parameters()]
     with undisturbed(model), without_cache(model):
         ((args, kwargs, _, _),) = examples_of(model, model, block, [piece])
+        chain = is_chain(model, paths, split(piece, 1)[0])
         shared = _shared(module, layers, args, kwargs)
         forward = timed(lambda: module(*args, **kwargs), clock)
         judged = step = 0.0
@@ -85,7 +90,7 @@ def rehearse(
     with torch.no_grad():
         for parameter, old in zip(module.parameters(), before, strict=True):
             parameter.copy_(old)
-    return Rehearsed(forward, judged, step, len(paths), shared)
+    return Rehearsed(forward, judged, step, len(paths), shared, chain)
 
 
 def timed(what: Callable[[], Any], clock: Clock) -> float:
