@@ -113,11 +113,14 @@ def batch(kind: str) -> object:
     return {**given, "decoder_input_ids": ids(16, 7, seed=2)} if kind == "t5" else given
 
 
-SIMPLE = ["gpt2", "llama", "opt", "gemma3", "bert", "tiny", "layers", "bare"]
+SIMPLE = ["gpt2", "llama", "opt", "tiny", "layers", "bare"]
+MORE = ["gemma3", "bert"]  # simple, too
 OTHERS = ["t5", "between", "writes", "returns", "hands"]
 
 
-@pytest.mark.parametrize("kind", [*SIMPLE, *OTHERS])
+@pytest.mark.parametrize(
+    "kind", [*SIMPLE, *OTHERS, *(pytest.param(kind, marks=pytest.mark.thorough) for kind in MORE)]
+)
 def test_the_same_bits_as_from_the_start(monkeypatch, kind):
     """Of weights, errors and order; and what is no simple chain is seen to be none."""
     pytest.importorskip("transformers")
@@ -132,10 +135,10 @@ def test_the_same_bits_as_from_the_start(monkeypatch, kind):
         monkeypatch.setattr(module, "chained", way)
         model = copy.deepcopy(dense)
         masks = prune_(model, 0.6)
-        found = reconstruct_(model, dense, masks, [batch(kind)], epochs=2, seed=3)
+        found = reconstruct_(model, dense, masks, [batch(kind)], epochs=1, seed=3)
         assert any(each.after < each.before for each in found)
         results.append((found, model.state_dict()))
-    assert [walks is not None for walks in used] == [kind in SIMPLE]
+    assert [walks is not None for walks in used] == [kind not in OTHERS]
     assert results[0][0] == results[1][0]
     for name, value in results[0][1].items():
         assert torch.equal(value, results[1][1][name]), name
@@ -156,7 +159,7 @@ def test_blocks_without_a_masked_layer_are_walked_through(monkeypatch):
 
 @pytest.mark.parametrize("depth", [2, 6])
 def test_how_often_a_block_runs_does_not_grow_with_depth(depth):
-    """For each piece: from the start two blocks of forward passes a sub-module, here four runs in all."""
+    """From the start, the first block would run once more for each sub-module of the whole model."""
     dense = Tiny(blocks=depth).eval()
     model = copy.deepcopy(dense)
     masks = prune_(model, 0.6)
