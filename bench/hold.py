@@ -73,8 +73,8 @@ def stepper(
 
 def update(repeats: int) -> None:
     """Updates of a Gradual from 50 % on, of 85 million weights in 12 layers, by the clock and the processor."""
-    model = nn.Sequential(*[nn.Linear(2660, 2660, bias=False) for _ in range(12)])
     for recipe in (magnitude, global_magnitude):
+        model = nn.Sequential(*[nn.Linear(2660, 2660, bias=False) for _ in range(12)])
         pruner = Gradual(model, recipe, linear(0.5, 0.5 + 0.05 * repeats), 1, 1 + repeats, 1)
         taken = []
         for _ in range(repeats + 1):

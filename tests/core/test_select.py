@@ -116,3 +116,23 @@ def test_apportion_of_equal_sizes_is_within_one(size, parts, data):
 def test_apportion_refuses_more_than_there_is():
     with pytest.raises(ValueError, match="cannot split 5 over 4"):
         apportion([2, 2], 5)
+
+
+@pytest.mark.parametrize("share", [0.3, 0.6, 0.9])
+@pytest.mark.parametrize("past", [-3, 0, 1, 1000])
+def test_many_ties_at_the_cut_cost_few_passes(share, past):
+    """What is asked for ends where a mass of equal scores ends: a model that is pruned already."""
+    size = 4_000_000
+    scores = torch.rand(size, generator=torch.Generator().manual_seed(0)) + 0.1
+    ties = int(share * size)
+    scores[:ties] = 0.0
+    asked = []
+
+    def part():
+        asked.append(1)
+        return scores
+
+    cut = kth_smallest([part], ties + past)
+    expected = 0.0 if past <= 0 else float(scores[ties:].kthvalue(past).values)
+    assert (cut.value, cut.below) == (pytest.approx(expected, abs=0), ties + past - 1 if past > 0 else 0)
+    assert len(asked) <= 8

@@ -97,10 +97,11 @@ def cut_by_part(parts: Sequence[Callable[[], Keys]], k: int) -> tuple[float, lis
         less, within, values = _count(parts, a, b)
         if k <= sum(less):
             high = float(np.nextafter(np.float32(a), np.float32(-np.inf)))
-            inside = sum(less) - below
+            inside, pivot = sum(less) - below, False
         elif k > sum(less) + sum(within):
             low = float(np.nextafter(np.float32(b), np.float32(np.inf)))
             below, inside = sum(less) + sum(within), inside - (sum(less) + sum(within) - below)
+            pivot = False
         elif a == b:
             return a, less, within
         elif values is not None:
@@ -191,6 +192,8 @@ def _bracket(
     n = len(sample)
     if pivot:
         at = float(sample[int(quantile * n)])
+        if sample[n // 4] == sample[3 * n // 4]:  # ties: once they are told apart half of what is left is gone
+            at = float(sample[n // 2])
         return at, at
     spare = 5.0 * (quantile * (1 - quantile) / n) ** 0.5 * n + 5
     first, last = int(quantile * n - spare), int(quantile * n + spare) + 1
