@@ -78,8 +78,8 @@ class PerCost:
     Cost: as `Normalised`.
 
     Example:
-        >>> cheap = Candidates((1, 2), 1, lambda: torch.tensor([[1.0, 2.0]]), cost=1)
-        >>> dear = Candidates((1, 2), 1, lambda: torch.tensor([[1.0, 2.0]]), cost=9)
+        >>> cheap = Candidates((1, 2), 1, lambda: torch.tensor([[1.0, 2.0]]), cost=1.0)
+        >>> dear = Candidates((1, 2), 1, lambda: torch.tensor([[1.0, 2.0]]), cost=9.0)
         >>> PerCost()({"a": cheap, "b": dear}, 2)
         {'a': tensor([2]), 'b': tensor([0])}
     """
