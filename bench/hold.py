@@ -73,8 +73,9 @@ def stepper(
 
 def update(repeats: int) -> None:
     """Updates of a Gradual from 50 % on, of 85 million weights in 12 layers, by the clock and the processor."""
-    for recipe in (magnitude, global_magnitude):
+    for recipe, zeros in ((magnitude, 0.0), (global_magnitude, 0.0), (global_magnitude, 0.9)):
         model = nn.Sequential(*[nn.Linear(2660, 2660, bias=False) for _ in range(12)])
+        prune_(model, zeros, magnitude)
         pruner = Gradual(model, recipe, linear(0.5, 0.5 + 0.05 * repeats), 1, 1 + repeats, 1)
         taken = []
         for _ in range(repeats + 1):
@@ -84,7 +85,9 @@ def update(repeats: int) -> None:
         seconds = [f"{clock:.2f} s ({processor:.2f} CPU-s)" for clock, processor in taken[1:]]
         size = sum(p.numel() for p in model.parameters())
         print(
-            f"{recipe}, {size:,} weights, {torch.get_num_threads()} threads: {', '.join(seconds)}", flush=True
+            f"{recipe}, {size:,} weights, {zeros:.0%} zero before, {torch.get_num_threads()} threads: "
+            f"{', '.join(seconds)}",
+            flush=True,
         )
         pruner.remove()
 

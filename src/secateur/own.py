@@ -11,7 +11,6 @@ import importlib.util
 import inspect
 import random
 import re
-import site
 import sys
 import sysconfig
 import traceback
@@ -108,10 +107,10 @@ def code_digest(spec: str, model: nn.Module) -> str | None:
 
 
 def _installed(path: Path) -> bool:
-    """Whether a file belongs to Python, to an installed package or to secateur."""
-    places = [sysconfig.get_path(key) for key in ("stdlib", "platstdlib", "purelib", "platlib")]
-    around = [*map(Path, places), *map(Path, site.getsitepackages()), Path(__file__).parent]
-    return any(place.resolve() in path.resolve().parents for place in around)
+    """Whether a file belongs to Python, to an installed package (of whichever environment) or to secateur."""
+    places = [*(sysconfig.get_path(key) for key in ("stdlib", "platstdlib")), str(Path(__file__).parent)]
+    inside = any(Path(place).resolve() in path.resolve().parents for place in places)
+    return inside or not {"site-packages", "dist-packages"}.isdisjoint(path.parts)
 
 
 def near(word: str, names: Iterable[str]) -> str:

@@ -10,6 +10,7 @@ import logging
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from typing import Any, Literal
 
 import torch
@@ -154,13 +155,19 @@ def counts_of(model: nn.Module, todo: Any, candidates: Mapping[str, Candidates])
 def with_costs(
     candidates: Mapping[str, Candidates], target: Target, analysis: Analysis
 ) -> dict[str, Candidates]:
-    """The candidates with what one unit of each frees of the target's quantity; multiply-accumulates for a time."""
+    """The candidates with what one unit of each frees of the target's quantity; multiply-accumulates for a time.
+
+    It is counted when an allocator asks, once for each axis.
+    """
     count = {"parameters": analysis.parameter_count, "bytes": analysis.byte_count}.get(
         target.quantity, analysis.macs
     )
-    whole = count({})
+
+    def freed(name: str, units: int) -> float:
+        return float(count({}) - count({name: torch.arange(units - 1)}))
+
     return {
-        name: replace(layer, cost=float(whole - count({name: torch.arange(layer.units - 1)})))
+        name: replace(layer, cost=cache(partial(freed, name, layer.units)))
         for name, layer in candidates.items()
     }
 

@@ -13,7 +13,7 @@ WAYS = ("mean", "standard", "rank")
 
 
 def layer(scores: torch.Tensor, cells: int = 1, cost: float | None = None) -> Candidates:
-    return Candidates(tuple(scores.shape), cells, lambda: scores, cost=cost)
+    return Candidates(tuple(scores.shape), cells, lambda: scores, cost=None if cost is None else lambda: cost)
 
 
 @pytest.mark.parametrize("by", WAYS)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import runpy
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,26 +9,16 @@ import pytest
 
 from secateur.core import native
 
-BUILD = Path(__file__).resolve().parents[2] / "native" / "build.py"
+from ..library import library
 
 
 @pytest.fixture(scope="session")
 def kernels(tmp_path_factory) -> Path:
-    """A library of the native kernels as they are in this tree; skips, with a word, where there is no compiler.
-
-    That of the installation where it is of these sources.
-    """
-    newest = max(
-        file.stat().st_mtime for file in BUILD.parent.iterdir() if file.suffix in (".cpp", ".h", ".py")
-    )
-    sanitized = "SECATEUR_SANITIZED" in os.environ  # make test-sanitized
-    if not sanitized and native.FILE.is_file() and native.FILE.stat().st_mtime > newest:
-        return native.FILE
-    target = tmp_path_factory.mktemp("native") / native.FILE.name
-    reason = runpy.run_path(str(BUILD))["build"](target)
-    if reason is not None:
-        pytest.skip(f"the native kernels cannot be built here: {reason}")
-    return target
+    """A library of the native kernels as they are in this tree; skips, with a word, where there is no compiler."""
+    found = library(tmp_path_factory.mktemp("native") / native.FILE.name)
+    if found is None:
+        pytest.skip("the native kernels cannot be built here: no C++ compiler")
+    return found
 
 
 @pytest.fixture(scope="module", params=["native", "torch"])

@@ -12,16 +12,7 @@ from torch import nn
 from secateur.core.where import Only, Selection, select
 from secateur.errors import UsageError
 
-SIZES: dict[str, Any] = {
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 64,
-    "vocab_size": 99,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-    "pad_token_id": 0,
-}
+from .families import SIZES
 
 BUILDERS: dict[str, Callable[[Any], nn.Module]] = {
     "gpt2": lambda t: t.GPT2LMHeadModel(

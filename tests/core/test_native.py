@@ -12,7 +12,7 @@ from secateur import global_magnitude, prune_
 from secateur.core import native, select
 from secateur.core.select import Magnitudes, kth_smallest, smallest
 
-from .conftest import BUILD
+from ..library import BUILD
 from .test_select import by_sorting
 
 KINDS = {

@@ -69,7 +69,7 @@ class PerCost:
             over a layer's mean say less of layers against each other than the whole ratio asks of them.
 
     Source: the ratio is the greedy rule of the knapsack problem (Dantzig 1957). Molchanov et al. 2017 (arXiv
-        1611.06440, section 2.3) take a multiple of the cost off the score instead. A unit's cost is counted in the
+        1611.06440) take a multiple of the cost off the score instead. A unit's cost is counted in the
         dense model and not again when others are gone.
 
     Raises:
@@ -78,8 +78,8 @@ class PerCost:
     Cost: as `Normalised`.
 
     Example:
-        >>> cheap = Candidates((1, 2), 1, lambda: torch.tensor([[1.0, 2.0]]), cost=1.0)
-        >>> dear = Candidates((1, 2), 1, lambda: torch.tensor([[1.0, 2.0]]), cost=9.0)
+        >>> cheap = Candidates((1, 2), 1, lambda: torch.tensor([[1.0, 2.0]]), cost=lambda: 1.0)
+        >>> dear = Candidates((1, 2), 1, lambda: torch.tensor([[1.0, 2.0]]), cost=lambda: 9.0)
         >>> PerCost()({"a": cheap, "b": dear}, 2)
         {'a': tensor([2]), 'b': tensor([0])}
     """
@@ -96,7 +96,7 @@ class PerCost:
     def __call__(self, layers: Mapping[str, Candidates], keep: int) -> Counts:
         """Kept units of each layer."""
         costs = {
-            name: float(layer.cells if layer.cost is None else layer.cost) for name, layer in layers.items()
+            name: float(layer.cells) if layer.cost is None else layer.cost() for name, layer in layers.items()
         }
         least = torch.finfo(torch.float32).tiny  # what frees nothing stays
         dearest = max(least, *costs.values())

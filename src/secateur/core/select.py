@@ -54,7 +54,8 @@ class Candidates:
         least: units that stay in every competition.
         step: counts are multiples of it, or all units.
         alike: those that say the same keep equally many units; "" says nothing.
-        cost: what one unit needs of whatever is to become less, such as multiply-accumulates; None is its weights.
+        cost: computes what one unit needs of whatever is to become less, such as multiply-accumulates; None is its
+            weights.
         magnitudes: the weights whose magnitudes are the scores, where scores are nothing else; only a saving.
         guess: of where these units are cut, once an allocator knows; only a saving.
     """
@@ -65,7 +66,7 @@ class Candidates:
     least: int = 0
     step: int = 1
     alike: str = ""
-    cost: float | None = None
+    cost: Callable[[], float] | None = None
     magnitudes: Callable[[], Float[Tensor, "competition unit"]] | None = None
     guess: Guess = field(default_factory=Guess, compare=False)
 

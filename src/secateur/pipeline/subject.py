@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from secateur import evaluate, own
+from secateur import evaluate, mixes, own
 from secateur import measure as measuring
 from secateur import model as models
 from secateur.apply import planned
@@ -169,6 +169,9 @@ def prepare(experiment: Experiment, loading: Loading, tell: Tell) -> Subject:
         UsageError, InputError: whatever is wrong with the model, the data or a stage's layers.
     """
     common = experiment.common
+    for text in (common.data, common.evaluate, common.train):
+        if text:
+            mixes.check_there(text)
     tell("loading the model", 0, 1)
     loaded = _load(common.model, experiment, loading)
     names = [s.settings.teacher for s in experiment.stages if isinstance(s.settings, Distillation)]

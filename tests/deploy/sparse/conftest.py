@@ -5,9 +5,7 @@ AVX-512 runs where a machine has it; everywhere else its kernels are built with 
 
 from __future__ import annotations
 
-import os
 import platform
-import runpy
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +14,8 @@ import pytest
 from secateur.core import native
 from secateur.deploy.sparse import kernels
 
-BUILD = Path(__file__).resolve().parents[3] / "native" / "build.py"
+from ...library import compiled, library
+
 INSTEAD = Path(__file__).resolve().parents[2] / "native"  # the header of instructions in plain C++
 EMULATED = pytest.param("emulated", marks=pytest.mark.thorough)
 PATHS = ("avx512", EMULATED, "avx2", "plain", "torch")
@@ -24,15 +23,8 @@ PATHS = ("avx512", EMULATED, "avx2", "plain", "torch")
 
 @pytest.fixture(scope="session")
 def built(tmp_path_factory) -> Path | None:
-    """The library, None where there is no compiler; that of the installation where it is of these sources."""
-    newest = max(
-        file.stat().st_mtime for file in BUILD.parent.iterdir() if file.suffix in (".cpp", ".h", ".py")
-    )
-    sanitized = "SECATEUR_SANITIZED" in os.environ  # make test-sanitized
-    if not sanitized and native.FILE.is_file() and native.FILE.stat().st_mtime > newest:
-        return native.FILE
-    target = tmp_path_factory.mktemp("native") / native.FILE.name
-    return target if runpy.run_path(str(BUILD))["build"](target) is None else None
+    """The library, None where there is no compiler."""
+    return library(tmp_path_factory.mktemp("native") / native.FILE.name)
 
 
 @pytest.fixture(scope="session")
@@ -41,8 +33,7 @@ def emulated(tmp_path_factory) -> Path | None:
     if platform.machine() not in ("x86_64", "AMD64"):
         return None
     target = tmp_path_factory.mktemp("emulated") / native.FILE.name
-    flags = ("-O1", "-DSECATEUR_EMULATED_AVX512", "-I", str(INSTEAD))
-    return target if runpy.run_path(str(BUILD))["build"](target, flags) is None else None
+    return compiled(target, "-O1", "-DSECATEUR_EMULATED_AVX512", "-I", str(INSTEAD))
 
 
 @pytest.fixture(params=PATHS)

@@ -9,7 +9,8 @@ import subprocess
 
 import pytest
 
-from .conftest import BUILD, INSTEAD
+from ...library import BUILD
+from .conftest import INSTEAD
 
 pytestmark = pytest.mark.thorough
 BASELINE = ("-std=c++17", "-O1", "-ffp-contract=off")
