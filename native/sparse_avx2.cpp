@@ -446,7 +446,7 @@ ALWAYS int64_t keep(const uint64_t* mask, int64_t words, const X* x, int64_t pad
                 const __m128i where = two_eights(t.columns + low, t.behind + high);
                 const __m128i kept = _mm_shuffle_epi8(_mm_loadu_si128((const __m128i*)from), where);
                 _mm_storel_epi64((__m128i*)(out[k] + n), kept);
-                _mm_storeh_pd((double*)(out[k] + n + first), _mm_castsi128_pd(kept));
+                _mm_storel_epi64((__m128i*)(out[k] + n + first), _mm_unpackhi_epi64(kept, kept));
             } else {
                 for (int half = 0; half < 2; ++half) {
                     const void* columns = t.columns + (half ? high : low);
