@@ -95,7 +95,7 @@ def test_an_empty_weight_file(folder: Path) -> None:
     assert "not a sound safetensors file (header too small)" in refused(read_checkpoint, folder)
 
 
-@settings(max_examples=100)
+@settings(max_examples=200)
 @given(data=st.data())
 def test_a_mutated_safetensors_file_is_read_or_refused(
     data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
@@ -117,7 +117,7 @@ def test_a_mutated_safetensors_file_is_read_or_refused(
         assert sum(tensor.numel() * tensor.element_size() for tensor in state.values()) == 32
 
 
-@settings(max_examples=40)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_in_a_folder_that_a_run_wrote_no_mutation_loads(
     data: st.DataObject, tmp_path_factory: pytest.TempPathFactory

@@ -67,7 +67,7 @@ def test_sha256sum_reads_it(folder: Path) -> None:
     assert result.stdout.count(": OK") == len(FILES)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(data=st.data())
 def test_any_altered_byte_of_any_file_is_found(
     data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
