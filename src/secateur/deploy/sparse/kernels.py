@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
+import struct
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -23,6 +23,7 @@ KIND = {"float32": 0, "bfloat16": 1, "float16": 2, "int8": 3, "int4": 4}
 ENVIRONMENT = "SECATEUR_ISA"
 LEVELS = ("plain", "avx2", "avx512")
 ALONE = 1 << 18  # weights below which one thread is faster than waking another
+_POINTERS, _NUMBERS = struct.Struct("10P"), struct.Struct("10q")  # what the kernels are called with
 
 
 class Encoded(NamedTuple):
@@ -129,43 +130,49 @@ def scaled(packed: Packed, raw: Tensor, first: int = 0) -> Tensor:
 class Product:
     """`x w^T + bias` in float32 by the native kernels, with everything but x looked up once.
 
+    The matrix's tensors are not held, only where they are: who calls holds them. Several threads may call at once.
+
     Args:
         packed: the matrix; integers of whole rows meet inputs rounded to integers, token by token, where the way is 0.
-        bias: `(rows)`, or None.
+        bias: `(rows)`, or None; of another type than float32 it is converted at every call.
     """
 
     def __init__(self, packed: Packed, bias: Tensor | None):
         library = native.library()
         assert library is not None
-        self.bias = None if bias is None else bias.detach().float().contiguous()
-        self.packed, self.offsets, self._multiply = packed, packed.offsets, library.secateur_sparse_multiply
-        self.rows, self.threaded = packed.rows, packed.rows * packed.columns > ALONE
-        self._pointers = (ctypes.c_void_p * 10)(
-            _at(packed.mask), _at(packed.counts), _at(packed.index), packed.values.data_ptr(),
-            self.offsets.data_ptr(), _at(packed.scale), _at(packed.codebook), None, _at(self.bias), None,
+        self._multiply, self.rows, self.columns = library.secateur_sparse_multiply, packed.rows, packed.columns
+        self._threaded = packed.rows * packed.columns > ALONE
+        self._bias = None if bias is None else bias.detach()
+        plain = bias is None or (bias.dtype == torch.float32 and bias.is_contiguous())
+        self._bias_at = (_at(bias) or 0) if plain else None
+        self._matrix = tuple(
+            _at(tensor) or 0
+            for tensor in (
+                packed.mask, packed.counts, packed.index, packed.values, packed.offsets, packed.scale, packed.codebook
+            )
         )  # fmt: skip
-        self._numbers = (ctypes.c_int64 * 10)(
+        self._numbers = (
             FORM[packed.form], KIND[packed.kind], packed.block, packed.rows, packed.columns,
-            1 if packed.scale is None else packed.scale.shape[1], 0, 0, 1, level(),
+            1 if packed.scale is None else packed.scale.shape[1],
         )  # fmt: skip
+        self._level = level()
 
     def __call__(self, x: Tensor, way: int) -> Tensor | None:
         """None where x holds NaN or Inf, which the kernels leave to torch.
 
         Args:
-            x: float32 `(batch, columns)`, contiguous.
+            x: float32 `(..., columns)`, contiguous.
             way: 0 straight from the stream, for a batch of at most 4; 1 with tokens side by side, for any.
         """
-        batch = x.shape[0]
-        y = torch.empty(batch, self.rows)
-        pointers = type(self._pointers).from_buffer_copy(
-            self._pointers
-        )  # other threads may call at this moment
-        numbers = type(self._numbers).from_buffer_copy(self._numbers)
-        pointers[7], pointers[9] = x.data_ptr(), y.data_ptr()
-        numbers[6], numbers[7] = batch, way
-        if self.threaded:
-            numbers[8] = torch.get_num_threads()
+        y = x.new_empty((*x.shape[:-1], self.rows))
+        bias_at = self._bias_at
+        if bias_at is None:
+            assert self._bias is not None
+            bias = self._bias.float().contiguous()
+            bias_at = bias.data_ptr()
+        threads = torch.get_num_threads() if self._threaded else 1
+        pointers = _POINTERS.pack(*self._matrix, x.data_ptr(), bias_at, y.data_ptr())
+        numbers = _NUMBERS.pack(*self._numbers, x.numel() // self.columns, way, threads, self._level)
         return None if self._multiply(pointers, numbers) else y
 
 

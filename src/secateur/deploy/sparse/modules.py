@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from secateur.core import native
 from secateur.deploy.sparse.gpu import rows_of
-from secateur.deploy.sparse.kernels import Product
-from secateur.deploy.sparse.ops import DENSE, bucket, product_of, sparse_linear, usual_ways
+from secateur.deploy.sparse.ops import DENSE, Ready, bucket, by_torch, sparse_linear
 from secateur.deploy.sparse.packed import Packed
 
 __all__ = ["SparseConv2d", "SparseEmbedding", "SparseLayer", "SparseLinear"]
@@ -51,8 +50,8 @@ class SparseLayer(nn.Module):
     @property
     def packed(self) -> Packed:
         """The weight, packed."""
-        found = Packed(*self._shape, **{name: getattr(self, name) for name in _PARTS})
-        found.__dict__["offsets"] = self.offsets
+        found = Packed(*self._shape, **{name: self._buffers[name] for name in _PARTS})  # type: ignore[arg-type]
+        found.__dict__["offsets"] = self._buffers["offsets"]
         return found
 
     @property
@@ -69,30 +68,31 @@ class SparseLayer(nn.Module):
         probe = fn(torch.empty(0))
         for name, tensor in bits.items():
             setattr(self, name, tensor if tensor is None else tensor.to(probe.device))
-        self.__dict__.pop("_product", None)
+        self.__dict__.pop("_ready", None)
         return self
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and stored modules look their pointers up again."""
-        return {name: value for name, value in self.__dict__.items() if name != "_product"}
+        return {name: value for name, value in self.__dict__.items() if name != "_ready"}
 
     def multiply(self, x: Tensor) -> Tensor:
         """`x w^T + bias`: the operator where something traces, else what it does without the way through torch."""
         if (
             type(x) is not Tensor
-            or x.device.type != "cpu"
+            or not x.is_cpu
             or torch.compiler.is_compiling()
             or torch._C._len_torch_dispatch_stack()
+            or torch._C._is_tracing()
+            or torch._C._functorch.peek_interpreter_stack() is not None
+            or native.library() is None
         ):
             return sparse_linear(self.packed, x, self.bias, ways=self.ways)
-        held = self.__dict__.get("_product")
-        if held is None or held[0] != (self.values.data_ptr(), native.library()):
-            packed = self.packed
-            made = Product(packed, self.bias) if native.library() is not None else None
-            held = (self.values.data_ptr(), native.library()), packed, made
-            self.__dict__["_product"] = held
-        ways = self.ways or usual_ways(held[1])
-        return product_of(held[1], x, self.bias, ways, held[2])
+        held: Ready | None = self.__dict__.get("_ready")
+        values, bias = self._buffers["values"], self._parameters.get("bias")
+        if held is None or held.ways is not self.ways or not held.serves(values, bias):  # type: ignore[arg-type]
+            held = self.__dict__["_ready"] = Ready(self.packed, bias, self.ways)
+        y = held(x)
+        return by_torch(self.packed, x, bias) if y is None else y
 
     def prefers_dense(self, batch: int) -> bool:
         """Whether so many tokens are multiplied with the dense weight."""
@@ -122,7 +122,8 @@ class SparseLinear(SparseLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """The layer's product."""
-        if self.dense is not None and self.prefers_dense(x.numel() // self.in_features):
+        asked = self.ways is not None and DENSE in self.ways  # before what costs more to look up
+        if asked and self.dense is not None and self.prefers_dense(x.numel() // self.in_features):
             return F.linear(x, self.dense, self.bias)
         return self.multiply(x)
 

@@ -6,7 +6,10 @@ gradient.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
+from functools import partial
+from operator import is_
 from typing import Any
 
 import torch
@@ -23,8 +26,9 @@ __all__ = [
     "STREAM",
     "TILES",
     "UNPACK",
+    "Ready",
     "bucket",
-    "product_of",
+    "by_torch",
     "sparse_linear",
     "streams",
     "usual_ways",
@@ -58,56 +62,119 @@ def bucket(batch: int) -> int:
     return place
 
 
+class Ready:
+    """A matrix made ready: all that a product needs and that does not depend on its inputs, looked up once.
+
+    Several threads may call at once. Values are held weakly: what is kept by them does not keep them.
+
+    Args:
+        packed: on the CPU, where the native kernels are.
+        bias: `(rows)`, or None.
+        ways: as of `sparse_linear`; None for the usual ones.
+    """
+
+    def __init__(self, packed: Packed, bias: Tensor | None, ways: Sequence[int] | None):
+        self.library, self.bias, self.ways = native.library(), bias, ways
+        self._values = weakref.ref(packed.values, partial(_forget, id(packed.values)))
+        self._values_at, self._bias_at = packed.values.data_ptr(), 0 if bias is None else bias.data_ptr()
+        self.others = (packed.offsets, packed.mask, packed.counts, packed.index, packed.scale, packed.codebook)
+        form, kind = FORMS.index(packed.form), KINDS.index(packed.kind)
+        self.numbers = (packed.rows, packed.columns, form, kind, packed.block)
+        self._product = kernels.Product(packed, bias)
+        chosen = usual_ways(packed) if ways is None else ways
+        self._ways = tuple(_way(packed, chosen, batch) for batch in range(BATCHES[-1] + 2))
+
+    def serves(self, values: Tensor, bias: Tensor | None) -> bool:
+        """Whether it was made of these and they are where they were; a layer's other tensors move with its values."""
+        return (
+            self._values() is values
+            and self.bias is bias
+            and values.data_ptr() == self._values_at
+            and (bias is None or bias.data_ptr() == self._bias_at)
+            and self.library is native.library()
+        )
+
+    def __call__(self, x: Tensor) -> Tensor | None:
+        """The product with an x on the CPU; None where it is torch's to multiply, or to say what is wrong."""
+        shape, columns = x.shape, self._product.columns
+        if not shape or shape[-1] != columns:
+            return None
+        way = self._ways[min(x.numel() // columns, BATCHES[-1] + 1)]
+        if way == UNPACK:
+            return None
+        if x.dtype == torch.float32:
+            return self._product(x if x.is_contiguous() else x.contiguous(), way)
+        y = self._product(x.float().contiguous(), way)
+        return None if y is None else y.to(x.dtype)
+
+
+_ready: dict[int, Ready] = {}  # by the identity of the values, while they live
+
+
+def _forget(identity: int, _: object) -> None:
+    _ready.pop(identity, None)
+
+
+def _way(packed: Packed, ways: Sequence[int], batch: int) -> int:
+    """The way of a batch; what cannot be multiplied straight from the stream is in tiles."""
+    way = min(ways[bucket(batch)], UNPACK) if batch else UNPACK
+    return TILES if way == STREAM and not streams(packed, batch) else way
+
+
 def _sparse_linear(
     x: Tensor, values: Tensor, offsets: Tensor, mask: Tensor | None, counts: Tensor | None, index: Tensor | None,
     scale: Tensor | None, codebook: Tensor | None, bias: Tensor | None, rows: int, columns: int, form: int, kind: int,
     block: int, ways: Sequence[int],
 ) -> Tensor:  # fmt: skip
+    others, numbers = (offsets, mask, counts, index, scale, codebook), (rows, columns, form, kind, block)
+    here, packed = x.is_cpu and native.library() is not None, None
+    found = _ready.get(id(values)) if here else None
+    same = found is not None and found.serves(values, bias) and found.numbers == numbers and found.ways == ways
+    if here and (not same or not all(map(is_, found.others, others))):  # type: ignore[union-attr]
+        packed = _put_together(values, others, numbers)
+        found = _ready[id(values)] = Ready(packed, bias, ways)
+    y = None if found is None else found(x)
+    return by_torch(packed or _put_together(values, others, numbers), x, bias) if y is None else y
+
+
+def _put_together(
+    values: Tensor, others: tuple[Tensor | None, ...], numbers: tuple[int, int, int, int, int]
+) -> Packed:
+    rows, columns, form, kind, block = numbers
+    offsets, mask, counts, index, scale, codebook = others
     packed = Packed(
         FORMS[form], KINDS[kind], block, rows, columns, values, mask, None, counts, index, scale, codebook
     )
     packed.__dict__["offsets"] = offsets
-    return product_of(packed, x, bias, ways, None)
+    return packed
 
 
-def product_of(
-    packed: Packed, x: Tensor, bias: Tensor | None, ways: Sequence[int], product: kernels.Product | None
-) -> Tensor:
-    """The operator itself; `product` is one of this matrix that was made before."""
+def by_torch(packed: Packed, x: Tensor, bias: Tensor | None) -> Tensor:
+    """The operator without the native kernels: by those of a GPU, or by torch with rows made dense.
+
+    Raises:
+        RuntimeError: x has another number of columns.
+    """
     rows, columns = packed.rows, packed.columns
     flat = x if x.dim() == 2 else x.reshape(-1, columns)
-    batch = flat.shape[0]
     if flat.shape[1] != columns:
         raise RuntimeError(f"inputs of {flat.shape[1]} columns meet a matrix of {columns}")
     if x.device.type != "cpu":
         from secateur.deploy.sparse import gpu
 
         return gpu.multiply(packed, flat, bias).view(*x.shape[:-1], rows)
-    way = min(ways[bucket(batch)], UNPACK)
-    if way != UNPACK and batch and native.library() is not None:
-        if way == STREAM and not streams(packed, batch):
-            way = TILES
-        wide = flat if flat.dtype == torch.float32 else flat.float()
-        y = (product or kernels.Product(packed, bias))(wide.contiguous(), way)
-        if y is not None:
-            return (y if x.dtype == torch.float32 else y.to(x.dtype)).view(*x.shape[:-1], rows)
-    return _unpacked(packed, flat, bias).view(*x.shape[:-1], rows)
-
-
-def _unpacked(packed: Packed, flat: Tensor, bias: Tensor | None) -> Tensor:
-    """Rows of the matrix made dense, a panel at a time, and torch's own product."""
-    step = max(1, PANEL // packed.columns)
+    step = max(1, PANEL // columns)
     panels = [
         F.linear(
             flat,
-            kernels.scaled(packed, kernels.decode(packed, first, min(packed.rows, first + step)), first).to(
+            kernels.scaled(packed, kernels.decode(packed, first, min(rows, first + step)), first).to(
                 flat.dtype
             ),
         )
-        for first in range(0, packed.rows, step)
+        for first in range(0, rows, step)
     ]
     y = panels[0] if len(panels) == 1 else torch.cat(panels, -1)
-    return y if bias is None else y + bias.to(y.dtype)
+    return (y if bias is None else y + bias.to(y.dtype)).view(*x.shape[:-1], rows)
 
 
 def streams(packed: Packed, batch: int) -> bool:
