@@ -161,7 +161,10 @@ void decode(
 }
 
 const Kernels* kernels(int level) {
-    const Kernels* found = level == 2 ? avx512_kernels() : level == 1 ? avx2_kernels() : nullptr;
+    const Kernels* found = level == 3   ? amx_kernels()
+                           : level == 2 ? avx512_kernels()
+                           : level == 1 ? avx2_kernels()
+                                        : nullptr;
     return found ? found : scalar_kernels();
 }
 
@@ -179,7 +182,8 @@ bool finite(const float* x, int64_t size) {
 struct Room {
     std::vector<float> plain, paired, packed;
     std::vector<int8_t> integers, magnitudes;
-    std::vector<uint8_t> shifted;
+    std::vector<uint8_t> shifted, tiles;
+    std::vector<uint16_t> halves;
     std::vector<float> factor;
 };
 
@@ -236,6 +240,53 @@ Inputs ready(const Matrix& m, const float* x, int64_t batch, bool shifted, Room&
     return in;
 }
 
+// Whether float32 numbers are bfloat16 ones, as inputs of a model in that type are
+bool in_bf16(const float* x, int64_t size) {
+    uint32_t rest = 0;
+    for (int64_t i = 0; i < size; ++i) {
+        uint32_t bits;
+        std::memcpy(&bits, x + i, 4);
+        rest |= bits & 0xffff;
+    }
+    return !rest;
+}
+
+// Whether the table has a way through tile registers for this product
+bool by_tiles(const Kernels* table, const Matrix& m, const float* x, int64_t batch) {
+    if (!table->tiled || batch <= FEW || m.block > 1 || m.form == INDEX) return false;
+    return in_integers(m) || (m.kind == BF16 && in_bf16(x, batch * m.columns));
+}
+
+Tiled ready_for_tiles(const Matrix& m, const float* x, int64_t batch, Room& room) {
+    const int64_t size = m.kind == BF16 ? 2 : 1, bytes = m.words * WORD * size;  // of a padded row
+    Tiled in{batch, (batch + TILE - 1) / TILE, nullptr, nullptr};
+    const char* rows;
+    if (size == 1) {
+        room.integers.assign(batch * bytes, 0), room.factor.resize(batch);
+        for (int64_t b = 0; b < batch; ++b)
+            to_integers(x + b * m.columns, m.columns, room.integers.data() + b * bytes, room.factor.data() + b);
+        rows = reinterpret_cast<const char*>(room.integers.data()), in.factor = room.factor.data();
+    } else {
+        room.halves.assign(batch * bytes / 2, 0);
+        for (int64_t b = 0; b < batch; ++b)
+            for (int64_t c = 0; c < m.columns; ++c) {
+                uint32_t bits;
+                std::memcpy(&bits, x + b * m.columns + c, 4);
+                room.halves[b * bytes / 2 + c] = uint16_t(bits >> 16);
+            }
+        rows = reinterpret_cast<const char*>(room.halves.data());
+    }
+    room.tiles.assign(bytes / 64 * in.tiles * TILE_BYTES + 64, 0);
+    uint8_t* tiles = room.tiles.data() + (64 - reinterpret_cast<uintptr_t>(room.tiles.data()) % 64) % 64;
+    for (int64_t b = 0; b < batch; ++b)
+        for (int64_t i = 0; i < bytes; i += 4) {
+            uint8_t* tile = tiles + (i / 64 * in.tiles + b / TILE) * TILE_BYTES;
+            std::memcpy(tile + i % 64 / 4 * 64 + b % TILE * 4, rows + b * bytes + i, 4);
+        }
+    in.x = tiles;
+    return in;
+}
+
 // x[token][column] to packed[column][lane]; lanes without a token are zero.
 void pack(const float* x, int64_t tokens, int64_t columns, int lanes, float* packed, int threads) {
     constexpr int64_t STEP = 64;
@@ -281,10 +332,24 @@ void multiply_many(
     });
 }
 
+void multiply_tiled(
+    const Kernels* table, const Matrix& m, const float* x, int64_t batch, const float* bias, float* y, int threads,
+    Room& room
+) {
+    const Tiled in = ready_for_tiles(m, x, batch, room);
+    const int64_t groups = (m.rows + TILE - 1) / TILE, step = std::max<int64_t>(1, std::min<int64_t>(8, groups / (4 * threads)));
+    in_parallel((groups + step - 1) / step, threads, [&](int64_t chunk) {
+        thread_local std::vector<uint8_t> dense;
+        dense.resize((m.words + FEW) * 2 * TILE_BYTES + 64);
+        uint8_t* aligned = dense.data() + (64 - reinterpret_cast<uintptr_t>(dense.data()) % 64) % 64;
+        table->tiled(m, in, bias, y, aligned, chunk * step, std::min(groups, (chunk + 1) * step));
+    });
+}
+
 }  // namespace
 
-// The best kernels of this library that run here: 2 for AVX-512, 1 for AVX2, 0 for plain ones.
-API int64_t secateur_sparse_level() { return avx512_kernels() ? 2 : avx2_kernels() ? 1 : 0; }
+// The best kernels of this library that run here: 3 for AMX, 2 for AVX-512, 1 for AVX2, 0 for plain ones.
+API int64_t secateur_sparse_level() { return amx_kernels() ? 3 : avx512_kernels() ? 2 : avx2_kernels() ? 1 : 0; }
 
 // How many of every row are not zero; bytes is the size of an element, sign the bits of its sign (0 for integers).
 // Returns how many zeros have a sign.
@@ -388,8 +453,8 @@ API int64_t secateur_sparse_bits(
     return 0;
 }
 
-// y = x w^T + bias. `way` 0: straight from the stream, at most FEW tokens unless they become integers; 1: tokens in the
-// lanes. `level` as above. Returns 1, with nothing done, where x holds NaN or Inf and the way would not carry them to every row.
+// y = x w^T + bias. `way` 0: straight from the stream, at most FEW tokens unless they become integers or meet tile registers;
+// 1: tokens in the lanes, which is what is done with more tokens in way 0 too. `level` as above. Returns 1, with nothing done, where x holds NaN or Inf and the way would not carry them to every row.
 API int64_t secateur_sparse_multiply(const void* const* pointers, const int64_t* numbers) {
     Matrix m{};
     m.form = int32_t(numbers[0]), m.kind = int32_t(numbers[1]), m.block = int32_t(numbers[2]);
@@ -409,15 +474,18 @@ API int64_t secateur_sparse_multiply(const void* const* pointers, const int64_t*
     const float* bias = static_cast<const float*>(pointers[8]);
     float* y = static_cast<float*>(const_cast<void*>(pointers[9]));
     if (m.form == DENSE && (m.kind != I8 || m.block != 1)) return 2;
-    if (way == 0 && batch > FEW && !in_integers(m)) return 2;
     if (!finite(x, batch * m.columns)) return 1;
     const Kernels* table = kernels(level);
     thread_local Room room;
-    if (way == 1) {
+    if (way == 0 && by_tiles(table, m, x, batch)) {
+        multiply_tiled(table, m, x, batch, bias, y, threads, room);
+        return 0;
+    }
+    if (way == 1 || (batch > FEW && !in_integers(m))) {
         multiply_many(table, m, x, batch, bias, y, threads, room);
         return 0;
     }
-    const Inputs in = ready(m, x, batch, level == 2, room);
+    const Inputs in = ready(m, x, batch, level >= 2, room);
     const int64_t step = std::max<int64_t>(1, std::min<int64_t>(64, m.groups / (4 * threads) + 1));
     in_parallel((m.groups + step - 1) / step, threads, [&](int64_t chunk) {
         table->few(m, in, bias, y, chunk * step, std::min(m.groups, (chunk + 1) * step));

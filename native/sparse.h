@@ -17,6 +17,8 @@ constexpr int64_t WORD = 64;    // columns of one mask
 constexpr int64_t SPAN = 256;   // columns that an 8-bit index reaches
 constexpr int64_t PANEL = 64;   // row groups whose results stay in the nearest cache
 constexpr int64_t FEW = 4;      // tokens that are multiplied straight from the stream
+constexpr int64_t TILE = 16;    // rows, or tokens, of a tile register
+constexpr int64_t TILE_BYTES = 1024;
 
 // A matrix of `rows` x `columns`. Its units are single weights, or blocks of `block` rows by one column; `groups` is the
 // number of block rows. Values lie in order of (group, column, row of the block); those of group g start at element
@@ -46,16 +48,27 @@ struct Inputs {
     const float* factor;          // batch: what an integer stands for
 };
 
+// Inputs as AMX takes them: for every 64 bytes of a row of weights `tiles` tiles of 16 tokens. Row k of a tile holds, token
+// by token, the 4 bytes that meet bytes 4k..4k+3 of those 64: 4 columns of int8, 2 of bfloat16.
+struct Tiled {
+    int64_t batch, tiles;
+    const uint8_t* x;
+    const float* factor;  // batch: what an integer stands for; null for bfloat16
+};
+
 struct Kernels {
     // y[b][row] for the groups first..last-1 of a batch of at most FEW, or of any in_integers
     void (*few)(const Matrix&, const Inputs&, const float* bias, float* y, int64_t first, int64_t last);
     // The same for `lanes` tokens whose inputs are x[column][lane]; lanes is 8, 16, 32 or 64; y[row][lane] is local
     void (*many)(const Matrix&, const float* x, int lanes, float* y, int64_t first, int64_t last);
+    // y[b][row] for the rows 16 * first..16 * last-1, or null where there is no such way; `room` holds 16 dense rows
+    void (*tiled)(const Matrix&, const Tiled&, const float* bias, float* y, uint8_t* room, int64_t first, int64_t last);
 };
 
 const Kernels* scalar_kernels();
 const Kernels* avx2_kernels();  // null where they were not compiled or the machine lacks something
 const Kernels* avx512_kernels();
+const Kernels* amx_kernels();
 
 // Whether inputs straight from the stream are rounded to integers, which serves any number of tokens
 static inline bool in_integers(const Matrix& m) { return (m.kind == I8 || m.kind == I4) && m.form != INDEX; }

@@ -1,4 +1,4 @@
-// The AVX-512 instructions of native/sparse_avx512.cpp in plain C++, after Intel's descriptions of them: for machines
+// The AVX-512 instructions of native/sparse_avx512.cpp and sparse_amx.cpp in plain C++, after Intel's descriptions of them: for machines
 // that have none. Included inside that file, with AVX2 and F16C switched on.
 
 #pragma once
@@ -216,6 +216,23 @@ EMULATED __m512 from_halves(__m256i a) {
     return found;
 }
 
+// Elements `scale` bytes times an index away
+EMULATED __m512 gather(__m512i index, const void* at, int scale) {
+    const Lanes<int32_t> places = lanes<int32_t>(index);
+    return made<__m512, float>([&](int i) {
+        float value;
+        std::memcpy(&value, (const char*)at + int64_t(places.at[i]) * scale, 4);
+        return value;
+    });
+}
+
+// Only elements of the mask are written
+EMULATED void masked_store(void* at, uint64_t mask, __m512 a) {
+    const Lanes<float> x = lanes<float>(a);
+    for (int i = 0; i < 16; ++i)
+        if (mask >> i & 1) std::memcpy((char*)at + 4 * i, &x.at[i], 4);
+}
+
 template <class V, class T>
 EMULATED V all(T value) {
     return made<V, T>([&](int) { return value; });
@@ -232,6 +249,7 @@ EMULATED To same_bits(From a) {
 
 // clang-format off: what headers define as macros where nothing is optimized
 #undef _mm512_extracti64x4_epi64
+#undef _mm512_i32gather_ps
 #undef _mm512_slli_epi32
 #define _mm512_add_epi32(a, b) emulated::add_integers(a, b)
 #define _mm512_add_epi8(a, b) emulated::add_bytes(a, b)
@@ -247,9 +265,11 @@ EMULATED To same_bits(From a) {
 #define _mm512_dpbusd_epi32(s, a, b) emulated::dot_bytes(s, a, b)
 #define _mm512_extracti64x4_epi64(a, which) emulated::half(a, which)
 #define _mm512_fmadd_ps(a, b, c) emulated::multiply_add(a, b, c)
+#define _mm512_i32gather_ps(index, at, scale) emulated::gather(index, at, scale)
 #define _mm512_load_si512(at) emulated::aligned_load<__m512i>(at)
 #define _mm512_loadu_ps(at) emulated::load<__m512>(at)
 #define _mm512_loadu_si512(at) emulated::load<__m512i>(at)
+#define _mm512_mask_storeu_ps(at, k, a) emulated::masked_store(at, k, a)
 #define _mm512_maskz_compress_epi8(k, a) emulated::compress<uint8_t>(k, a)
 #define _mm512_maskz_compress_ps(k, a) emulated::compress<float>(k, a)
 #define _mm512_maskz_expand_epi16(k, a) emulated::expand<uint16_t>(k, a)

@@ -92,6 +92,13 @@ struct Matrix {
 int compare(const Matrix& m, int64_t batch, int64_t way, int64_t level) {
     std::vector<float> x(batch * m.columns);
     for (float& each : x) each = number();
+    if (m.kind == BF16 && batch % 2)  // tile registers take inputs that are bfloat16, the others have another way
+        for (float& each : x) {
+            uint32_t bits;
+            std::memcpy(&bits, &each, 4);
+            bits &= 0xffff0000;
+            std::memcpy(&each, &bits, 4);
+        }
     const std::vector<float> expected = m.times(x, batch, way, 0), found = m.times(x, batch, way, level);
     float largest = 1e-20f;
     for (float each : expected) largest = std::fmax(largest, std::fabs(each));
@@ -119,10 +126,10 @@ int main() {
                     for (const auto& shape : shapes)
                         for (double density : {0.0, 0.1, 0.5, 1.0}) {
                             const Matrix m(form, kind, block, shape[0], shape[1], density);
-                            for (int64_t batch : {1, 2, 3, 4, 5, 9, 17, 40}) {
-                                const bool streams = batch <= 4 || (kind >= I8 && form != INDEX);
+                            for (int64_t batch : {1, 2, 3, 4, 5, 9, 17, 40, 101}) {
+                                if (batch > 100 && (block > 1 || form == INDEX || kind == F32 || kind == F16)) continue;
                                 if (shape[1] > 1000 && batch > 5) continue;
-                                for (int64_t way = !streams; way < 2; ++way, ++count) wrong += compare(m, batch, way, level);
+                                for (int64_t way = 0; way < 2; ++way, ++count) wrong += compare(m, batch, way, level);
                             }
                         }
                 }

@@ -1,6 +1,6 @@
-"""The native kernels of this tree, and each path in turn: AVX-512, AVX2, plain C++, torch.
+"""The native kernels of this tree, and each path in turn: AMX, AVX-512, AVX2, plain C++, torch.
 
-AVX-512 runs where a machine has it; everywhere else its kernels are built with instructions in plain C++.
+AMX and AVX-512 run where a machine has them; everywhere their kernels are also built with instructions in plain C++.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from secateur.deploy.sparse import kernels
 from ...library import compiled, library
 
 INSTEAD = Path(__file__).resolve().parents[2] / "native"  # the header of instructions in plain C++
-EMULATED = pytest.param("emulated", marks=pytest.mark.thorough)
-PATHS = ("avx512", EMULATED, "avx2", "plain", "torch")
+EMULATED = {"emulated": "avx512", "emulated amx": "amx"}
+IN_PLAIN = [pytest.param(name, marks=pytest.mark.thorough) for name in EMULATED]
+PATHS = ("amx", "avx512", *IN_PLAIN, "avx2", "plain", "torch")
 
 
 @pytest.fixture(scope="session")
@@ -29,7 +30,7 @@ def built(tmp_path_factory) -> Path | None:
 
 @pytest.fixture(scope="session")
 def emulated(tmp_path_factory) -> Path | None:
-    """The library with AVX-512 in plain C++."""
+    """The library with AVX-512 and AMX in plain C++."""
     if platform.machine() not in ("x86_64", "AMD64"):
         return None
     target = tmp_path_factory.mktemp("emulated") / native.FILE.name
@@ -42,25 +43,26 @@ def path(request, monkeypatch) -> Iterator[str]:
     yield from _on(request, monkeypatch)
 
 
-@pytest.fixture(params=("best", EMULATED))
+@pytest.fixture(params=("best", *IN_PLAIN))
 def fast(request, monkeypatch) -> Iterator[str]:
-    """The best kernels that this machine has, and those of AVX-512."""
+    """The best kernels that this machine has, and those of AVX-512 and AMX."""
     yield from _on(request, monkeypatch)
 
 
 def _on(request, monkeypatch) -> Iterator[str]:
     name = request.param
-    built = request.getfixturevalue("emulated" if name == "emulated" else "built")
+    built = request.getfixturevalue("emulated" if name in EMULATED else "built")
     monkeypatch.setenv("SECATEUR_NATIVE", "0" if name == "torch" else "1")
     if built is None and name != "torch":
         pytest.skip("the native kernels cannot be built here: no C++ compiler")
     monkeypatch.setattr(native, "FILE", built or native.FILE)
     monkeypatch.delenv(kernels.ENVIRONMENT, raising=False)
     native._opened.cache_clear()
-    if name in kernels.LEVELS:
-        if kernels.LEVELS.index(name) > kernels.level():
-            pytest.skip(f"this machine has no {name}")
-        monkeypatch.setenv(kernels.ENVIRONMENT, name)
+    wanted = EMULATED.get(name, name)
+    if wanted in kernels.LEVELS:
+        if kernels.LEVELS.index(wanted) > kernels.level():
+            pytest.skip(f"this machine has no {wanted}")
+        monkeypatch.setenv(kernels.ENVIRONMENT, wanted)
     yield name
     monkeypatch.undo()
     native._opened.cache_clear()

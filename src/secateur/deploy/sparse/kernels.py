@@ -21,7 +21,7 @@ __all__ = ["Encoded", "Product", "bits_of", "decode", "encode", "level", "scaled
 FORM = {"bitmask": 0, "index": 1, "dense": 2}
 KIND = {"float32": 0, "bfloat16": 1, "float16": 2, "int8": 3, "int4": 4}
 ENVIRONMENT = "SECATEUR_ISA"
-LEVELS = ("plain", "avx2", "avx512")
+LEVELS = ("plain", "avx2", "avx512", "amx")
 ALONE = 1 << 18  # weights below which one thread is faster than waking another
 _POINTERS, _NUMBERS = struct.Struct("10P"), struct.Struct("10q")  # what the kernels are called with
 

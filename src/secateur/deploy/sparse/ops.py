@@ -179,7 +179,16 @@ def by_torch(packed: Packed, x: Tensor, bias: Tensor | None) -> Tensor:
 
 def streams(packed: Packed, batch: int) -> bool:
     """Whether a batch can be multiplied straight from the stream."""
-    return (batch <= FEW or packed.in_integers) and packed.columns <= INTEGER_COLUMNS
+    if batch > FEW and not packed.in_integers:
+        return _meets_tiles(packed)
+    return packed.columns <= INTEGER_COLUMNS
+
+
+def _meets_tiles(packed: Packed) -> bool:
+    """Whether tile registers take any batch in bfloat16; of inputs that are none the kernels make tokens in lanes."""
+    return (
+        packed.kind == "bfloat16" and packed.form == "bitmask" and packed.block == 1
+    ) and kernels.LEVELS[kernels.level()] == "amx"
 
 
 @torch.library.register_fake("secateur::sparse_linear", lib=_library)
