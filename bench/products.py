@@ -17,6 +17,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 import torch
@@ -108,6 +109,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="*", default=[1, 16, 64])
     parser.add_argument("--sparsity", type=float, nargs="*", default=[0.5, 0.7, 0.9])
     parser.add_argument("--block", type=int, nargs="*", default=[1, 4])
+    parser.add_argument("--kind", nargs="*", default=list(KINDS), choices=list(KINDS))
     parser.add_argument("--rounds", type=int, default=15)
     given = parser.parse_args()
     torch.manual_seed(0)
@@ -121,14 +123,18 @@ def main() -> None:
             for block in given.block:
                 cut = torch.rand(given.size // block, given.size) < sparsity
                 pruned = weight.masked_fill(cut.repeat_interleave(block, 0), 0)
-                for kind, dtype in KINDS.items():
-                    packed = held_as(pruned.to(dtype), kind, block)
-                    inputs = x.to(dtype)
+                for kind, form in product(given.kind, ("bitmask", "index")):
+                    packed = held_as(pruned.to(KINDS[kind]), kind, block)
+                    if form == "index" and packed.form == "bitmask":
+                        continue
+                    if form != packed.form:
+                        packed = held_as(pruned.to(KINDS[kind]), kind, block, form)
+                    inputs = x.to(KINDS[kind])
                     ways = [STREAM, TILES] if streams(packed, batch) else [TILES]
                     if batch > 4 and block == 1 and kind != "int4":
                         ways.append(UNPACK)
                     for way in ways:
-                        shape = f" {block}x1" if block > 1 else ""
+                        shape = (f" {block}x1" if block > 1 else "") + (" index" if form == "index" else "")
                         name = f"{kind}{shape} {sparsity:.0%} {('stream', 'tiles', 'unpack')[way]}"
                         held[name] = (kind, packed)
                         runs[name] = lambda p=packed, i=inputs, w=way: sparse_linear(p, i, ways=[w] * 9)

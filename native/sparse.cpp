@@ -253,7 +253,7 @@ bool in_bf16(const float* x, int64_t size) {
 
 // Whether the table has a way through tile registers for this product
 bool by_tiles(const Kernels* table, const Matrix& m, const float* x, int64_t batch) {
-    if (!table->tiled || batch <= FEW || m.block > 1 || m.form == INDEX) return false;
+    if (!table->tiled || batch <= FEW || m.form == INDEX) return false;
     return in_integers(m) || (m.kind == BF16 && in_bf16(x, batch * m.columns));
 }
 
@@ -298,8 +298,8 @@ void pack(const float* x, int64_t tokens, int64_t columns, int lanes, float* pac
     });
 }
 
-int lanes_for(int64_t tokens, int32_t block) {
-    const int most = block > 1 ? 16 : 64;
+int lanes_for(int64_t tokens, int32_t block, bool wide) {
+    const int most = block > 1 && !wide ? 16 : 64;
     int lanes = 8;
     while (lanes < tokens && lanes < most) lanes *= 2;
     return lanes;
@@ -309,7 +309,7 @@ void multiply_many(
     const Kernels* table, const Matrix& m, const float* x, int64_t batch, const float* bias, float* y, int threads,
     Room& room
 ) {
-    const int lanes = lanes_for(batch, m.block);
+    const int lanes = lanes_for(batch, m.block, table->wide);
     const int64_t tiles = (batch + lanes - 1) / lanes, each = (m.columns + SPAN - 1) / SPAN * SPAN * lanes;
     room.packed.resize(tiles * each + 16);
     // whole cache lines: a vector across two of them takes twice as long

@@ -63,6 +63,7 @@ struct Kernels {
     void (*many)(const Matrix&, const float* x, int lanes, float* y, int64_t first, int64_t last);
     // y[b][row] for the rows 16 * first..16 * last-1, or null where there is no such way; `room` holds 16 dense rows
     void (*tiled)(const Matrix&, const Tiled&, const float* bias, float* y, uint8_t* room, int64_t first, int64_t last);
+    bool wide;  // 32 and 64 lanes for blocks as well
 };
 
 const Kernels* scalar_kernels();

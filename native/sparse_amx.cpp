@@ -59,13 +59,14 @@ constexpr int64_t tiles_of_word() {
 struct Rows {
     int64_t first;
     int count;
-    int64_t at[TILE];  // in their streams
+    int64_t at[TILE];  // in their streams, of which a block has one
     const char *ahead, *end;  // of what the next sixteen take
     int64_t step;             // of that, for each word
 
     Rows(const Matrix& m, int64_t row) : first(row), count(int(m.rows - row < TILE ? m.rows - row : TILE)) {
-        for (int r = 0; r < count; ++r) at[r] = m.offsets[row + r];
-        const int64_t next = row + count, last = next + TILE < m.rows ? next + TILE : m.rows;
+        const int64_t group = row / m.block, each = TILE / m.block, next = group + each < m.groups ? group + each : m.groups;
+        const int64_t last = next + each < m.groups ? next + each : m.groups;
+        for (int64_t g = group; g < next; ++g) at[g - group] = m.offsets[g];
         const auto place = [&](int64_t of) {
             const int64_t n = m.offsets[of];
             return (const char*)m.values + (m.kind == BF16 ? 2 * n : m.kind == I4 ? n / 2 : n);
@@ -110,6 +111,89 @@ ALWAYS void make_dense(const Matrix& m, Rows& rows, int64_t word, int64_t count,
             }
         }
         rows.at[r] = at;
+    }
+}
+
+struct Turns {
+    alignas(64) uint8_t rows[2][64];   // units of 4 rows, of one byte and of two: those of a row side by side
+    alignas(64) int32_t fours[2][16];  // units of 16 rows: 4 rows of each side by side
+};
+
+Turns turns;
+
+bool write_turns() {
+    for (int r = 0; r < 4; ++r) {
+        for (int c = 0; c < 16; ++c) turns.rows[0][r * 16 + c] = uint8_t(c * 4 + r);
+        for (int c = 0; c < 8; ++c)
+            for (int h = 0; h < 2; ++h) turns.rows[1][(r * 8 + c) * 2 + h] = uint8_t((c * 4 + r) * 2 + h);
+        for (int c = 0; c < 4; ++c) turns.fours[0][r * 4 + c] = c * 4 + r;
+        for (int c = 0; c < 2; ++c)
+            for (int h = 0; h < 2; ++h) turns.fours[1][r * 4 + c * 2 + h] = c * 8 + r * 2 + h;
+    }
+    return true;
+}
+
+// Quarter j of vector i becomes quarter i of vector j
+ALWAYS void swap_quarters(__m512i* z) {
+    const __m512i a = _mm512_shuffle_i32x4(z[0], z[1], 0x44), b = _mm512_shuffle_i32x4(z[0], z[1], 0xee);
+    const __m512i c = _mm512_shuffle_i32x4(z[2], z[3], 0x44), d = _mm512_shuffle_i32x4(z[2], z[3], 0xee);
+    z[0] = _mm512_shuffle_i32x4(a, c, 0x88), z[1] = _mm512_shuffle_i32x4(a, c, 0xdd);
+    z[2] = _mm512_shuffle_i32x4(b, d, 0x88), z[3] = _mm512_shuffle_i32x4(b, d, 0xdd);
+}
+
+// 64 bytes of the stream from a place on, of which `left` belong to the word
+template <int KIND>
+ALWAYS __m512i piece(const uint8_t* values, int64_t at, int64_t left, __m512i codebook) {
+    if (left <= 0) return _mm512_setzero_si512();
+    if (KIND == I4) return codes(values, at, codebook, lowest((left + 3) / 2));
+    return _mm512_maskz_loadu_epi8(lowest(left), values + at * (KIND == BF16 ? 2 : 1));
+}
+
+// Units of 4 rows, side by side, as 4 rows of 64 bytes
+template <int KIND>
+ALWAYS void spread(__m512i* z, uint64_t bits, uint8_t* out) {
+    const __m512i order = _mm512_load_si512(turns.rows[KIND == BF16]);
+    for (int q = 0; q < 4; ++q) z[q] = _mm512_permutexvar_epi8(order, z[q]);
+    swap_quarters(z);
+    for (int r = 0; r < 4; ++r)
+        _mm512_storeu_si512(
+            out + r * 64,
+            KIND == BF16 ? _mm512_maskz_expand_epi16(__mmask32(bits), z[r]) : _mm512_maskz_expand_epi8(bits, z[r])
+        );
+}
+
+// The same of blocks of 4 or 16 rows
+template <int KIND, int BLOCK>
+ALWAYS void make_blocks_dense(
+    const Matrix& m, Rows& rows, int64_t word, int64_t count, __m512i codebook, uint8_t* room
+) {
+    constexpr int64_t PARTS = tiles_of_word<KIND>(), EACH = 64 / (KIND == BF16 ? 2 : 1);  // elements of a vector
+    const uint8_t* values = (const uint8_t*)m.values;
+    const __m512i fours = _mm512_load_si512(turns.fours[KIND == BF16]);
+    for (int g = 0; g < TILE / BLOCK; ++g) {
+        uint8_t* out = room + g * BLOCK * 64;
+        if (g * BLOCK >= rows.count) {
+            for (int64_t i = 0; i < count * PARTS; ++i) std::memset(out + i * TILE_BYTES, 0, BLOCK * 64);
+            continue;
+        }
+        const uint64_t* mask = m.mask + (rows.first / BLOCK + g) * m.words + word;
+        for (int64_t i = 0; i < count * PARTS; ++i, out += TILE_BYTES) {
+            const uint64_t bits = KIND == BF16 ? uint32_t(mask[i / 2] >> (i % 2 * 32)) : mask[i];
+            const int64_t size = kept(bits) * BLOCK, at = rows.at[g], bytes = size * (64 / EACH);
+            __m512i z[BLOCK / 4][4];
+            for (int b = 0; b < BLOCK / 4; ++b) {
+                __m512i w[4];
+                for (int q = 0; q < 4; ++q) {
+                    const int64_t number = 4 * b + q;
+                    w[q] = piece<KIND>(values, at + number * EACH, bytes - number * 64, codebook);
+                    if (BLOCK == 16) w[q] = _mm512_permutexvar_epi32(fours, w[q]);
+                }
+                if (BLOCK == 16) swap_quarters(w);
+                for (int q = 0; q < 4; ++q) z[BLOCK == 16 ? q : 0][BLOCK == 16 ? b : q] = w[q];
+            }
+            for (int b = 0; b < BLOCK / 4; ++b) spread<KIND>(z[b], bits, out + b * 4 * 64);
+            rows.at[g] += size;
+        }
     }
 }
 
@@ -165,7 +249,7 @@ ALWAYS void scale_up(const Matrix& m, const Rows& rows, int64_t scale, uint8_t (
             const __m512 whole = _mm512_cvtepi32_ps(_mm512_loadu_si512(sums[t] + r * 64));
             const __m512 factor = _mm512_set1_ps(m.scale[(rows.first + r) * m.scales + scale]);
             float* to = all[t] + r * TILE;
-            _mm512_storeu_ps(to, _mm512_fmadd_ps(whole, factor, _mm512_loadu_ps(to)));
+            _mm512_storeu_ps(to, _mm512_add_ps(_mm512_loadu_ps(to), _mm512_mul_ps(whole, factor)));
         }
 }
 
@@ -205,7 +289,9 @@ ALWAYS void sixteen_rows(
             stop = word + NEAR < end ? word + NEAR : end;
             uint8_t* here = room + (keep ? word * EACH * TILE_BYTES : 0);
             if (!made) {
-                make_dense<KIND>(m, rows, word, stop - word, codebook, here);
+                if (m.block == 1) make_dense<KIND>(m, rows, word, stop - word, codebook, here);
+                if (m.block == 4) make_blocks_dense<KIND, 4>(m, rows, word, stop - word, codebook, here);
+                if (m.block == 16) make_blocks_dense<KIND, 16>(m, rows, word, stop - word, codebook, here);
                 for (int64_t i = word; i < stop; ++i) rows.fetch();
             }
             add_products<KIND, T>(here, in.x + (word * EACH * in.tiles + tile) * TILE_BYTES, (stop - word) * EACH, in.tiles);
@@ -270,8 +356,8 @@ const Kernels* amx_kernels() {
     static Kernels table;
     static const bool here = [] {
         const Kernels* wide = avx512_kernels();
-        if (!wide || !runs_here() || !write_orders()) return false;
-        table = {wide->few, wide->many, tiled};
+        if (!wide || !runs_here() || !write_orders() || !write_turns()) return false;
+        table = {wide->few, wide->many, tiled, true};
         return true;
     }();
     return here ? &table : nullptr;

@@ -19,6 +19,17 @@ const Kernels* avx512_kernels() { return nullptr; }
 
 #include "sparse_avx512.h"
 
+#ifndef AHEAD
+#define AHEAD 1024
+#define HINT _MM_HINT_T0
+#endif
+#define FETCH(at) _mm_prefetch((const char*)(at) + AHEAD, HINT)
+#ifdef MASKS
+#define FETCH_MASK(at) _mm_prefetch((const char*)(at) + MASKS, HINT)
+#else
+#define FETCH_MASK(at)
+#endif
+
 namespace sparse {
 namespace {
 
@@ -42,10 +53,10 @@ struct Sums {
         weights = _mm512_setzero_si512();
         for (int b = 0; b < B; ++b) total[b] = _mm512_setzero_si512();
     }
-    ALWAYS void weigh(__m512i w) { weights = _mm512_dpbusd_epi32(weights, _mm512_set1_epi8(char(-128)), w); }
+    ALWAYS void weigh(__m512i w) { add_dots(weights, _mm512_set1_epi8(char(-128)), w); }
     ALWAYS void add(__m512i w, const uint8_t* x, int64_t padded) {
         weigh(w);
-        for (int b = 0; b < B; ++b) total[b] = _mm512_dpbusd_epi32(total[b], _mm512_loadu_si512(x + b * padded), w);
+        for (int b = 0; b < B; ++b) add_dots(total[b], _mm512_loadu_si512(x + b * padded), w);
     }
     ALWAYS __m512i lanes(int b) const { return _mm512_sub_epi32(total[b], weights); }
 };
@@ -63,8 +74,9 @@ ALWAYS void row_in_float(const Matrix& m, const Inputs& in, int64_t row, float* 
     for (int64_t word = 0; word < words; ++word) {
         const uint64_t bits = mask[word];
         if (!bits) continue;
-        _mm_prefetch(values + 1024, _MM_HINT_T0);
-        if (KIND == F32) _mm_prefetch(values + 1024 + 64, _MM_HINT_T0);
+        FETCH(values);
+        if (KIND == F32) FETCH(values + 64);
+        if (word % 8 == 0) FETCH_MASK(mask + word);
         const float* at = x + word * WORD;
         __m512 w[4];
         if (KIND == F32) {
@@ -110,7 +122,8 @@ ALWAYS void row_in_integers(const Matrix& m, const Inputs& in, int64_t row, floa
         one.start(), two.start();
         const int64_t stop = word + reach < words ? word + reach : words;
         for (; word + 2 <= stop; word += 2) {
-            _mm_prefetch((const char*)values + (KIND == I4 ? at >> 1 : at) + 1024, _MM_HINT_T0);
+            FETCH((const char*)values + (KIND == I4 ? at >> 1 : at));
+            if (word % 8 == 0) FETCH_MASK(mask + word);
             one.add(expand_bytes<KIND>(values, at, mask[word], codebook), x + word * WORD, padded);
             two.add(expand_bytes<KIND>(values, at, mask[word + 1], codebook), x + word * WORD + WORD, padded);
         }
@@ -289,7 +302,7 @@ ALWAYS void blocks_in_integers(const Matrix& m, const Inputs& in, int64_t group,
                 sums.weigh(w);
                 for (int t = 0; t < T; ++t) {
                     const __m512i some = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)(inputs[t] + i)));
-                    sums.total[t] = _mm512_dpbusd_epi32(sums.total[t], _mm512_permutexvar_epi32(repeated, some), w);
+                    add_dots(sums.total[t], _mm512_permutexvar_epi32(repeated, some), w);
                 }
             }
             if (n % UNITS) at -= 64 - n % UNITS * BLOCK;
@@ -488,18 +501,33 @@ ALWAYS void lanes_of_row(const Stretch& s, const float* x, float* y) {
     }
 }
 
-// Rows of a block times 16 tokens, four rows at a time, two units side by side
+// Rows of a block times V vectors of tokens, four rows at a time; U units side by side
+template <int V, int U>
 ALWAYS void lanes_of_block(const Stretch& s, int block, const float* x, float* y) {
-    for (int from = 0; from < block; from += 4, y += 4 * 16) {
-        __m512 total[2][4];
-        for (int r = 0; r < 4; ++r) total[0][r] = _mm512_loadu_ps(y + r * 16), total[1][r] = _mm512_setzero_ps();
-        for (int i = 0; i < s.n; i += 2)
-            for (int u = 0; u < 2 && i + u < s.n; ++u) {
-                const float* w = s.values + int64_t(i + u) * block + from;
-                const __m512 value = _mm512_loadu_ps(x + int64_t(s.columns[i + u]) * 16);
-                for (int r = 0; r < 4; ++r) total[u][r] = _mm512_fmadd_ps(_mm512_set1_ps(w[r]), value, total[u][r]);
+    constexpr int LANES = 16 * V;
+    for (int from = 0; from < block; from += 4, y += 4 * LANES) {
+        __m512 total[U][4][V];
+        for (int r = 0; r < 4; ++r)
+            for (int v = 0; v < V; ++v) {
+                total[0][r][v] = _mm512_loadu_ps(y + r * LANES + 16 * v);
+                if (U > 1) total[U - 1][r][v] = _mm512_setzero_ps();
             }
-        for (int r = 0; r < 4; ++r) _mm512_storeu_ps(y + r * 16, _mm512_add_ps(total[0][r], total[1][r]));
+        const auto add = [&](int i, __m512 (*sums)[V]) __attribute__((always_inline)) {
+            const float *w = s.values + int64_t(i) * block + from, *at = x + int64_t(s.columns[i]) * LANES;
+            for (int r = 0; r < 4; ++r) {
+                const __m512 weight = _mm512_set1_ps(w[r]);
+                for (int v = 0; v < V; ++v) sums[r][v] = _mm512_fmadd_ps(weight, _mm512_loadu_ps(at + 16 * v), sums[r][v]);
+            }
+        };
+        int i = 0;
+        for (; i + U <= s.n; i += U)
+            for (int u = 0; u < U; ++u) add(i + u, total[u]);
+        if (i < s.n) add(i, total[0]);
+        for (int r = 0; r < 4; ++r)
+            for (int v = 0; v < V; ++v) {
+                if (U > 1) total[0][r][v] = _mm512_add_ps(total[0][r][v], total[U - 1][r][v]);
+                _mm512_storeu_ps(y + r * LANES + 16 * v, total[0][r][v]);
+            }
     }
 }
 
@@ -515,8 +543,12 @@ void many(const Matrix& m, const float* x, int lanes, float* y, int64_t first, i
             stretch(m, group, number, at[group - first], s);
             at[group - first] += int64_t(s.n) * m.block;
             float* out = y + (group - first) * m.block * lanes;
-            if (m.block > 1) {
-                lanes_of_block(s, m.block, here, out);
+            if (m.block > 1 && lanes == 16) {
+                lanes_of_block<1, 2>(s, m.block, here, out);
+            } else if (m.block > 1 && lanes == 32) {
+                lanes_of_block<2, 1>(s, m.block, here, out);
+            } else if (m.block > 1) {
+                lanes_of_block<4, 1>(s, m.block, here, out);
             } else if (lanes == 16) {
                 lanes_of_row<1, 8>(s, here, out);
             } else if (lanes == 32) {
@@ -528,7 +560,7 @@ void many(const Matrix& m, const float* x, int lanes, float* y, int64_t first, i
     }
 }
 
-const Kernels table = {few, many, nullptr};
+const Kernels table = {few, many, nullptr, true};
 
 }  // namespace
 

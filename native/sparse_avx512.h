@@ -37,7 +37,7 @@ namespace {
 struct Orders {
     alignas(64) uint8_t counted[64];     // 0, 1, 2, ...
     alignas(64) uint8_t spread[64];      // every 8 bytes: the 5 that hold the next 8 codes of 4 bits
-    alignas(64) uint8_t nibbles[64];     // every 8 bytes: where those codes start
+    alignas(64) uint8_t nibbles[2][64];  // every 8 bytes: where those codes start, from an even place and from an odd one
     alignas(64) uint8_t turned[2][64];   // blocks of 4 and 16 rows: 4 columns of a row side by side
     alignas(64) int32_t repeated[2][16]; // blocks of 4 and 16 rows: which 4 inputs (or which 1) a lane meets
 };
@@ -48,7 +48,7 @@ bool write_orders() {
     for (int i = 0; i < 64; ++i) {
         o.counted[i] = uint8_t(i);
         o.spread[i] = uint8_t(i / 8 * 4 + (i % 8 < 5 ? i % 8 : 0));
-        o.nibbles[i] = uint8_t(i % 8 * 4);
+        for (int odd = 0; odd < 2; ++odd) o.nibbles[odd][i] = uint8_t((i % 8 + odd) * 4);
         o.turned[0][i] = uint8_t(i / 16 * 16 + i % 4 * 4 + i / 4 % 4);
         o.turned[1][i] = uint8_t(i % 4 * 16 + i / 4);
     }
@@ -62,11 +62,22 @@ ALWAYS int kept(uint64_t bits) { return int(_mm_popcnt_u64(bits)); }
 ALWAYS uint64_t lowest(int64_t n) { return n < 64 ? (uint64_t(1) << n) - 1 : ~uint64_t(0); }
 
 // 64 codes of 4 bits from any place of a stream, looked up in a codebook that is there four times: a place counts by its
-// lowest 6 bits. Uses 33 bytes, reads 64.
-ALWAYS __m512i codes(const uint8_t* values, int64_t at, __m512i codebook) {
-    const __m512i raw = _mm512_permutexvar_epi8(_mm512_load_si512(o.spread), _mm512_loadu_si512(values + (at >> 1)));
-    const __m512i from = _mm512_add_epi8(_mm512_load_si512(o.nibbles), _mm512_set1_epi8(char((at & 1) * 4)));
+// lowest 6 bits. Uses 33 bytes, reads 64 or those of a mask.
+ALWAYS __m512i codes(const uint8_t* values, int64_t at, __m512i codebook, uint64_t bytes = ~uint64_t(0)) {
+    const __m512i found = _mm512_maskz_loadu_epi8(bytes, values + (at >> 1));
+    const __m512i raw = _mm512_permutexvar_epi8(_mm512_load_si512(o.spread), found);
+    const __m512i from = _mm512_load_si512(o.nibbles[at & 1]);
     return _mm512_permutexvar_epi8(_mm512_multishift_epi64_epi8(from, raw), codebook);
+}
+
+// Four products of unsigned bytes of a and signed ones of b are added to each 32 bits of the sum. The compilers' own function
+// copies its sum before and after.
+ALWAYS void add_dots(__m512i& sum, __m512i a, __m512i b) {
+#if defined(SECATEUR_EMULATED_AVX512)
+    sum = _mm512_dpbusd_epi32(sum, a, b);
+#else
+    asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(a), "vm"(b));
+#endif
 }
 
 ALWAYS __m512i codebook_of(const Matrix& m) {

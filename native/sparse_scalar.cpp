@@ -110,7 +110,7 @@ void many(const Matrix& m, const float* x, int lanes, float* y, int64_t first, i
     }
 }
 
-const Kernels table = {few, many, nullptr};
+const Kernels table = {few, many, nullptr, false};
 
 }  // namespace
 

@@ -192,6 +192,14 @@ EMULATED __m512i widen(V from) {
     return made<__m512i, To>([&](int i) { return x[i]; });
 }
 
+// Two quarters of a, then two of b; two bits choose each
+EMULATED __m512i quarters(__m512i a, __m512i b, int which) {
+    __m512i found;
+    for (int i = 0; i < 4; ++i)
+        std::memcpy((char*)&found + 16 * i, (const char*)(i < 2 ? &a : &b) + 16 * (which >> (2 * i) & 3), 16);
+    return found;
+}
+
 EMULATED __m512i repeat_quarter(__m128i a) {
     __m512i found;
     for (int i = 0; i < 4; ++i) std::memcpy((char*)&found + 16 * i, &a, 16);
@@ -250,6 +258,7 @@ EMULATED To same_bits(From a) {
 // clang-format off: what headers define as macros where nothing is optimized
 #undef _mm512_extracti64x4_epi64
 #undef _mm512_i32gather_ps
+#undef _mm512_shuffle_i32x4
 #undef _mm512_slli_epi32
 #define _mm512_add_epi32(a, b) emulated::add_integers(a, b)
 #define _mm512_add_epi8(a, b) emulated::add_bytes(a, b)
@@ -291,6 +300,7 @@ EMULATED To same_bits(From a) {
 #define _mm512_set1_ps(value) emulated::all<__m512, float>(value)
 #define _mm512_setzero_ps() emulated::all<__m512, float>(0)
 #define _mm512_setzero_si512() emulated::all<__m512i, int32_t>(0)
+#define _mm512_shuffle_i32x4(a, b, which) emulated::quarters(a, b, which)
 #define _mm512_slli_epi32(a, count) emulated::shift_left(a, count)
 #define _mm512_store_si512(at, a) emulated::aligned_store(at, a)
 #define _mm512_storeu_ps(at, a) emulated::store(at, a)

@@ -146,6 +146,15 @@ void masks() {
         same("loadu_epi16", _mm512_maskz_loadu_epi16(__mmask32(mask), a.at), bits);
         for (int i = 0; i < 8; ++i) bits[i] = a.at[i] & spread<float>(mask >> (2 * i) & 3);
         same("loadu_ps", _mm512_maskz_loadu_ps(__mmask16(mask), a.at), bits);
+        Wide to, wanted = to;
+        for (int h = 0; h < 2; ++h) {
+            int32_t signs[8];
+            for (int i = 0; i < 8; ++i) signs[i] = mask >> (8 * h + i) & 1 ? -1 : 0;
+            const __m256i all = _mm256_loadu_si256((const __m256i*)signs);
+            _mm256_maskstore_epi32((int*)wanted.at + 8 * h, all, a.half(h));
+        }
+        _mm512_mask_storeu_ps(to.at, __mmask16(mask), a.singles());
+        same("mask_storeu_ps", to.at, wanted.at);
     }
 }
 
@@ -177,6 +186,22 @@ void permutations() {
     }
     same("permutexvar_epi32", _mm512_permutexvar_epi32(index.integers(), a.integers()), parts);
     same("permutexvar_ps", _mm512_permutexvar_ps(index.integers(), a.singles()), parts);
+    const __m256i a0 = a.half(0), a1 = a.half(1), b0 = index.half(0), b1 = index.half(1);
+    parts[0] = _mm256_permute2x128_si256(a0, a1, 0x20), parts[1] = _mm256_permute2x128_si256(b0, b1, 0x20);
+    same("shuffle_i32x4 0x88", _mm512_shuffle_i32x4(a.integers(), index.integers(), 0x88), parts);
+    parts[0] = _mm256_permute2x128_si256(a0, a1, 0x31), parts[1] = _mm256_permute2x128_si256(b0, b1, 0x31);
+    same("shuffle_i32x4 0xdd", _mm512_shuffle_i32x4(a.integers(), index.integers(), 0xdd), parts);
+    halves("shuffle_i32x4 0x44", _mm512_shuffle_i32x4(a.integers(), index.integers(), 0x44), a0, b0);
+    halves("shuffle_i32x4 0xee", _mm512_shuffle_i32x4(a.integers(), index.integers(), 0xee), a1, b1);
+    int32_t places[16];
+    float table[64], gathered[16];
+    for (int i = 0; i < 64; ++i) table[i] = float(int32_t(chance()));
+    for (int i = 0; i < 16; ++i) places[i] = int32_t(chance() % 64);
+    for (int h = 0; h < 2; ++h) {
+        const __m256i eight = _mm256_loadu_si256((const __m256i*)places + h);
+        _mm256_storeu_ps(gathered + 8 * h, _mm256_i32gather_ps(table, eight, 4));
+    }
+    same("i32gather_ps", _mm512_i32gather_ps(_mm512_loadu_si512(places), table, 4), gathered);
     uint8_t shifted[64];
     for (int i = 0; i < 64; ++i)
         shifted[i] = uint8_t(__rorq(a.at[i / 8], ((const uint8_t*)index.at)[i] & 63));

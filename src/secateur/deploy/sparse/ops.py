@@ -186,9 +186,8 @@ def streams(packed: Packed, batch: int) -> bool:
 
 def _meets_tiles(packed: Packed) -> bool:
     """Whether tile registers take any batch in bfloat16; of inputs that are none the kernels make tokens in lanes."""
-    return (
-        packed.kind == "bfloat16" and packed.form == "bitmask" and packed.block == 1
-    ) and kernels.LEVELS[kernels.level()] == "amx"
+    bits = packed.kind == "bfloat16" and packed.form == "bitmask"
+    return bits and kernels.LEVELS[kernels.level()] == "amx"
 
 
 @torch.library.register_fake("secateur::sparse_linear", lib=_library)
