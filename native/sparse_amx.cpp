@@ -19,10 +19,10 @@ const Kernels* amx_kernels() { return nullptr; }
 
 #else
 
-#include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include "processor.h"
 #include "sparse_avx512.h"
 
 #if defined(SECATEUR_EMULATED_AVX512)
@@ -342,13 +342,10 @@ AVX512_END
 #if defined(SECATEUR_EMULATED_AVX512)
 static bool runs_here() { return true; }
 #else
-// What the processor has, and whether the operating system lets this process use it (it has to be asked)
+// The operating system has to be asked for the registers
 static bool runs_here() {
-    unsigned a, b, c, d;
-    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
-    const unsigned bf16 = 1u << 22, tile = 1u << 24, int8 = 1u << 25, all = bf16 | tile | int8;
     constexpr long ASK = 0x1023, TILE_DATA = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
-    return (d & all) == all && syscall(SYS_arch_prctl, ASK, TILE_DATA) == 0;
+    return has_amx() && syscall(SYS_arch_prctl, ASK, TILE_DATA) == 0;
 }
 #endif
 

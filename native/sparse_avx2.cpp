@@ -18,6 +18,8 @@ const Kernels* avx2_kernels() { return nullptr; }
 
 #include <immintrin.h>
 
+#include "processor.h"
+
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2,fma,f16c,bmi,bmi2,popcnt"))), apply_to = function)
 #else
@@ -847,9 +849,7 @@ const Kernels table = {few, many, nullptr, false};
 #endif
 
 const Kernels* avx2_kernels() {
-    static const bool here = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                             __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("popcnt") &&
-                             __builtin_cpu_supports("f16c") && fill();
+    static const bool here = has_avx2() && fill();
     return here ? &table : nullptr;
 }
 

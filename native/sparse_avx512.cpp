@@ -17,6 +17,7 @@ const Kernels* avx512_kernels() { return nullptr; }
 
 #else
 
+#include "processor.h"
 #include "sparse_avx512.h"
 
 #ifndef AHEAD
@@ -569,12 +570,7 @@ AVX512_END
 #if defined(SECATEUR_EMULATED_AVX512)
 static bool runs_here() { return true; }
 #else
-// these ask the operating system as well: whether it keeps the wide registers
-static bool runs_here() {
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vbmi") &&
-           __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512vnni");
-}
+static bool runs_here() { return has_avx512(); }
 #endif
 
 const Kernels* avx512_kernels() {
