@@ -1,25 +1,35 @@
-"""The same files on a GPU: one Triton kernel for few tokens, rows unpacked for more; torch's own kernels for 2:4.
+"""The same files on a GPU: Triton kernels that multiply one token or make rows dense; torch's own kernels for 2:4.
 
-Triton comes with torch's CUDA builds and is imported when the kernel is first used. Without it, or for a form that it
-does not read, rows are unpacked and torch multiplies.
+Triton comes with torch's CUDA builds and is imported when a kernel is first used. Without it, or for a form that its
+kernels do not read, torch unpacks the rows, on the same device, and multiplies.
 """
 
 from __future__ import annotations
 
+import os
+from contextlib import nullcontext
 from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
-from secateur.deploy.sparse.packed import KINDS, WORD, Packed
+from secateur.deploy.sparse.packed import CODEBOOK, KINDS, SPAN, WORD, Packed
 from secateur.errors import UsageError
 
-__all__ = ["FEW", "multiply", "rows_of", "semi_structured_", "triton_product"]
+__all__ = ["multiply", "rows_of", "semi_structured_", "triton_product", "triton_rows"]
 
-FEW = 8  # tokens that the kernel takes
-COLUMNS = 512  # that a program looks at in one step
+LANES = (
+    32  # bytes of a mask that a program looks at in one step: one warp, so that nothing has to be waited for
+)
+UNROLLED = 8  # steps whose loads are on their way at once
+PANEL = 1 << 27  # weights that are made dense at a time
+INPUTS = (torch.float32, torch.bfloat16, torch.float16)
+_plain: Any = (
+    WeakIdKeyDictionary()
+)  # streams of int4: their version, and whether codes are the integers themselves
 
 
 def multiply(packed: Packed, x: Tensor, bias: Tensor | None) -> Tensor:
@@ -27,14 +37,25 @@ def multiply(packed: Packed, x: Tensor, bias: Tensor | None) -> Tensor:
 
     Args:
         packed: on the same device.
-        x: `(batch, columns)`.
+        x: `(batch, columns)`. One token is multiplied in float32, more in the type of x.
         bias: `(rows)`, or None.
     """
-    if len(x) and len(x) <= FEW and packed.form == "bitmask" and packed.block == 1 and _kernel() is not None:
-        y = triton_product(packed, x)
-        return y if bias is None else y + bias.to(y.dtype)
-    weight = rows_of(packed, torch.arange(packed.rows, device=x.device))
-    return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    fast = _reads(packed, x) and _kernels() is not None
+    if fast and len(x) == 1:
+        return triton_product(packed, x, bias)
+    bias = None if bias is None else bias.to(x.dtype)
+    if not fast:
+        weight = rows_of(packed, torch.arange(packed.rows, device=x.device))
+        return F.linear(x, weight.to(x.dtype), bias)
+    step = max(1, PANEL // packed.columns)
+    if packed.rows <= step:
+        return F.linear(x, triton_rows(packed, x.dtype), bias)
+    panels = (
+        F.linear(x, triton_rows(packed, x.dtype, first, min(packed.rows, first + step)))
+        for first in range(0, packed.rows, step)
+    )
+    y = torch.cat(list(panels), -1)
+    return y if bias is None else y + bias
 
 
 def rows_of(packed: Packed, rows: Tensor) -> Tensor:
@@ -45,23 +66,16 @@ def rows_of(packed: Packed, rows: Tensor) -> Tensor:
         rows: `(n)`, int64.
     """
     columns = packed.columns
-    if packed.block > 1 or packed.form == "index":
-        return packed.to("cpu").dense().to(packed.values.device)[rows]
     if packed.form == "dense":
         assert packed.scale is not None
         raw = packed.values[: packed.rows * columns].view(packed.rows, columns)
         return F.embedding(rows, raw).float() * F.embedding(rows, packed.scale)
-    assert packed.mask is not None
-    lanes = torch.arange(WORD, device=rows.device)
-    kept = ((packed.mask[rows][:, :, None] >> lanes) & 1).flatten(1)[:, :columns]
-    places = (packed.offsets[rows][:, None] + kept.cumsum(1) - kept).clamp(max=_last(packed))
-    if packed.kind == "int4":
-        assert packed.codebook is not None
-        codes = (packed.values[places >> 1].long() >> ((places & 1) << 2)) & 15
-        found = packed.codebook[codes]
+    if packed.form == "index":
+        found = _of_index(packed)[rows]
+    elif packed.block > 1:
+        found = _of_blocks(packed)[rows]
     else:
-        found = packed.values[places]
-    found = torch.where(kept.bool(), found, found.new_zeros(()))
+        found = _of_mask(packed, rows)[:, :, 0]
     if packed.scale is None:
         return found
     groups = packed.scale.shape[1]
@@ -69,14 +83,48 @@ def rows_of(packed: Packed, rows: Tensor) -> Tensor:
     return (wide * packed.scale[rows][..., None]).view(len(rows), columns)
 
 
-def _last(packed: Packed) -> int:
-    """A place that can be read; behind it only weights that are not kept point."""
-    return packed.values.numel() * (2 if packed.kind == "int4" else 1) - 1
+def _of_mask(packed: Packed, groups: Tensor) -> Tensor:
+    """Block rows of a bitmask, `(n, columns, block)`, without scales."""
+    assert packed.mask is not None
+    lanes = torch.arange(WORD, device=groups.device)
+    kept = ((packed.mask[groups][:, :, None] >> lanes) & 1).flatten(1)[:, : packed.columns]
+    places = packed.offsets[groups][:, None] + (kept.cumsum(1) - kept) * packed.block
+    places = places[:, :, None] + torch.arange(packed.block, device=groups.device)
+    # behind the last value only weights that are not kept point
+    found = _values(packed, places.clamp(max=packed.values.numel() * (1 + (packed.kind == "int4")) - 1))
+    return torch.where(kept.bool()[:, :, None], found, found.new_zeros(()))
+
+
+def _of_blocks(packed: Packed) -> Tensor:
+    """All rows of a bitmask of blocks."""
+    found = _of_mask(packed, torch.arange(packed.groups, device=packed.values.device))
+    return found.transpose(1, 2).reshape(-1, packed.columns)[: packed.rows]
+
+
+def _of_index(packed: Packed) -> Tensor:
+    """All rows of the index form: every value finds the span that it is in by how many come before."""
+    assert packed.counts is not None
+    assert packed.index is not None
+    rows, spans = packed.counts.shape
+    place = torch.arange(packed.index.numel(), device=packed.values.device)
+    span = torch.searchsorted(packed.counts.flatten().long().cumsum(0), place, right=True)
+    values = _values(packed, place)
+    dense = values.new_zeros(rows, spans * SPAN)
+    dense[span // spans, span % spans * SPAN + packed.index.long()] = values
+    return dense[:, : packed.columns]
+
+
+def _values(packed: Packed, places: Tensor) -> Tensor:
+    """What lies at these places of the stream; the integers of int4's codes."""
+    if packed.kind != "int4":
+        return packed.values[places]
+    assert packed.codebook is not None
+    return packed.codebook[(packed.values[places >> 1].long() >> ((places & 1) << 2)) & 15]
 
 
 @cache
-def _kernel() -> Any:
-    """The compiled kernel; None where Triton is missing."""
+def _kernels() -> Any:
+    """The module of kernels, made Triton's; None where Triton is missing."""
     try:
         import triton
         import triton.language
@@ -85,29 +133,93 @@ def _kernel() -> Any:
     from secateur.deploy.sparse import bitmask_kernel
 
     bitmask_kernel.tl = triton.language
-    return triton.jit(bitmask_kernel.bitmask_product)
+    for name in bitmask_kernel.FUNCTIONS:
+        setattr(bitmask_kernel, name, triton.jit(getattr(bitmask_kernel, name)))
+    return bitmask_kernel
 
 
-def triton_product(packed: Packed, x: Tensor) -> Tensor:
-    """`x w^T` of a bitmask of single weights, by Triton, in float32 sums; the type of x.
+def _interpreted() -> bool:
+    """Whether Triton runs its kernels in Python, on the CPU."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _reads(packed: Packed, x: Tensor) -> bool:
+    """Whether the kernels read this form, meet such inputs, and run where they are."""
+    here = x.device.type == "cuda" or (x.device.type == "cpu" and _interpreted())
+    return packed.form == "bitmask" and packed.block == 1 and x.dtype in INPUTS and len(x) > 0 and here
+
+
+def _given(packed: Packed) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+    """What both kernels take of a matrix: tensors, and numbers that they are compiled for."""
+    assert packed.mask is not None
+    steps = -(-packed.columns // (8 * LANES))
+    unrolled = min(UNROLLED, steps)
+    empty = packed.offsets  # stands in for what a kind has not
+    tensors = packed.mask.view(torch.uint8), packed.values, packed.offsets
+    scale, book = (empty if part is None else part for part in (packed.scale, packed.codebook))
+    return (*tensors, scale, book), {
+        "KIND": KINDS.index(packed.kind), "PLAIN": packed.codebook is None or _is_plain(packed, packed.codebook),
+        "COLUMNS": packed.columns, "GROUPS": 1 if packed.scale is None else packed.scale.shape[1],
+        "LANES": LANES, "ROUNDS": -(-steps // unrolled), "UNROLLED": unrolled, "ASM": not _interpreted(),
+        "num_warps": 1,
+    }  # fmt: skip
+
+
+def _is_plain(packed: Packed, codebook: Tensor) -> bool:
+    """Whether int4's codes are integers of 4 bits; looked up once, since it waits for the device.
+
+    The codebook that `pack` gives has a second 0 where -8 would be, a code that it does not use.
+    """
+    known = _plain.get(packed.values)
+    if known is None or known[0] != packed.values._version:
+        eights = ((packed.values & 15) == 8).any() | ((packed.values >> 4) == 8).any()
+        known = packed.values._version, not bool(eights) and torch.equal(codebook.cpu(), CODEBOOK)
+        _plain[packed.values] = known
+    return bool(known[1])
+
+
+def _ready() -> Any:
+    kernels = _kernels()
+    if kernels is None:
+        raise UsageError("the kernels for GPUs need triton, which comes with torch's CUDA builds")
+    return kernels
+
+
+def _on(device: torch.device) -> Any:
+    """Triton starts kernels on the current device, which need not be that of the tensors."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def triton_product(packed: Packed, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`x w^T + bias` of a bitmask of single weights and one token, by Triton, in float32 sums; the type of x.
 
     Raises:
         UsageError: Triton is missing.
     """
-    kernel = _kernel()
-    if kernel is None:
-        raise UsageError("the kernel for GPUs needs triton, which comes with torch's CUDA builds")
-    batch, width = x.shape[0], packed.columns
-    y = torch.empty(batch, packed.rows, dtype=torch.float32, device=x.device)
-    groups = 1 if packed.scale is None else packed.scale.shape[1]
-    empty = packed.offsets  # stands in for what a kind has not
-    kernel[(packed.rows,)](
-        x.contiguous(), packed.mask, packed.values, packed.offsets,
-        empty if packed.scale is None else packed.scale, empty if packed.codebook is None else packed.codebook, y,
-        packed.rows, width, -(-width // WORD), batch, width // groups, groups,
-        KIND=KINDS.index(packed.kind), BATCH=1 << (batch - 1).bit_length(), COLUMNS=COLUMNS, STEPS=-(-width // COLUMNS),
-    )  # fmt: skip
-    return y.to(x.dtype)
+    kernels = _ready()
+    y = torch.empty(1, packed.rows, dtype=x.dtype, device=x.device)
+    tensors, numbers = _given(packed)
+    given = packed.offsets if bias is None else bias.contiguous()
+    with _on(x.device):
+        kernels.bitmask_product[(packed.rows,)](
+            x.contiguous(), *tensors, given, y, BIASED=bias is not None, **numbers
+        )
+    return y
+
+
+def triton_rows(packed: Packed, dtype: torch.dtype, first: int = 0, last: int | None = None) -> Tensor:
+    """The rows first..last-1 of a bitmask of single weights made dense by Triton, in a floating-point type.
+
+    Raises:
+        UsageError: Triton is missing.
+    """
+    kernels = _ready()
+    rows = (packed.rows if last is None else last) - first
+    y = torch.empty(rows, packed.columns, dtype=dtype, device=packed.values.device)
+    tensors, numbers = _given(packed)
+    with _on(y.device):
+        kernels.bitmask_rows[(rows,)](*tensors, y, first, **numbers)
+    return y
 
 
 @torch.no_grad()
