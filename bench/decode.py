@@ -31,8 +31,9 @@ import torch
 from torch import nn
 
 from secateur import prune_, random, sparsify_
+from secateur.core.where import layers
 from secateur.deploy.sparse.convert import install_sparse_
-from secateur.deploy.sparse.packed import Packed, pack_integers
+from secateur.deploy.sparse.packed import pack_integers
 
 THREADS = torch.get_num_threads()
 # one thread's own time does not count what other processes take from it
@@ -113,7 +114,7 @@ def dynamic(model: Any) -> Any:
 
 def _dynamic(module: Any) -> nn.Module:
     if type(module).__name__ == "Conv1D":
-        linear = nn.Linear(*module.weight.shape, device="meta")
+        linear = nn.Linear(module.nx, module.nf, device="meta")
         linear.weight = nn.Parameter(module.weight.data.t().contiguous())
         linear.bias = nn.Parameter(module.bias.data)
         module = linear
@@ -132,19 +133,12 @@ def peers(dense: Any, wanted: list[str]) -> dict[str, Any]:
     return {("torch dynamic int8" if name == "int8" else f"torch {name}"): made[name]() for name in wanted}
 
 
-def small(given: argparse.Namespace) -> tuple[dict[str, Any], dict[str, float]]:
-    """The GPT-2 dense in three types, and packed in two."""
-    dense = gpt2(given.layers or 12)
-    models, size = peers(dense, given.peers), {}
-    for sparsity in given.sparsity:
-        pruned = copy.deepcopy(dense)
-        prune_(pruned, sparsity, random)
-        for kind in given.kinds:
-            name = f"packed {kind} {sparsity:.0%}"
-            models[name] = copy.deepcopy(pruned)
-            done = sparsify_(models[name], kind, outer="int8", measure=False)
-            size[name] = sum(layer.packed_bytes for layer in done.layers) / 1e6
-    return models, size
+def in_float32(dense: Any, sparsity: float) -> tuple[Any, float]:
+    """The pruned model packed as it is, and its megabytes."""
+    model = copy.deepcopy(dense)
+    prune_(model, sparsity, random)
+    done = sparsify_(model, outer="int8", measure=False)
+    return model, sum(layer.packed_bytes for layer in done.layers) / 1e6
 
 
 def rounded(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -157,32 +151,38 @@ def rounded(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return integers, scale
 
 
-def large(given: argparse.Namespace) -> tuple[dict[str, Any], dict[str, float]]:
-    """The Llama dense, in torch's dynamic 8 bits, and packed in int8; its scales reach each row's largest weight."""
-    dense = llama(given.layers or 16)
-    models = peers(dense, given.peers)
-    names = {sparsity: f"packed int8 {sparsity:.0%}" for sparsity in given.sparsity}
-    packed: dict[float, dict[str, Packed]] = {sparsity: {} for sparsity in names}
+def in_int8(dense: Any, sparsities: list[float]) -> dict[float, tuple[Any, float]]:
+    """The model in 8 bits with each share of zeros, and its megabytes; scales reach each row's largest weight.
+
+    What `sparsify_(model, "int8", outer="int8", measure=False)` makes, but for its search of better scales.
+    """
+    found = {sparsity: [sharing(dense), 0.0] for sparsity in sparsities}
     chance = torch.rand(POOL)
-    for path, module in dense.named_modules():
-        if not isinstance(module, nn.Linear | nn.Embedding):
-            continue
-        weight = module.weight.data
-        integers, scale = rounded(weight)
-        if isinstance(module, nn.Embedding) or path == "lm_head":
-            whole = pack_integers(integers, scale, form="dense")
-            for found in packed.values():
-                found[path] = whole
-            continue
-        for sparsity, found in packed.items():
-            cut = (chance < sparsity)[: weight.numel()].view(weight.shape)
-            found[path] = pack_integers(integers.masked_fill(cut, 0), scale)
-    size = {}
-    for sparsity, name in names.items():
-        models[name] = sharing(dense)
-        for path, each in packed[sparsity].items():
-            install_sparse_(models[name], (f"{path}.weight",), each)
-        size[name] = sum(each.nbytes for each in packed[sparsity].values()) / 1e6
+    for layer in layers(dense):
+        matrix = layer.layout.to_matrices(layer.weight.detach())[0]
+        integers, scale = rounded(matrix)
+        outer = layer.role in ("embedding", "head")
+        whole = pack_integers(integers, scale, form="dense") if outer else None
+        for sparsity, held in found.items():
+            packed = whole
+            if packed is None:
+                cut = (chance < sparsity)[: matrix.numel()].view(matrix.shape)
+                packed = pack_integers(integers.masked_fill(cut, 0), scale)
+            install_sparse_(held[0], (layer.name, *layer.tied), packed)
+            held[1] += packed.nbytes / 1e6
+    return {sparsity: (model, size) for sparsity, (model, size) in found.items()}
+
+
+def build(given: argparse.Namespace) -> tuple[dict[str, Any], dict[str, float]]:
+    """The dense model in torch's ways, and packed; and the megabytes of packed ones."""
+    dense = llama(given.layers or 16) if given.model == "llama-1b" else gpt2(given.layers or 12)
+    models, size = peers(dense, given.peers), {}
+    integers = in_int8(dense, given.sparsity) if "int8" in given.kinds else {}
+    for sparsity in given.sparsity:
+        for kind in given.kinds:
+            name = f"packed {kind} {sparsity:.0%}"
+            made = integers[sparsity] if kind == "int8" else in_float32(dense, sparsity)
+            models[name], size[name] = made
     return models, size
 
 
@@ -278,16 +278,17 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=0, help="0: as many as the model has")
     parser.add_argument("--sparsity", type=float, nargs="*", default=[0.5, 0.7])
     parser.add_argument("--peers", nargs="*", choices=["float32", "bfloat16", "int8"], default=None)
-    parser.add_argument("--kinds", nargs="*", choices=["float32", "int8"], default=["float32", "int8"])
+    parser.add_argument("--kinds", nargs="*", choices=["float32", "int8"], default=None)
     parser.add_argument("--compile", action="store_true", help="the same models under torch.compile as well")
     parser.add_argument("--tokens", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=5)
     given = parser.parse_args()
-    if given.peers is None:
-        given.peers = ["float32", "int8"] if given.model == "llama-1b" else ["float32", "bfloat16", "int8"]
+    many = given.model == "llama-1b"
+    given.peers = given.peers or (["float32", "int8"] if many else ["float32", "bfloat16", "int8"])
+    given.kinds = given.kinds or (["int8"] if many else ["float32", "int8"])
     start = time.perf_counter()
     with all_processors():
-        models, size = (large if given.model == "llama-1b" else small)(given)
+        models, size = build(given)
     print(f"{THREADS} threads, {given.model}, built in {time.perf_counter() - start:.0f} s", flush=True)
     writers: dict[str, Write] = {name: partial(write, model) for name, model in models.items()}
     if given.compile:
