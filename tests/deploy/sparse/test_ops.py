@@ -136,6 +136,12 @@ def test_inputs_of_another_width_are_refused_by_layer_and_operator(path, shape):
             call(torch.randn(shape))
 
 
+def test_a_matrix_elsewhere_than_its_inputs_is_refused(fast):
+    layer = packed_layer().to("meta")
+    with pytest.raises(RuntimeError, match="inputs on the CPU meet a matrix on meta; move one to the other"):
+        layer(torch.randn(1, 70))
+
+
 @torch.no_grad()
 def test_a_layer_and_its_operator_agree_at_every_batch(path):
     for kind in ("float32", "int8", "int4"):

@@ -71,9 +71,16 @@ class Ready:
         packed: on the CPU, where the native kernels are.
         bias: `(rows)`, or None.
         ways: as of `sparse_linear`; None for the usual ones.
+
+    Raises:
+        RuntimeError: it is elsewhere than on the CPU, where the inputs are.
     """
 
     def __init__(self, packed: Packed, bias: Tensor | None, ways: Sequence[int] | None):
+        if not packed.values.is_cpu or not (bias is None or bias.is_cpu):
+            raise RuntimeError(
+                f"inputs on the CPU meet a matrix on {packed.values.device}; move one to the other"
+            )
         self.library, self.bias, self.ways = native.library(), bias, ways
         self._values = weakref.ref(packed.values, partial(_forget, id(packed.values)))
         self._values_at, self._bias_at = packed.values.data_ptr(), 0 if bias is None else bias.data_ptr()
