@@ -75,12 +75,7 @@ def test_a_codebook_of_its_own_counts():
 @pytest.mark.parametrize("batch", [1, 3, 9])
 def test_the_product_is_the_dense_one(kind, batch):
     """On the CPU without an interpreter: unpacked by torch."""
-    for rows, columns, sparsity, block in (
-        (5, 63, 0.0, 1),
-        (17, 640, 0.5, 1),
-        (33, 130, 1.0, 1),
-        (9, 70, 0.5, 4),
-    ):
+    for rows, columns, sparsity, block in ((5, 63, 0.0, 1), (17, 640, 0.5, 1), (9, 70, 0.5, 4)):
         found = packed(matrix(rows, columns, sparsity, block), kind, block=block)
         x, bias = torch.randn(batch, columns), torch.randn(rows)
         y = gpu.multiply(found.to(DEVICE), x.to(DEVICE), bias.to(DEVICE))
@@ -89,24 +84,22 @@ def test_the_product_is_the_dense_one(kind, batch):
 
 
 def test_panels_are_the_whole(kernels, monkeypatch):
-    """A matrix that is made dense a panel at a time, and one without rows of tokens."""
-    found, bias = packed(matrix(7, 100, 0.5), "bfloat16"), torch.randn(7)
-    x = torch.randn(3, 100)
-    monkeypatch.setattr(gpu, "PANEL", 300)
+    """A matrix that is made dense a panel at a time, and no tokens at all."""
+    found, bias = packed(matrix(37, 63, 0.5), "int4"), torch.randn(37)
+    x = torch.randn(3, 63)
+    monkeypatch.setattr(gpu, "PANEL", 1100)
     assert close(gpu.multiply(found.to(DEVICE), x.to(DEVICE), bias.to(DEVICE)), x, found, bias, 1e-5)
-    assert gpu.multiply(found.to(DEVICE), x[:0].to(DEVICE), None).shape == (0, 7)
+    assert gpu.multiply(found.to(DEVICE), x[:0].to(DEVICE), None).shape == (0, 37)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_kernels_are_the_dense_product_and_the_rows(kernels, kind):
     """Sizes around a byte, a word, a step and a round of steps, none of them a multiple of anything."""
-    for rows, columns, sparsity in ((5, 63, 0.0), (2, 640, 0.5), (2, 2100, 0.9), (3, 256, 0.3), (2, 70, 1.0)):
+    for rows, columns, sparsity in ((5, 63, 0.0), (2, 63, 1.0), (3, 640, 0.5), (2, 2100, 0.9)):
         found = packed(matrix(rows, columns, sparsity), kind, "bitmask")
         x, bias = torch.randn(1, columns), torch.randn(rows)
         moved = found.to(DEVICE)
         assert torch.equal(gpu.triton_rows(moved, torch.float32).cpu(), found.dense().float())
-        assert torch.equal(gpu.triton_rows(moved, torch.float32, 1, rows).cpu(), found.dense()[1:].float())
-        assert close(gpu.triton_product(moved, x.to(DEVICE)), x, found, torch.zeros(rows))
         assert close(gpu.triton_product(moved, x.to(DEVICE), bias.to(DEVICE)), x, found, bias)
         half = x.bfloat16()
         y = gpu.triton_product(moved, half.to(DEVICE))
@@ -116,11 +109,11 @@ def test_the_kernels_are_the_dense_product_and_the_rows(kernels, kind):
 
 def test_the_kernels_look_codes_up(kernels):
     """A codebook of its own, and one whose second zero is in use."""
-    found = packed(matrix(3, 130, 0.5), "int4")
+    found = packed(matrix(3, 63, 0.5), "int4")
     book = torch.tensor([0, *range(100, 115)], dtype=torch.int8)
     eights = found.values.clone()
     eights[:-64] = eights[:-64] | 0x88
-    x = torch.randn(1, 130)
+    x = torch.randn(1, 63)
     for own in (replace(found, codebook=book), replace(found, values=eights)):
         moved = own.to(DEVICE)
         assert torch.equal(gpu.triton_rows(moved, torch.float32).cpu(), own.dense())

@@ -13,15 +13,9 @@ from typing import Any
 __all__ = ["FUNCTIONS", "bitmask_product", "bitmask_rows"]
 
 FUNCTIONS = (
-    "ones",
-    "window",
-    "one",
-    "eight_values",
-    "eight_inputs",
-    "bytes_of",
-    "bitmask_product",
-    "bitmask_rows",
-)
+    "ones", "window", "fetched", "one", "code", "eight_values", "eight_inputs", "bytes_of",
+    "bitmask_product", "bitmask_rows",
+)  # fmt: skip
 tl: Any = None  # triton.language, once it is needed
 
 
@@ -41,53 +35,121 @@ def window(at):
     return (tl.load(words) >> by) | ((tl.load(words + 1) << 1) << (63 - by))
 
 
-def one(values, place, queue, byte, J: tl.constexpr, codebook, KIND: tl.constexpr, PLAIN: tl.constexpr):
-    """Value J of eight, 0 where its bit is not set, and what is left of the queue and the stream.
+def fetched(base, at, byte, J: tl.constexpr, SIZE: tl.constexpr, ASM: tl.constexpr):
+    """The bits of the value `at` bytes behind base, 0 where bit J is not set; and where the next one lies.
 
-    Integers wait in a queue, the next one lowest. The bits of a small integer, its sign turned round, under the
-    exponent of 2^23 are a float that lies so much above it.
+    In PTX a bit becomes a predicate that the load and the addition share; from Triton's language it takes two
+    instructions more.
     """
-    keep = (byte & (1 << J)) != 0
-    if KIND == 4:
-        if PLAIN:
-            value = ((queue.to(tl.int32) & 15) ^ 0x4B000008).to(tl.float32, bitcast=True) - 8388616.0
+    if ASM:
+        if SIZE == 1:
+            return tl.inline_asm_elementwise(
+                "{ .reg .pred p; .reg .b32 t; .reg .b64 a; and.b32 t, $2, $5; setp.ne.b32 p, t, 0; "
+                "cvt.u64.u32 a, $3; add.s64 a, a, $4; mov.b32 $0, 0; @p ld.global.nc.u8 $0, [a]; "
+                "mov.b32 $1, $3; @p add.u32 $1, $1, 1; }",
+                "=&r,=&r,r,r,l,r", [byte, at, base, 1 << J], dtype=(tl.int32, tl.uint32), is_pure=True, pack=1,
+            )  # fmt: skip
+        elif SIZE == 2:
+            return tl.inline_asm_elementwise(
+                "{ .reg .pred p; .reg .b32 t; .reg .b64 a; .reg .b16 h; and.b32 t, $2, $5; setp.ne.b32 p, t, 0; "
+                "cvt.u64.u32 a, $3; add.s64 a, a, $4; mov.b16 h, 0; @p ld.global.nc.u16 h, [a]; "
+                "cvt.u32.u16 $0, h; mov.b32 $1, $3; @p add.u32 $1, $1, 2; }",
+                "=&r,=&r,r,r,l,r", [byte, at, base, 1 << J], dtype=(tl.int32, tl.uint32), is_pure=True, pack=1,
+            )  # fmt: skip
         else:
-            value = tl.load(codebook + (queue.to(tl.int32) & 15)).to(tl.float32)
-        return tl.where(keep, value, 0.0), place, tl.where(keep, queue >> 4, queue)
+            return tl.inline_asm_elementwise(
+                "{ .reg .pred p; .reg .b32 t; .reg .b64 a; and.b32 t, $2, $5; setp.ne.b32 p, t, 0; "
+                "cvt.u64.u32 a, $3; add.s64 a, a, $4; mov.b32 $0, 0; @p ld.global.nc.u32 $0, [a]; "
+                "mov.b32 $1, $3; @p add.u32 $1, $1, 4; }",
+                "=&r,=&r,r,r,l,r", [byte, at, base, 1 << J], dtype=(tl.int32, tl.uint32), is_pure=True, pack=1,
+            )  # fmt: skip
+    keep = (byte & (1 << J)) != 0
+    where = base + at.to(tl.int64)
+    if SIZE == 1:
+        bits = tl.load(where.to(tl.pointer_type(tl.uint8)), mask=keep, other=0).to(tl.int32)
+    elif SIZE == 2:
+        bits = tl.load(where.to(tl.pointer_type(tl.uint16)), mask=keep, other=0).to(tl.int32)
+    else:
+        bits = tl.load(where.to(tl.pointer_type(tl.int32)), mask=keep, other=0)
+    return bits, at + keep.to(tl.uint32) * SIZE
+
+
+def one(base, at, byte, J: tl.constexpr, KIND: tl.constexpr, ASM: tl.constexpr):
+    """Value J of eight in float32, 0 where its bit is not set, and where the next one lies.
+
+    The bits of a small integer, its sign turned round, under the exponent of 2^23 are a float that lies so much
+    above it.
+    """
     if KIND == 3:
-        value = ((queue.to(tl.int32) & 255) ^ 0x4B000080).to(tl.float32, bitcast=True) - 8388736.0
-        return tl.where(keep, value, 0.0), place, tl.where(keep, queue >> 8, queue)
-    value = tl.load(values + place, mask=keep, other=0).to(tl.float32)
-    return value, place + keep.to(tl.int32), queue
+        bits, at = fetched(base, at, byte, J, 1, ASM)
+        return ((bits & 255) ^ 0x4B000080).to(tl.float32, bitcast=True) - 8388736.0, at
+    if KIND == 2:
+        bits, at = fetched(base, at, byte, J, 2, ASM)
+        return bits.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32), at
+    if KIND == 1:
+        bits, at = fetched(base, at, byte, J, 2, ASM)
+        return (bits << 16).to(tl.float32, bitcast=True), at
+    bits, at = fetched(base, at, byte, J, 4, ASM)
+    return bits.to(tl.float32, bitcast=True), at
 
 
-def eight_values(values, start, place, byte, codebook, KIND: tl.constexpr, PLAIN: tl.constexpr):
+def code(queue, byte, J: tl.constexpr, codebook, PLAIN: tl.constexpr):
+    """The same of codes of 4 bits, which wait in a queue, the next one lowest; and what is left of the queue."""
+    keep = (byte & (1 << J)) != 0
+    if PLAIN:
+        value = ((queue.to(tl.int32) & 15) ^ 0x4B000008).to(tl.float32, bitcast=True) - 8388616.0
+    else:
+        value = tl.load(codebook + (queue.to(tl.int32) & 15)).to(tl.float32)
+    return tl.where(keep, value, 0.0), tl.where(keep, queue >> 4, queue)
+
+
+def eight_values(
+    values, start, place, byte, codebook, KIND: tl.constexpr, PLAIN: tl.constexpr, ASM: tl.constexpr
+):
     """What a byte of the mask stands for, in float32 and without scales.
 
     KIND is the place in `KINDS`: 0 to 2 floating point, 3 int8, 4 int4. PLAIN: the codes of int4 are its integers.
     `start` is where the row starts in the stream, `place` where the byte does from there on.
     """
+    stream = values.to(tl.int64, bitcast=True)
     if KIND == 4:
-        at = values.to(tl.int64, bitcast=True) + ((start + place) >> 1)
-        queue = (window(at) >> ((place & 1) << 2).to(tl.uint64)).to(tl.uint32)
-    elif KIND == 3:
-        queue = window(values.to(tl.int64, bitcast=True) + (start + place))
+        queue = window(stream + ((start + place) >> 1)) >> ((place & 1) << 2).to(tl.uint64)
+        queue = queue.to(tl.uint32)
+        w0, queue = code(queue, byte, 0, codebook, PLAIN)
+        w1, queue = code(queue, byte, 1, codebook, PLAIN)
+        w2, queue = code(queue, byte, 2, codebook, PLAIN)
+        w3, queue = code(queue, byte, 3, codebook, PLAIN)
+        w4, queue = code(queue, byte, 4, codebook, PLAIN)
+        w5, queue = code(queue, byte, 5, codebook, PLAIN)
+        w6, queue = code(queue, byte, 6, codebook, PLAIN)
+        w7, queue = code(queue, byte, 7, codebook, PLAIN)
     else:
-        queue = place
-    here = values + start
-    w0, place, queue = one(here, place, queue, byte, 0, codebook, KIND, PLAIN)
-    w1, place, queue = one(here, place, queue, byte, 1, codebook, KIND, PLAIN)
-    w2, place, queue = one(here, place, queue, byte, 2, codebook, KIND, PLAIN)
-    w3, place, queue = one(here, place, queue, byte, 3, codebook, KIND, PLAIN)
-    w4, place, queue = one(here, place, queue, byte, 4, codebook, KIND, PLAIN)
-    w5, place, queue = one(here, place, queue, byte, 5, codebook, KIND, PLAIN)
-    w6, place, queue = one(here, place, queue, byte, 6, codebook, KIND, PLAIN)
-    w7, place, queue = one(here, place, queue, byte, 7, codebook, KIND, PLAIN)
+        SIZE: tl.constexpr = 4 if KIND == 0 else 1 if KIND == 3 else 2
+        base, at = stream + start * SIZE, (place * SIZE).to(tl.uint32)
+        w0, at = one(base, at, byte, 0, KIND, ASM)
+        w1, at = one(base, at, byte, 1, KIND, ASM)
+        w2, at = one(base, at, byte, 2, KIND, ASM)
+        w3, at = one(base, at, byte, 3, KIND, ASM)
+        w4, at = one(base, at, byte, 4, KIND, ASM)
+        w5, at = one(base, at, byte, 5, KIND, ASM)
+        w6, at = one(base, at, byte, 6, KIND, ASM)
+        w7, at = one(base, at, byte, 7, KIND, ASM)
     return w0, w1, w2, w3, w4, w5, w6, w7
 
 
-def eight_inputs(x, at, COLUMNS: tl.constexpr, LANES: tl.constexpr):
-    """The inputs of the same columns, read at once."""
+def eight_inputs(x, at, COLUMNS: tl.constexpr, LANES: tl.constexpr, PAIRS: tl.constexpr):
+    """The inputs of the same columns, read at once. PAIRS: bfloat16, two in a number; the upper needs no shift."""
+    if PAIRS:
+        pair = at[:, None] * 4 + tl.arange(0, 4)[None, :]
+        x4 = tl.load(x.to(tl.pointer_type(tl.int32), bitcast=True) + pair, mask=pair < COLUMNS // 2, other=0)
+        even, odd = tl.split(tl.reshape(x4, (LANES, 2, 2)))
+        p01, p45 = tl.split(even)
+        p23, p67 = tl.split(odd)
+        x0, x1 = (p01 << 16).to(tl.float32, bitcast=True), (p01 & -65536).to(tl.float32, bitcast=True)
+        x2, x3 = (p23 << 16).to(tl.float32, bitcast=True), (p23 & -65536).to(tl.float32, bitcast=True)
+        x4, x5 = (p45 << 16).to(tl.float32, bitcast=True), (p45 & -65536).to(tl.float32, bitcast=True)
+        x6, x7 = (p67 << 16).to(tl.float32, bitcast=True), (p67 & -65536).to(tl.float32, bitcast=True)
+        return x0, x1, x2, x3, x4, x5, x6, x7
     column = at[:, None] * 8 + tl.arange(0, 8)[None, :]
     x8 = tl.load(x + column, mask=column < COLUMNS, other=0.0).to(tl.float32)
     even, odd = tl.split(tl.reshape(x8, (LANES, 2, 2, 2)))
@@ -112,7 +174,7 @@ def bytes_of(mask, row, step, seen, COLUMNS: tl.constexpr, LANES: tl.constexpr, 
 def bitmask_product(
     x, mask, values, offsets, scale, codebook, bias, y,
     KIND: tl.constexpr, PLAIN: tl.constexpr, COLUMNS: tl.constexpr, GROUPS: tl.constexpr, BIASED: tl.constexpr,
-    LANES: tl.constexpr, ROUNDS: tl.constexpr, UNROLLED: tl.constexpr, ASM: tl.constexpr,
+    PAIRS: tl.constexpr, LANES: tl.constexpr, ROUNDS: tl.constexpr, UNROLLED: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """One row of the matrix with one token: sums in float32, every input multiplied, with zeros too."""
     row = tl.program_id(0).to(tl.int64)
@@ -122,8 +184,10 @@ def bitmask_product(
     for around in range(ROUNDS):
         for inner in tl.static_range(UNROLLED):
             at, byte, place, count = bytes_of(mask, row, around * UNROLLED + inner, seen, COLUMNS, LANES, ASM)
-            w0, w1, w2, w3, w4, w5, w6, w7 = eight_values(values, start, place, byte, codebook, KIND, PLAIN)
-            x0, x1, x2, x3, x4, x5, x6, x7 = eight_inputs(x, at, COLUMNS, LANES)
+            w0, w1, w2, w3, w4, w5, w6, w7 = eight_values(
+                values, start, place, byte, codebook, KIND, PLAIN, ASM
+            )
+            x0, x1, x2, x3, x4, x5, x6, x7 = eight_inputs(x, at, COLUMNS, LANES, PAIRS)
             some = w0 * x0 + w1 * x1 + w2 * x2 + w3 * x3 + w4 * x4 + w5 * x5 + w6 * x6 + w7 * x7
             if KIND == 4:
                 factor = scale + row * GROUPS + at * 8 // (COLUMNS // GROUPS)
@@ -139,19 +203,20 @@ def bitmask_product(
 
 
 def bitmask_rows(
-    mask, values, offsets, scale, codebook, y, first,
+    mask, values, offsets, scale, codebook, y,
     KIND: tl.constexpr, PLAIN: tl.constexpr, COLUMNS: tl.constexpr, GROUPS: tl.constexpr,
     LANES: tl.constexpr, ROUNDS: tl.constexpr, UNROLLED: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """One row of the matrix made dense, from row `first` on; integers times their scales."""
-    to = tl.program_id(0).to(tl.int64)
-    row = to + first
+    """One row of the matrix made dense; integers times their scales."""
+    row = tl.program_id(0).to(tl.int64)
     start = tl.load(offsets + row)
     seen = 0
     for around in range(ROUNDS):
         for inner in tl.static_range(UNROLLED):
             at, byte, place, count = bytes_of(mask, row, around * UNROLLED + inner, seen, COLUMNS, LANES, ASM)
-            w0, w1, w2, w3, w4, w5, w6, w7 = eight_values(values, start, place, byte, codebook, KIND, PLAIN)
+            w0, w1, w2, w3, w4, w5, w6, w7 = eight_values(
+                values, start, place, byte, codebook, KIND, PLAIN, ASM
+            )
             even = tl.join(tl.join(w0, w4), tl.join(w2, w6))
             odd = tl.join(tl.join(w1, w5), tl.join(w3, w7))
             w = tl.reshape(tl.join(even, odd), (LANES, 8))
@@ -161,5 +226,5 @@ def bitmask_rows(
                 factor = scale + row * GROUPS + at * 8 // (COLUMNS // GROUPS)
                 w *= tl.load(factor, mask=at * 8 < COLUMNS, other=0.0)[:, None]
             column = at[:, None] * 8 + tl.arange(0, 8)[None, :]
-            tl.store(y + to * COLUMNS + column, w.to(y.dtype.element_ty), mask=column < COLUMNS)
+            tl.store(y + row * COLUMNS + column, w.to(y.dtype.element_ty), mask=column < COLUMNS)
             seen += count

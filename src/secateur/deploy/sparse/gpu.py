@@ -21,15 +21,13 @@ from secateur.errors import UsageError
 
 __all__ = ["multiply", "rows_of", "semi_structured_", "triton_product", "triton_rows"]
 
-LANES = (
-    32  # bytes of a mask that a program looks at in one step: one warp, so that nothing has to be waited for
-)
-UNROLLED = 8  # steps whose loads are on their way at once
+# A product: bytes of a mask in one step, so that a warp takes a row and waits for no other; steps at most whose loads
+# are on their way at once. Rows made dense: bytes of a mask in one step of several warps, which store side by side.
+LANES, UNROLLED, WIDE = 32, 16, 512
 PANEL = 1 << 27  # weights that are made dense at a time
 INPUTS = (torch.float32, torch.bfloat16, torch.float16)
-_plain: Any = (
-    WeakIdKeyDictionary()
-)  # streams of int4: their version, and whether codes are the integers themselves
+# streams of int4: their version, and whether codes are the integers themselves
+_plain: Any = WeakIdKeyDictionary()
 
 
 def multiply(packed: Packed, x: Tensor, bias: Tensor | None) -> Tensor:
@@ -47,7 +45,7 @@ def multiply(packed: Packed, x: Tensor, bias: Tensor | None) -> Tensor:
     if not fast:
         weight = rows_of(packed, torch.arange(packed.rows, device=x.device))
         return F.linear(x, weight.to(x.dtype), bias)
-    step = max(1, PANEL // packed.columns)
+    step = max(1, PANEL // packed.columns // 16) * 16  # so that a panel's parts are as aligned as the whole's
     if packed.rows <= step:
         return F.linear(x, triton_rows(packed, x.dtype), bias)
     panels = (
@@ -149,19 +147,18 @@ def _reads(packed: Packed, x: Tensor) -> bool:
     return packed.form == "bitmask" and packed.block == 1 and x.dtype in INPUTS and len(x) > 0 and here
 
 
-def _given(packed: Packed) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
-    """What both kernels take of a matrix: tensors, and numbers that they are compiled for."""
+def _given(packed: Packed, first: int, lanes: int, most: int) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+    """What both kernels take of a matrix from a row on: tensors, and numbers that they are compiled for."""
     assert packed.mask is not None
-    steps = -(-packed.columns // (8 * LANES))
-    unrolled = min(UNROLLED, steps)
-    empty = packed.offsets  # stands in for what a kind has not
-    tensors = packed.mask.view(torch.uint8), packed.values, packed.offsets
-    scale, book = (empty if part is None else part for part in (packed.scale, packed.codebook))
-    return (*tensors, scale, book), {
+    steps = -(-packed.columns // (8 * lanes))
+    rounds = -(-steps // most)
+    none = packed.offsets  # stands in for what a kind has not
+    tensors = packed.mask[first:].view(torch.uint8), packed.values, packed.offsets[first:]
+    scale = none if packed.scale is None else packed.scale[first:]
+    return (*tensors, scale, none if packed.codebook is None else packed.codebook), {
         "KIND": KINDS.index(packed.kind), "PLAIN": packed.codebook is None or _is_plain(packed, packed.codebook),
         "COLUMNS": packed.columns, "GROUPS": 1 if packed.scale is None else packed.scale.shape[1],
-        "LANES": LANES, "ROUNDS": -(-steps // unrolled), "UNROLLED": unrolled, "ASM": not _interpreted(),
-        "num_warps": 1,
+        "LANES": lanes, "ROUNDS": rounds, "UNROLLED": -(-steps // rounds), "ASM": not _interpreted(),
     }  # fmt: skip
 
 
@@ -198,11 +195,13 @@ def triton_product(packed: Packed, x: Tensor, bias: Tensor | None = None) -> Ten
     """
     kernels = _ready()
     y = torch.empty(1, packed.rows, dtype=x.dtype, device=x.device)
-    tensors, numbers = _given(packed)
-    given = packed.offsets if bias is None else bias.contiguous()
+    most = UNROLLED // 2 if packed.kind == "int4" else UNROLLED  # more takes long to compile
+    tensors, numbers = _given(packed, 0, LANES, most)
+    x, given = x.contiguous(), packed.offsets if bias is None else bias.contiguous()
+    pairs = x.dtype == torch.bfloat16 and packed.columns % 2 == 0 and x.data_ptr() % 4 == 0
     with _on(x.device):
         kernels.bitmask_product[(packed.rows,)](
-            x.contiguous(), *tensors, given, y, BIASED=bias is not None, **numbers
+            x, *tensors, given, y, BIASED=bias is not None, PAIRS=pairs, num_warps=1, **numbers
         )
     return y
 
@@ -216,9 +215,10 @@ def triton_rows(packed: Packed, dtype: torch.dtype, first: int = 0, last: int | 
     kernels = _ready()
     rows = (packed.rows if last is None else last) - first
     y = torch.empty(rows, packed.columns, dtype=dtype, device=packed.values.device)
-    tensors, numbers = _given(packed)
+    lanes = min(WIDE, 1 << (-(-packed.columns // 8) - 1).bit_length())
+    tensors, numbers = _given(packed, first, lanes, 1)
     with _on(y.device):
-        kernels.bitmask_rows[(rows,)](*tensors, y, first, **numbers)
+        kernels.bitmask_rows[(rows,)](*tensors, y, num_warps=max(1, lanes // 64), **numbers)
     return y
 
 
