@@ -113,7 +113,7 @@ def two_of_four(rows: int, columns: int, given: argparse.Namespace) -> None:
         layer.weight.copy_(weight)
         models.append(nn.Sequential(layer))
     inputs = [torch.randn(batch, columns, device="cuda", dtype=torch.bfloat16) for batch in given.prefill]
-    expected = [model(x) for model, x in zip([models[0]] * len(inputs), inputs, strict=True)]
+    expected = [models[0](x) for x in inputs]
     dense = [timed([lambda m=m, x=x: m(x) for m in models], given.rounds) for x in inputs]
     for model in models:
         gpu.semi_structured_(model)
