@@ -1,7 +1,7 @@
 """Greedy decoding of a GPT-2 of 124M parameters, random weights, through transformers: packed beside dense.
 
     OMP_NUM_THREADS=1 python bench/decode.py --compile
-    OMP_NUM_THREADS=1 python bench/decode.py --model llama-1b --tokens 4 --rounds 3    # 25 GB of memory
+    OMP_NUM_THREADS=1 python bench/decode.py --model llama-1b --tokens 4 --rounds 3    # 12 GB of memory
 
 Packed models hold the output head and the embeddings in int8 as well. Each model writes the same number of tokens in
 turns; milliseconds a token (of processor time where there is one thread), the minimum and the median over turns.
