@@ -337,10 +337,10 @@ void multiply_tiled(
     Room& room
 ) {
     const Tiled in = ready_for_tiles(m, x, batch, room);
-    const int64_t groups = (m.rows + TILE - 1) / TILE, step = std::max<int64_t>(1, std::min<int64_t>(8, groups / (4 * threads)));
+    const int64_t groups = (m.rows + TILE - 1) / TILE, step = std::max<int64_t>(1, std::min<int64_t>(32, groups / (4 * threads)));
     in_parallel((groups + step - 1) / step, threads, [&](int64_t chunk) {
         thread_local std::vector<uint8_t> dense;
-        dense.resize((m.words + FEW) * 2 * TILE_BYTES + 64);
+        dense.resize(4 * m.words * TILE_BYTES + 64);  // of two times 16 rows, at most two bytes each
         uint8_t* aligned = dense.data() + (64 - reinterpret_cast<uintptr_t>(dense.data()) % 64) % 64;
         table->tiled(m, in, bias, y, aligned, chunk * step, std::min(groups, (chunk + 1) * step));
     });

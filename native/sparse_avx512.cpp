@@ -20,13 +20,13 @@ const Kernels* avx512_kernels() { return nullptr; }
 #include "processor.h"
 #include "sparse_avx512.h"
 
-#ifndef AHEAD
-#define AHEAD 1024
-#define HINT _MM_HINT_T0
+#ifndef FETCH_AHEAD
+#define FETCH_AHEAD 1024
+#define FETCH_HINT _MM_HINT_T0
 #endif
-#define FETCH(at) _mm_prefetch((const char*)(at) + AHEAD, HINT)
-#ifdef MASKS
-#define FETCH_MASK(at) _mm_prefetch((const char*)(at) + MASKS, HINT)
+#define FETCH(at) _mm_prefetch((const char*)(at) + FETCH_AHEAD, FETCH_HINT)
+#ifdef FETCH_MASKS
+#define FETCH_MASK(at) _mm_prefetch((const char*)(at) + FETCH_MASKS, FETCH_HINT)
 #else
 #define FETCH_MASK(at)
 #endif
