@@ -188,8 +188,12 @@ struct Room {
 };
 
 void to_integers(const float* x, int64_t columns, int8_t* out, float* factor) {
-    float largest = 0;
-    for (int64_t c = 0; c < columns; ++c) largest = std::max(largest, std::fabs(x[c]));
+    float most[16] = {}, largest = 0;  // side by side, so that comparisons do not wait for each other
+    int64_t start = 0;
+    for (; start + 16 <= columns; start += 16)
+        for (int i = 0; i < 16; ++i) most[i] = std::fabs(x[start + i]) > most[i] ? std::fabs(x[start + i]) : most[i];
+    for (; start < columns; ++start) largest = std::max(largest, std::fabs(x[start]));
+    for (float each : most) largest = std::max(largest, each);
     *factor = largest / 127;
     const float inverse = largest > 1e-30f ? 127 / largest : 0;
     for (int64_t c = 0; c < columns; ++c) {
@@ -337,10 +341,10 @@ void multiply_tiled(
     Room& room
 ) {
     const Tiled in = ready_for_tiles(m, x, batch, room);
-    const int64_t groups = (m.rows + TILE - 1) / TILE, step = std::max<int64_t>(1, std::min<int64_t>(32, groups / (4 * threads)));
+    const int64_t groups = (m.rows + TILE - 1) / TILE, step = std::max<int64_t>(1, std::min<int64_t>(8, groups / (4 * threads)));
     in_parallel((groups + step - 1) / step, threads, [&](int64_t chunk) {
         thread_local std::vector<uint8_t> dense;
-        dense.resize(4 * m.words * TILE_BYTES + 64);  // of two times 16 rows, at most two bytes each
+        dense.resize((m.words + FEW) * 2 * TILE_BYTES + 64);
         uint8_t* aligned = dense.data() + (64 - reinterpret_cast<uintptr_t>(dense.data()) % 64) % 64;
         table->tiled(m, in, bias, y, aligned, chunk * step, std::min(groups, (chunk + 1) * step));
     });

@@ -61,7 +61,7 @@ struct Kernels {
     void (*few)(const Matrix&, const Inputs&, const float* bias, float* y, int64_t first, int64_t last);
     // The same for `lanes` tokens whose inputs are x[column][lane]; lanes is 8, 16, 32 or 64; y[row][lane] is local
     void (*many)(const Matrix&, const float* x, int lanes, float* y, int64_t first, int64_t last);
-    // y[b][row] for the rows 16 * first..16 * last-1, or null where there is no such way; `room` holds 32 dense rows
+    // y[b][row] for the rows 16 * first..16 * last-1, or null where there is no such way; `room` holds 16 dense rows
     void (*tiled)(const Matrix&, const Tiled&, const float* bias, float* y, uint8_t* room, int64_t first, int64_t last);
     bool wide;  // 32 and 64 lanes for blocks as well
 };

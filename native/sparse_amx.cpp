@@ -1,7 +1,7 @@
 // The kernels for AMX (Sapphire Rapids and later): 5 tokens and more against int8, int4 and bfloat16.
 //
 // A tile register holds 16 rows of 64 bytes. Sixteen rows of weights are made dense, 64 bytes of a row by one expanding
-// instruction, and lie in a cache as a tile wants them; one instruction multiplies them with 64 bytes of 16 tokens.
+// instruction, and lie in the nearest cache as a tile wants them; one instruction multiplies them with 64 bytes of 16 tokens.
 // Products are exact, sums are whole numbers of 32 bits or float32. Other batches and kinds are left to AVX-512.
 //
 // With SECATEUR_EMULATED_AVX512 the instructions are plain C++ (tests/native): for tests where no machine has them.
@@ -42,6 +42,8 @@ const Kernels* amx_kernels() { return nullptr; }
 namespace sparse {
 namespace {
 
+constexpr int64_t NEAR = 4;  // words whose tiles are made before they are met
+
 struct Configuration {
     uint8_t palette = 1, start = 0, nothing[14] = {};
     uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
@@ -53,44 +55,62 @@ constexpr int64_t tiles_of_word() {
     return KIND == BF16 ? 2 : 1;
 }
 
-// Sixteen rows, some of which may be behind the last, and where they are made dense: a tile for every 64 bytes of a row
+// Sixteen rows, some of which may be behind the last
 struct Rows {
     int64_t first;
     int count;
-    uint8_t* dense;
+    int64_t at[TILE];  // in their streams, of which a block has one
+    const char *ahead, *end;  // of what the next sixteen take
+    int64_t step;             // of that, for each word
+
+    Rows(const Matrix& m, int64_t row) : first(row), count(int(m.rows - row < TILE ? m.rows - row : TILE)) {
+        const int64_t group = row / m.block, each = TILE / m.block, next = group + each < m.groups ? group + each : m.groups;
+        const int64_t last = next + each < m.groups ? next + each : m.groups;
+        for (int64_t g = group; g < next; ++g) at[g - group] = m.offsets[g];
+        const auto place = [&](int64_t of) {
+            const int64_t n = m.offsets[of];
+            return (const char*)m.values + (m.kind == BF16 ? 2 * n : m.kind == I4 ? n / 2 : n);
+        };
+        ahead = place(next), end = place(last);
+        step = (end - ahead) / m.words + 1;
+    }
+
+    ALWAYS void fetch() {
+        const char* stop = ahead + step < end ? ahead + step : end;
+        for (; ahead < stop; ahead += 64) _mm_prefetch(ahead, _MM_HINT_T1);
+    }
 };
 
-Rows rows_from(const Matrix& m, int64_t first, uint8_t* dense) {
-    return {first, int(m.rows - first < TILE ? m.rows - first : TILE), dense};
-}
-
-// One of sixteen rows made dense
+// The words word..word+count-1 of sixteen rows made dense, a tile for every 64 bytes of a row
 template <int KIND>
-ALWAYS void make_row(const Matrix& m, const Rows& rows, int r, __m512i codebook) {
+ALWAYS void make_dense(const Matrix& m, Rows& rows, int64_t word, int64_t count, __m512i codebook, uint8_t* room) {
     constexpr int64_t EACH = tiles_of_word<KIND>() * TILE_BYTES;
-    uint8_t* out = rows.dense + r * 64;
-    if (r >= rows.count) {
-        for (int64_t i = 0; i < m.words * EACH; i += TILE_BYTES) _mm512_storeu_si512(out + i, _mm512_setzero_si512());
-        return;
-    }
     const uint8_t* values = (const uint8_t*)m.values;
-    int64_t at = m.offsets[rows.first + r];
-    if (m.form == DENSE) {  // inputs behind the last column are zero
-        for (int64_t word = 0; word < m.words; ++word, at += WORD, out += EACH)
-            _mm512_storeu_si512(out, _mm512_loadu_si512(values + at));
-        return;
-    }
-    const uint64_t* mask = m.mask + (rows.first + r) * m.words;
-    for (int64_t word = 0; word < m.words; ++word, out += EACH) {
-        if (KIND == BF16) {
-            const uint32_t low = uint32_t(mask[word]), high = uint32_t(mask[word] >> 32);
-            const int64_t middle = at + kept(low);
-            _mm512_storeu_si512(out, _mm512_maskz_expand_epi16(low, _mm512_loadu_si512(values + 2 * at)));
-            _mm512_storeu_si512(out + TILE_BYTES, _mm512_maskz_expand_epi16(high, _mm512_loadu_si512(values + 2 * middle)));
-            at = middle + kept(high);
-        } else {
-            _mm512_storeu_si512(out, expand_bytes<KIND>(values, at, mask[word], codebook));
+    for (int r = 0; r < TILE; ++r) {
+        uint8_t* out = room + r * 64;
+        if (r >= rows.count) {
+            for (int64_t i = 0; i < count * EACH; i += TILE_BYTES) _mm512_storeu_si512(out + i, _mm512_setzero_si512());
+            continue;
         }
+        int64_t at = rows.at[r];
+        const uint64_t* mask = m.form == DENSE ? nullptr : m.mask + (rows.first + r) * m.words + word;
+        for (int64_t i = 0; i < count; ++i, out += EACH) {
+            if (m.form == DENSE) {  // inputs behind the last column are zero
+                _mm512_storeu_si512(out, _mm512_loadu_si512(values + at));
+                at += WORD;
+            } else if (KIND == BF16) {
+                const uint32_t low = uint32_t(mask[i]), high = uint32_t(mask[i] >> 32);
+                const int64_t middle = at + kept(low);
+                _mm512_storeu_si512(out, _mm512_maskz_expand_epi16(low, _mm512_loadu_si512(values + 2 * at)));
+                _mm512_storeu_si512(
+                    out + TILE_BYTES, _mm512_maskz_expand_epi16(high, _mm512_loadu_si512(values + 2 * middle))
+                );
+                at = middle + kept(high);
+            } else {
+                _mm512_storeu_si512(out, expand_bytes<KIND>(values, at, mask[i], codebook));
+            }
+        }
+        rows.at[r] = at;
     }
 }
 
@@ -142,45 +162,39 @@ ALWAYS void spread(__m512i* z, uint64_t bits, uint8_t* out) {
         );
 }
 
-// Block g of sixteen rows made dense
+// The same of blocks of 4 or 16 rows
 template <int KIND, int BLOCK>
-ALWAYS void make_block(const Matrix& m, const Rows& rows, int g, __m512i codebook) {
+ALWAYS void make_blocks_dense(
+    const Matrix& m, Rows& rows, int64_t word, int64_t count, __m512i codebook, uint8_t* room
+) {
     constexpr int64_t PARTS = tiles_of_word<KIND>(), EACH = 64 / (KIND == BF16 ? 2 : 1);  // elements of a vector
     const uint8_t* values = (const uint8_t*)m.values;
     const __m512i fours = _mm512_load_si512(turns.fours[KIND == BF16]);
-    uint8_t* out = rows.dense + g * BLOCK * 64;
-    if (g * BLOCK >= rows.count) {
-        for (int64_t i = 0; i < m.words * PARTS; ++i) std::memset(out + i * TILE_BYTES, 0, BLOCK * 64);
-        return;
-    }
-    const int64_t group = rows.first / BLOCK + g;
-    const uint64_t* mask = m.mask + group * m.words;
-    int64_t at = m.offsets[group];
-    for (int64_t i = 0; i < m.words * PARTS; ++i, out += TILE_BYTES) {
-        const uint64_t bits = KIND == BF16 ? uint32_t(mask[i / 2] >> (i % 2 * 32)) : mask[i];
-        const int64_t size = kept(bits) * BLOCK, bytes = size * (64 / EACH);
-        __m512i z[BLOCK / 4][4];
-        for (int b = 0; b < BLOCK / 4; ++b) {
-            __m512i w[4];
-            for (int q = 0; q < 4; ++q) {
-                const int64_t number = 4 * b + q;
-                w[q] = piece<KIND>(values, at + number * EACH, bytes - number * 64, codebook);
-                if (BLOCK == 16) w[q] = _mm512_permutexvar_epi32(fours, w[q]);
-            }
-            if (BLOCK == 16) swap_quarters(w);
-            for (int q = 0; q < 4; ++q) z[BLOCK == 16 ? q : 0][BLOCK == 16 ? b : q] = w[q];
+    for (int g = 0; g < TILE / BLOCK; ++g) {
+        uint8_t* out = room + g * BLOCK * 64;
+        if (g * BLOCK >= rows.count) {
+            for (int64_t i = 0; i < count * PARTS; ++i) std::memset(out + i * TILE_BYTES, 0, BLOCK * 64);
+            continue;
         }
-        for (int b = 0; b < BLOCK / 4; ++b) spread<KIND>(z[b], bits, out + b * 4 * 64);
-        at += size;
+        const uint64_t* mask = m.mask + (rows.first / BLOCK + g) * m.words + word;
+        for (int64_t i = 0; i < count * PARTS; ++i, out += TILE_BYTES) {
+            const uint64_t bits = KIND == BF16 ? uint32_t(mask[i / 2] >> (i % 2 * 32)) : mask[i];
+            const int64_t size = kept(bits) * BLOCK, at = rows.at[g], bytes = size * (64 / EACH);
+            __m512i z[BLOCK / 4][4];
+            for (int b = 0; b < BLOCK / 4; ++b) {
+                __m512i w[4];
+                for (int q = 0; q < 4; ++q) {
+                    const int64_t number = 4 * b + q;
+                    w[q] = piece<KIND>(values, at + number * EACH, bytes - number * 64, codebook);
+                    if (BLOCK == 16) w[q] = _mm512_permutexvar_epi32(fours, w[q]);
+                }
+                if (BLOCK == 16) swap_quarters(w);
+                for (int q = 0; q < 4; ++q) z[BLOCK == 16 ? q : 0][BLOCK == 16 ? b : q] = w[q];
+            }
+            for (int b = 0; b < BLOCK / 4; ++b) spread<KIND>(z[b], bits, out + b * 4 * 64);
+            rows.at[g] += size;
+        }
     }
-}
-
-// The share `part` of sixteen of making rows dense: a whole row, so that the stream is read from end to end
-template <int KIND>
-ALWAYS void make(const Matrix& m, const Rows& rows, int part, __m512i codebook) {
-    if (m.block == 1) make_row<KIND>(m, rows, part, codebook);
-    if (m.block == 4 && part % 4 == 0) make_block<KIND, 4>(m, rows, part / 4, codebook);
-    if (m.block == 16 && part == 0) make_block<KIND, 16>(m, rows, 0, codebook);
 }
 
 // Tiles of weights times as many of T times 16 tokens, added to what the first T registers hold; `count` lie side by side
@@ -256,34 +270,34 @@ ALWAYS void put(
     }
 }
 
-// Sixteen dense rows times T tiles of tokens; meanwhile the next sixteen, if any, are made dense, so that memory is read
-// while tiles are multiplied
+// Sixteen rows times T tiles of tokens; the first to come makes the weights dense, in `room` where others follow
 template <int KIND, int T>
 ALWAYS void sixteen_rows(
-    const Matrix& m, const Tiled& in, const Rows& rows, const Rows* next, int64_t tile, const float* bias, float* y
+    const Matrix& m, const Tiled& in, Rows& rows, int64_t tile, const float* bias, float* y, uint8_t* room
 ) {
     constexpr int64_t EACH = tiles_of_word<KIND>();
     alignas(64) uint8_t sums[T][TILE_BYTES];
     alignas(64) float all[T][TILE * TILE];
     const int64_t reach = KIND == BF16 ? m.words : words_of_scale(m);
+    const bool keep = in.tiles > 4, made = tile > 0;
     const __m512i codebook = codebook_of(m);
     if (KIND != BF16) std::memset(all, 0, sizeof(all));
-    clear();
-    for (int64_t part = 0, word = 0, end = reach; part < TILE; ++part) {
-        if (next) make<KIND>(m, *next, int(part), codebook);
-        for (const int64_t stop = m.words * (part + 1) / TILE; word < stop;) {
-            const int64_t here = stop < end ? stop : end;
-            add_products<KIND, T>(
-                rows.dense + word * EACH * TILE_BYTES, in.x + (word * EACH * in.tiles + tile) * TILE_BYTES, (here - word) * EACH,
-                in.tiles
-            );
-            word = here;
-            if (word < end && word < m.words) continue;
-            take<T>(sums);
-            if (KIND != BF16) scale_up<T>(m, rows, end / reach - 1, sums, all);
-            clear();
-            end += reach;
+    for (int64_t word = 0, scale = 0; word < m.words; ++scale) {
+        const int64_t end = word + reach < m.words ? word + reach : m.words;
+        clear();
+        for (int64_t stop; word < end; word = stop) {
+            stop = word + NEAR < end ? word + NEAR : end;
+            uint8_t* here = room + (keep ? word * EACH * TILE_BYTES : 0);
+            if (!made) {
+                if (m.block == 1) make_dense<KIND>(m, rows, word, stop - word, codebook, here);
+                if (m.block == 4) make_blocks_dense<KIND, 4>(m, rows, word, stop - word, codebook, here);
+                if (m.block == 16) make_blocks_dense<KIND, 16>(m, rows, word, stop - word, codebook, here);
+                for (int64_t i = word; i < stop; ++i) rows.fetch();
+            }
+            add_products<KIND, T>(here, in.x + (word * EACH * in.tiles + tile) * TILE_BYTES, (stop - word) * EACH, in.tiles);
         }
+        take<T>(sums);
+        if (KIND != BF16) scale_up<T>(m, rows, scale, sums, all);
     }
     for (int t = 0; t < T; ++t) {
         const int64_t token = (tile + t) * TILE, left = in.batch - token;
@@ -294,21 +308,17 @@ ALWAYS void sixteen_rows(
 
 template <int KIND>
 void tiled_of(const Matrix& m, const Tiled& in, const float* bias, float* y, uint8_t* room, int64_t first, int64_t last) {
-    const int64_t size = m.words * tiles_of_word<KIND>() * TILE_BYTES;
-    Rows rows = rows_from(m, first * TILE, room);
-    for (int part = 0; part < TILE; ++part) make<KIND>(m, rows, part, codebook_of(m));
     for (int64_t group = first; group < last; ++group) {
-        const Rows after = rows_from(m, (group + 1) * TILE, rows.dense == room ? room + size : room);
+        Rows rows(m, group * TILE);
         for (int64_t tile = 0; tile < in.tiles;) {
-            const Rows* next = tile || group + 1 == last ? nullptr : &after;
-            const int tiles = int(in.tiles - tile < 4 ? in.tiles - tile : 4);
-            if (tiles == 4) sixteen_rows<KIND, 4>(m, in, rows, next, tile, bias, y);
-            if (tiles == 3) sixteen_rows<KIND, 3>(m, in, rows, next, tile, bias, y);
-            if (tiles == 2) sixteen_rows<KIND, 2>(m, in, rows, next, tile, bias, y);
-            if (tiles == 1) sixteen_rows<KIND, 1>(m, in, rows, next, tile, bias, y);
+            const int64_t left = in.tiles - tile;
+            const int tiles = int(left < 4 ? left : 4);
+            if (tiles == 4) sixteen_rows<KIND, 4>(m, in, rows, tile, bias, y, room);
+            if (tiles == 3) sixteen_rows<KIND, 3>(m, in, rows, tile, bias, y, room);
+            if (tiles == 2) sixteen_rows<KIND, 2>(m, in, rows, tile, bias, y, room);
+            if (tiles == 1) sixteen_rows<KIND, 1>(m, in, rows, tile, bias, y, room);
             tile += tiles;
         }
-        rows = after;
     }
 }
 
