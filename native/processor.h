@@ -6,7 +6,6 @@
 #include <cpuid.h>
 
 #include <cstdint>
-#include <initializer_list>
 
 namespace sparse {
 
@@ -25,28 +24,27 @@ static inline Features features() {
     return f;
 }
 
-static inline bool all(uint32_t word, std::initializer_list<int> bits) {
-    for (int bit : bits)
-        if (!(word >> bit & 1)) return false;
-    return true;
-}
+static inline bool all(uint32_t word, uint32_t bits) { return (word & bits) == bits; }
 
-// FMA, POPCNT, AVX, F16C; BMI, AVX2, BMI2
+static constexpr uint32_t bit(int number) { return 1u << number; }
+
 static inline bool has_avx2() {
     const Features f = features();
-    return all(f.kept, {1, 2}) && all(f.basic, {12, 23, 28, 29}) && all(f.b, {3, 5, 8});
+    const uint32_t fma = bit(12), popcnt = bit(23), avx = bit(28), f16c = bit(29), bmi = bit(3), avx2 = bit(5), bmi2 = bit(8);
+    return all(f.kept, bit(1) | bit(2)) && all(f.basic, fma | popcnt | avx | f16c) && all(f.b, bmi | avx2 | bmi2);
 }
 
-// F, DQ, BW, VL; VBMI, VBMI2, VNNI
 static inline bool has_avx512() {
     const Features f = features();
-    return has_avx2() && all(f.kept, {5, 6, 7}) && all(f.b, {16, 17, 30, 31}) && all(f.c, {1, 6, 11});
+    const uint32_t basic = bit(16), dq = bit(17), bw = bit(30), vl = bit(31), vbmi = bit(1), vbmi2 = bit(6), vnni = bit(11);
+    return has_avx2() && all(f.kept, bit(5) | bit(6) | bit(7)) && all(f.b, basic | dq | bw | vl) &&
+           all(f.c, vbmi | vbmi2 | vnni);
 }
 
-// bfloat16, tiles, int8
 static inline bool has_amx() {
     const Features f = features();
-    return has_avx512() && all(f.kept, {17, 18}) && all(f.d, {22, 24, 25});
+    const uint32_t bf16 = bit(22), tile = bit(24), int8 = bit(25);
+    return has_avx512() && all(f.kept, bit(17) | bit(18)) && all(f.d, bf16 | tile | int8);
 }
 
 }  // namespace sparse

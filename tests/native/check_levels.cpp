@@ -32,7 +32,7 @@ struct Matrix {
     std::vector<uint16_t> counts;
     std::vector<uint8_t> index, values, codes;
     std::vector<int64_t> offsets{0};
-    std::vector<float> scale;
+    std::vector<float> scale, bias;
     int8_t codebook[16] = {0, 1, 2, 3, 4, 5, 6, 7, 0, -7, -6, -5, -4, -3, -2, -1};
 
     void put() {
@@ -75,13 +75,17 @@ struct Matrix {
         values.resize(values.size() + 64);
         if (kind >= I8)
             for (int64_t i = 0; i < rows * scales; ++i) scale.push_back(0.5f + float(chance(1000)) / 1000);
+        for (int64_t i = 0; i < rows; ++i) bias.push_back(number());
+        // no room behind the last of anything: a sanitizer sees who reads there
+        mask.shrink_to_fit(), counts.shrink_to_fit(), index.shrink_to_fit(), values.shrink_to_fit();
+        offsets.shrink_to_fit(), scale.shrink_to_fit(), bias.shrink_to_fit();
     }
 
     std::vector<float> times(const std::vector<float>& x, int64_t batch, int64_t way, int64_t level) const {
         std::vector<float> y(batch * rows);
         const void* pointers[] = {
             mask.data(), counts.data(), index.data(), values.data(), offsets.data(), scale.empty() ? nullptr : scale.data(),
-            codebook, x.data(), nullptr, y.data()
+            codebook, x.data(), batch % 2 ? bias.data() : nullptr, y.data()
         };
         const int64_t numbers[] = {form, kind, block, rows, columns, scales, batch, way, 1, level};
         if (secateur_sparse_multiply(pointers, numbers)) y.assign(y.size(), NAN);

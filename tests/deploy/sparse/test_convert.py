@@ -125,6 +125,18 @@ def test_compile_and_export_take_the_operator_whole(fast):
     )
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("rows", [1, 7])
+def test_compile_takes_bfloat16_whole(fast, rows):
+    model = nn.Sequential(nn.Linear(40, 30), nn.ReLU(), nn.Linear(30, 20)).eval().bfloat16()
+    prune_(model, 0.6, only="all")
+    sparsify_(model, "bfloat16", measure=False)
+    x = torch.randn(rows, 40).bfloat16()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(x), model(x))
+    assert torch.equal(torch.export.export(model, (x,), strict=True).module()(x), model(x))
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @torch.no_grad()

@@ -172,3 +172,14 @@ def test_what_needs_a_gpu_says_so(monkeypatch):
     ):
         with pytest.raises(UsageError, match=r"need triton, which comes with torch's CUDA builds"):
             kernel()
+
+
+def test_whether_codes_are_integers_is_asked_again_of_another_codebook():
+    found = packed(matrix(4, 70, 0.5), "int4", "bitmask")
+    assert gpu._is_plain(found, found.codebook)
+    other = found.codebook + 1
+    assert not gpu._is_plain(found, other)
+    assert gpu._is_plain(found, found.codebook)
+    with torch.inference_mode():
+        made = packed(matrix(4, 70, 0.5), "int4", "bitmask")
+        assert gpu._is_plain(made, made.codebook)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import threading
+import weakref
 
 import pytest
 import torch
@@ -84,10 +85,31 @@ def test_nothing_is_kept_of_a_matrix_that_is_gone(fast):
     assert identity not in ops._ready
     layer = packed_layer()
     layer(torch.randn(1, 70))
-    before = len(ops._ready)
+    held = weakref.ref(layer.values), weakref.ref(layer.__dict__["_ready"])
     del layer
     gc.collect()
-    assert len(ops._ready) == before
+    assert [each() for each in held] == [None, None]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_scales_that_are_replaced_or_moved_count(fast, kind):
+    layer, x = packed_layer(kind), torch.randn(1, 70)
+    y, by_operator = layer(x), sparse_linear(layer.packed, x)
+    layer.scale = layer.scale * 2
+    assert torch.allclose(layer(x) - layer.bias, 2 * (y - layer.bias), atol=1e-5)
+    assert torch.allclose(sparse_linear(layer.packed, x), 2 * by_operator, atol=1e-5)
+    layer.scale.data = layer.scale.data * 2  # the same tensor, elsewhere
+    assert torch.allclose(layer(x) - layer.bias, 4 * (y - layer.bias), atol=1e-5)
+    assert torch.allclose(sparse_linear(layer.packed, x), 4 * by_operator, atol=1e-5)
+    half = torch.func.functional_call(layer, {"scale": layer.scale / 2}, x)
+    assert torch.allclose(half - layer.bias, 2 * (y - layer.bias), atol=1e-5)
+
+
+@torch.no_grad()
+def test_inputs_that_are_a_negative_view(fast):
+    layer, x = packed_layer(), torch.randn(1, 70)
+    assert torch.equal(layer(torch._neg_view(x)), layer(-x))
 
 
 @torch.no_grad()

@@ -167,12 +167,13 @@ def _is_plain(packed: Packed, codebook: Tensor) -> bool:
 
     The codebook that `pack` gives has a second 0 where -8 would be, a code that it does not use.
     """
-    known = _plain.get(packed.values)
-    if known is None or known[0] != packed.values._version:
-        eights = ((packed.values & 15) == 8).any() | ((packed.values >> 4) == 8).any()
-        known = packed.values._version, not bool(eights) and torch.equal(codebook.cpu(), CODEBOOK)
-        _plain[packed.values] = known
-    return bool(known[1])
+    values, known = packed.values, _plain.get(packed.values)
+    state = values.data_ptr(), *(t.is_inference() or t._version for t in (values, codebook))
+    if known is None or known[0] is not codebook or known[1] != state:
+        eights = ((values & 15) == 8).any() | ((values >> 4) == 8).any()
+        known = codebook, state, not bool(eights) and torch.equal(codebook.cpu(), CODEBOOK)
+        _plain[values] = known
+    return bool(known[2])
 
 
 def _ready() -> Any:

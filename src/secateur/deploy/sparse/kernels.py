@@ -162,7 +162,8 @@ class Product:
 
         Args:
             x: float32 `(..., columns)`, contiguous.
-            way: 0 straight from the stream, for a batch of at most 4; 1 with tokens side by side, for any.
+            way: 0 straight from the stream, or through tile registers, where there is such a way; 1 with tokens side by
+                side, for any batch.
         """
         y = x.new_empty((*x.shape[:-1], self.rows))
         bias_at = self._bias_at

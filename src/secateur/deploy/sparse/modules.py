@@ -17,6 +17,7 @@ from secateur.deploy.sparse.packed import Packed
 __all__ = ["SparseConv2d", "SparseEmbedding", "SparseLayer", "SparseLinear"]
 
 _PARTS = ("values", "mask", "negative", "counts", "index", "scale", "codebook")
+_OTHERS = ("offsets", "mask", "counts", "index", "scale", "codebook")  # than the values, that a product reads
 
 
 class SparseLayer(nn.Module):
@@ -81,6 +82,7 @@ class SparseLayer(nn.Module):
             type(x) is not Tensor
             or not x.is_cpu
             or torch.compiler.is_compiling()
+            or x.is_neg()
             or torch._C._len_torch_dispatch_stack()
             or torch._C._is_tracing()
             or torch._C._functorch.peek_interpreter_stack() is not None
@@ -88,8 +90,9 @@ class SparseLayer(nn.Module):
         ):
             return sparse_linear(self.packed, x, self.bias, ways=self.ways)
         held: Ready | None = self.__dict__.get("_ready")
-        values, bias = self._buffers["values"], self._parameters.get("bias")
-        if held is None or held.ways is not self.ways or not held.serves(values, bias):  # type: ignore[arg-type]
+        bias, others = self._parameters.get("bias"), tuple(map(self._buffers.get, _OTHERS))
+        same = held is not None and held.ways is self.ways and held.serves(self.values, bias, others)
+        if held is None or not same:
             held = self.__dict__["_ready"] = Ready(self.packed, bias, self.ways)
         y = held(x)
         return by_torch(self.packed, x, bias) if y is None else y

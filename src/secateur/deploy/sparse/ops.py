@@ -62,6 +62,9 @@ def bucket(batch: int) -> int:
     return place
 
 
+Parts = tuple[Tensor | None, ...]  # offsets, mask, counts, index, scale, codebook
+
+
 class Ready:
     """A matrix made ready: all that a product needs and that does not depend on its inputs, looked up once.
 
@@ -83,21 +86,21 @@ class Ready:
             )
         self.library, self.bias, self.ways = native.library(), bias, ways
         self._values = weakref.ref(packed.values, partial(_forget, id(packed.values)))
-        self._values_at, self._bias_at = packed.values.data_ptr(), 0 if bias is None else bias.data_ptr()
-        self.others = (packed.offsets, packed.mask, packed.counts, packed.index, packed.scale, packed.codebook)
+        self._others = (packed.offsets, packed.mask, packed.counts, packed.index, packed.scale, packed.codebook)
+        self._places = _places(packed.values, bias, self._others)
         form, kind = FORMS.index(packed.form), KINDS.index(packed.kind)
         self.numbers = (packed.rows, packed.columns, form, kind, packed.block)
         self._product = kernels.Product(packed, bias)
         chosen = usual_ways(packed) if ways is None else ways
         self._ways = tuple(_way(packed, chosen, batch) for batch in range(BATCHES[-1] + 2))
 
-    def serves(self, values: Tensor, bias: Tensor | None) -> bool:
-        """Whether it was made of these and they are where they were; a layer's other tensors move with its values."""
+    def serves(self, values: Tensor, bias: Tensor | None, others: Parts) -> bool:
+        """Whether it was made of these and they are where they were; what else changes in place is seen."""
         return (
             self._values() is values
             and self.bias is bias
-            and values.data_ptr() == self._values_at
-            and (bias is None or bias.data_ptr() == self._bias_at)
+            and all(map(is_, self._others, others))
+            and _places(values, bias, others) == self._places
             and self.library is native.library()
         )
 
@@ -113,6 +116,10 @@ class Ready:
             return self._product(x if x.is_contiguous() else x.contiguous(), way)
         y = self._product(x.float().contiguous(), way)
         return None if y is None else y.to(x.dtype)
+
+
+def _places(values: Tensor, bias: Tensor | None, others: Parts) -> tuple[int, ...]:
+    return tuple(0 if tensor is None else tensor.data_ptr() for tensor in (values, bias, *others))
 
 
 _ready: dict[int, Ready] = {}  # by the identity of the values, while they live
@@ -136,8 +143,8 @@ def _sparse_linear(
     others, numbers = (offsets, mask, counts, index, scale, codebook), (rows, columns, form, kind, block)
     here, packed = x.is_cpu and native.library() is not None, None
     found = _ready.get(id(values)) if here else None
-    same = found is not None and found.serves(values, bias) and found.numbers == numbers and found.ways == ways
-    if here and (not same or not all(map(is_, found.others, others))):  # type: ignore[union-attr]
+    same = found is not None and found.serves(values, bias, others)
+    if here and not (same and found.numbers == numbers and found.ways == ways):  # type: ignore[union-attr]
         packed = _put_together(values, others, numbers)
         found = _ready[id(values)] = Ready(packed, bias, ways)
     y = None if found is None else found(x)
@@ -232,5 +239,10 @@ def sparse_linear(
 
 
 def usual_ways(packed: Packed) -> tuple[int, ...]:
-    """The stream where it serves the batch, tiles where not."""
-    return tuple(STREAM if streams(packed, most) else TILES for most in (*BATCHES, 2 * BATCHES[-1]))
+    """The stream where it may serve the batch, tiles where not.
+
+    What the machine has is not asked, since compilers trace this: where tile registers are missing the operator takes
+    tiles of tokens instead.
+    """
+    bits = packed.kind == "bfloat16" and packed.form == "bitmask"
+    return tuple(STREAM if bits or streams(packed, most) else TILES for most in (*BATCHES, 2 * BATCHES[-1]))

@@ -163,6 +163,11 @@ def pack_integers(
 ) -> Packed:
     """The same of integers that are there already: int8 `(rows, columns)`, scale `(rows, groups)`."""
     _check(integers, kind, form, block)
+    groups, columns = scale.shape[1], integers.shape[1]
+    if groups > 1 and (columns % groups or columns // groups % WORD):
+        raise UsageError(
+            f"{groups} scales for {columns} columns; each is for the same number of columns, a multiple of {WORD}"
+        )
     found = _packed(integers, kind, form, block)
     codebook = CODEBOOK.clone() if kind == "int4" else None
     return replace(found, scale=scale.float().contiguous(), codebook=codebook)
