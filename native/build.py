@@ -44,6 +44,9 @@ def build(target: Path = TARGET, more: Sequence[str] = ()) -> str | None:
         command = [*found.split(), *FLAGS, *more, "-o", str(out), *sources]
         try:
             done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if "ldtilecfg" in done.stderr:  # an assembler of before AMX
+                command.append("-DSECATEUR_NO_AMX")
+                done = subprocess.run(command, capture_output=True, text=True, check=False)
         except OSError as error:
             return f"{found} cannot be run ({error})"
         if done.returncode:

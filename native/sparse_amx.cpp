@@ -11,7 +11,7 @@
 
 #include "sparse.h"
 
-#if !defined(__x86_64__) || !defined(__linux__) || !(defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11)
+#if defined(SECATEUR_NO_AMX) || !defined(__x86_64__) || !defined(__linux__) || !(defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11)
 
 namespace sparse {
 const Kernels* amx_kernels() { return nullptr; }

@@ -84,3 +84,20 @@ def test_the_release_requires_the_kernels_in_its_wheels():
     assert said["environment"]["SECATEUR_NATIVE"] == "require"
     workflow = (ROOT / ".github" / "workflows" / "release.yml").read_text(encoding="utf-8")
     assert "cibuildwheel" in workflow
+
+
+def test_an_assembler_of_before_amx_is_asked_again_without_it(monkeypatch, tmp_path):
+    """It refuses the unit as such assemblers do, and takes the rest."""
+    compiler = tmp_path / "c++"
+    compiler.write_text(
+        "#!/bin/sh\n"
+        'case "$*" in *-DSECATEUR_NO_AMX*) while [ "$1" != -o ]; do shift; done; echo made > "$2";;\n'
+        '*) echo "Error: no such instruction: \\`ldtilecfg (%rax)\'" >&2; exit 1;; esac\n'
+    )
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.delenv("SECATEUR_NATIVE", raising=False)
+    target = tmp_path / "library.so"
+    build = runpy.run_path(str(Path(__file__).resolve().parents[1] / "native" / "build.py"))["build"]
+    assert build(target) is None
+    assert target.read_text() == "made\n"
