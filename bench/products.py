@@ -31,6 +31,7 @@ from secateur.deploy.sparse.packed import Packed, pack, pack_integers
 CLOCK = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
 KINDS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.float32, "int4": torch.float32}
 
+WAYS = ("stream", "tiles", "unpack")  # by number: STREAM, TILES, UNPACK
 DENSE = ("float32 torch", "bfloat16 torch", "int8 own", "int8 torch", "float32 oneDNN")
 
 
@@ -110,6 +111,7 @@ def main() -> None:
     parser.add_argument("--sparsity", type=float, nargs="*", default=[0.5, 0.7, 0.9])
     parser.add_argument("--block", type=int, nargs="*", default=[1, 4])
     parser.add_argument("--kind", nargs="*", default=list(KINDS), choices=list(KINDS))
+    parser.add_argument("--ways", nargs="*", default=list(WAYS), choices=list(WAYS))
     parser.add_argument("--rounds", type=int, default=15)
     given = parser.parse_args()
     torch.manual_seed(0)
@@ -133,9 +135,9 @@ def main() -> None:
                     ways = [STREAM, TILES] if streams(packed, batch) else [TILES]
                     if batch > 4 and block == 1 and kind != "int4":
                         ways.append(UNPACK)
-                    for way in ways:
+                    for way in (way for way in ways if WAYS[way] in given.ways):
                         shape = (f" {block}x1" if block > 1 else "") + (" index" if form == "index" else "")
-                        name = f"{kind}{shape} {sparsity:.0%} {('stream', 'tiles', 'unpack')[way]}"
+                        name = f"{kind}{shape} {sparsity:.0%} {WAYS[way]}"
                         held[name] = (kind, packed)
                         runs[name] = lambda p=packed, i=inputs, w=way: sparse_linear(p, i, ways=[w] * 9)
         times = timed(runs, given.rounds)

@@ -458,7 +458,8 @@ API int64_t secateur_sparse_bits(
 }
 
 // y = x w^T + bias. `way` 0: straight from the stream, at most FEW tokens unless they become integers or meet tile registers;
-// 1: tokens in the lanes, which is what is done with more tokens in way 0 too. `level` as above. Returns 1, with nothing done, where x holds NaN or Inf and the way would not carry them to every row.
+// 1: tokens in the lanes, which is what is done with more tokens in way 0 too. `level` as above. Returns 1, with nothing
+// done, where x holds NaN or Inf and the way would not carry them to every row.
 API int64_t secateur_sparse_multiply(const void* const* pointers, const int64_t* numbers) {
     Matrix m{};
     m.form = int32_t(numbers[0]), m.kind = int32_t(numbers[1]), m.block = int32_t(numbers[2]);
