@@ -25,12 +25,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from secateur.deploy.sparse.ops import STREAM, TILES, UNPACK, sparse_linear, streams
-from secateur.deploy.sparse.packed import Packed, pack, pack_integers
+from secateur.deploy.sparse.packed import Block, Packed, pack, pack_integers, shape_of
 
 # one thread's own time does not count what other processes take from it
 CLOCK = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
 KINDS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.float32, "int4": torch.float32}
 
+BLOCKS: dict[str, Block] = {"1": 1, "4": 4, "16": 16, "4x4": (4, 4)}
 WAYS = ("stream", "tiles", "unpack")  # by number: STREAM, TILES, UNPACK
 DENSE = ("float32 torch", "bfloat16 torch", "int8 own", "int8 torch", "float32 oneDNN")
 
@@ -47,7 +48,7 @@ def timed(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[flo
     return times
 
 
-def held_as(weight: Tensor, kind: str, block: int = 1, form: str | None = None) -> Packed:
+def held_as(weight: Tensor, kind: str, block: Block = 1, form: str | None = None) -> Packed:
     """Packed; integers by one scale for all, since how well they fit does not matter here."""
     if not kind.startswith("int"):
         return pack(weight, block=block, form=form)
@@ -109,7 +110,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=4096)
     parser.add_argument("--batch", type=int, nargs="*", default=[1, 16, 64])
     parser.add_argument("--sparsity", type=float, nargs="*", default=[0.5, 0.7, 0.9])
-    parser.add_argument("--block", type=int, nargs="*", default=[1, 4])
+    parser.add_argument("--block", nargs="*", default=["1", "4", "4x4"], choices=list(BLOCKS))
     parser.add_argument("--kind", nargs="*", default=list(KINDS), choices=list(KINDS))
     parser.add_argument("--ways", nargs="*", default=list(WAYS), choices=list(WAYS))
     parser.add_argument("--rounds", type=int, default=15)
@@ -122,10 +123,12 @@ def main() -> None:
         x = torch.randn(batch, given.size)
         runs, held = dense_runs(weight, x), {}
         for sparsity in given.sparsity:
-            for block in given.block:
-                cut = torch.rand(given.size // block, given.size) < sparsity
-                pruned = weight.masked_fill(cut.repeat_interleave(block, 0), 0)
-                for kind, form in product(given.kind, ("bitmask", "index")):
+            for block in (BLOCKS[name] for name in given.block):
+                high, wide = shape_of(block)
+                cut = torch.rand(given.size // high, given.size // wide) < sparsity
+                pruned = weight.masked_fill(cut.repeat_interleave(high, 0).repeat_interleave(wide, 1), 0)
+                kinds = [kind for kind in given.kind if wide == 1 or kind == "int8"]
+                for kind, form in product(kinds, ("bitmask", "index") if wide == 1 else ("squares",)):
                     packed = held_as(pruned.to(KINDS[kind]), kind, block)
                     if form == "index" and packed.form == "bitmask":
                         continue
@@ -133,10 +136,11 @@ def main() -> None:
                         packed = held_as(pruned.to(KINDS[kind]), kind, block, form)
                     inputs = x.to(KINDS[kind])
                     ways = [STREAM, TILES] if streams(packed, batch) else [TILES]
+                    ways = ways if wide == 1 else [STREAM]
                     if batch > 4 and block == 1 and kind != "int4":
                         ways.append(UNPACK)
                     for way in (way for way in ways if WAYS[way] in given.ways):
-                        shape = (f" {block}x1" if block > 1 else "") + (" index" if form == "index" else "")
+                        shape = (f" {high}x{wide}" if high > 1 else "") + (" index" if form == "index" else "")
                         name = f"{kind}{shape} {sparsity:.0%} {WAYS[way]}"
                         held[name] = (kind, packed)
                         runs[name] = lambda p=packed, i=inputs, w=way: sparse_linear(p, i, ways=[w] * 9)

@@ -257,12 +257,13 @@ bool in_bf16(const float* x, int64_t size) {
 
 // Whether the table has a way through tile registers for this product
 bool by_tiles(const Kernels* table, const Matrix& m, const float* x, int64_t batch) {
-    if (!table->tiled || batch <= FEW || m.form == INDEX) return false;
+    if (!table->tiled || batch <= FEW || m.form == INDEX || m.form == SQUARES) return false;
     return in_integers(m) || (m.kind == BF16 && in_bf16(x, batch * m.columns));
 }
 
 Tiled ready_for_tiles(const Matrix& m, const float* x, int64_t batch, Room& room) {
-    const int64_t size = m.kind == BF16 ? 2 : 1, bytes = m.words * WORD * size;  // of a padded row
+    // of a padded row
+    const int64_t size = m.kind == BF16 ? 2 : 1, bytes = m.words * WORD * (m.form == SQUARES ? SIDE : size);
     Tiled in{batch, (batch + TILE - 1) / TILE, nullptr, nullptr};
     const char* rows;
     if (size == 1) {
@@ -347,6 +348,17 @@ void multiply_tiled(
         dense.resize((m.words + FEW) * 2 * TILE_BYTES + 64);
         uint8_t* aligned = dense.data() + (64 - reinterpret_cast<uintptr_t>(dense.data()) % 64) % 64;
         table->tiled(m, in, bias, y, aligned, chunk * step, std::min(groups, (chunk + 1) * step));
+    });
+}
+
+void multiply_squares(
+    const Kernels* table, const Matrix& m, const float* x, int64_t batch, const float* bias, float* y, int threads,
+    Room& room
+) {
+    const Tiled in = ready_for_tiles(m, x, batch, room);
+    const int64_t step = std::max<int64_t>(1, std::min<int64_t>(16, m.groups / (4 * threads)));
+    in_parallel((m.groups + step - 1) / step, threads, [&](int64_t chunk) {
+        table->squares(m, in, bias, y, chunk * step, std::min(m.groups, (chunk + 1) * step));
     });
 }
 
@@ -458,7 +470,7 @@ API int64_t secateur_sparse_bits(
 }
 
 // y = x w^T + bias. `way` 0: straight from the stream, at most FEW tokens unless they become integers or meet tile registers;
-// 1: tokens in the lanes, which is what is done with more tokens in way 0 too. `level` as above. Returns 1, with nothing
+// 1: tokens in the lanes, which is what is done with more tokens in way 0 too; SQUARES have one way. `level` as above. Returns 1, with nothing
 // done, where x holds NaN or Inf and the way would not carry them to every row.
 API int64_t secateur_sparse_multiply(const void* const* pointers, const int64_t* numbers) {
     Matrix m{};
@@ -467,7 +479,8 @@ API int64_t secateur_sparse_multiply(const void* const* pointers, const int64_t*
     const int64_t batch = numbers[6], way = numbers[7];
     const int threads = int(numbers[8]), level = int(numbers[9]);
     m.groups = (m.rows + m.block - 1) / m.block;
-    m.words = m.form == INDEX ? (m.columns + SPAN - 1) / SPAN : (m.columns + WORD - 1) / WORD;
+    const bool squares = m.form == SQUARES;
+    m.words = m.form == INDEX || squares ? (m.columns + SPAN - 1) / SPAN : (m.columns + WORD - 1) / WORD;
     m.mask = static_cast<const uint64_t*>(pointers[0]);
     m.counts = static_cast<const uint16_t*>(pointers[1]);
     m.index = static_cast<const uint8_t*>(pointers[2]);
@@ -479,6 +492,7 @@ API int64_t secateur_sparse_multiply(const void* const* pointers, const int64_t*
     const float* bias = static_cast<const float*>(pointers[8]);
     float* y = static_cast<float*>(const_cast<void*>(pointers[9]));
     if (m.form == DENSE && (m.kind != I8 || m.block != 1)) return 2;
+    if (squares && (m.kind != I8 || m.block != SIDE || m.scales != 1)) return 2;
     if (!finite(x, batch * m.columns)) return 1;
     const Kernels* table = kernels(level);
     thread_local Room room;
@@ -486,7 +500,11 @@ API int64_t secateur_sparse_multiply(const void* const* pointers, const int64_t*
         multiply_tiled(table, m, x, batch, bias, y, threads, room);
         return 0;
     }
-    if (way == 1 || (batch > FEW && !in_integers(m))) {
+    if (squares && batch > FEW && table->squares) {
+        multiply_squares(table, m, x, batch, bias, y, threads, room);
+        return 0;
+    }
+    if (!squares && (way == 1 || (batch > FEW && !in_integers(m)))) {
         multiply_many(table, m, x, batch, bias, y, threads, room);
         return 0;
     }

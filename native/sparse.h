@@ -11,7 +11,7 @@
 namespace sparse {
 
 enum Kind : int32_t { F32, BF16, F16, I8, I4 };
-enum Form : int32_t { BITMASK, INDEX, DENSE };
+enum Form : int32_t { BITMASK, INDEX, DENSE, SQUARES };
 
 constexpr int64_t WORD = 64;    // columns of one mask
 constexpr int64_t SPAN = 256;   // columns that an 8-bit index reaches
@@ -19,15 +19,17 @@ constexpr int64_t PANEL = 64;   // row groups whose results stay in the nearest 
 constexpr int64_t FEW = 4;      // tokens that are multiplied straight from the stream
 constexpr int64_t TILE = 16;    // rows, or tokens, of a tile register
 constexpr int64_t TILE_BYTES = 1024;
+constexpr int64_t SIDE = 4;     // rows and columns of a square
 
 // A matrix of `rows` x `columns`. Its units are single weights, or blocks of `block` rows by one column; `groups` is the
 // number of block rows. Values lie in order of (group, column, row of the block); those of group g start at element
-// offsets[g]. int4: two in a byte, the lower half first, each group from a whole byte on.
+// offsets[g]. int4: two in a byte, the lower half first, each group from a whole byte on. SQUARES: int8 alone; units are
+// blocks of 4 rows by 4 columns, a bit stands for one, and values lie in order of (group, square, row, column).
 struct Matrix {
     int32_t form, kind, block;
     int64_t rows, columns, groups;
-    int64_t words;            // of 64 columns (BITMASK) or 256 (INDEX)
-    const uint64_t* mask;     // groups x words; bit c of a word is column 64 * word + c
+    int64_t words;            // of 64 columns (BITMASK) or 256 (INDEX, SQUARES)
+    const uint64_t* mask;     // groups x words; bit c of a word is column, or square, 64 * word + c
     const uint16_t* counts;   // INDEX: groups x words, values in each span of 256 columns
     const uint8_t* index;     // INDEX: columns within the span
     const void* values;       // with at least 64 readable bytes behind the last one
@@ -63,6 +65,8 @@ struct Kernels {
     void (*many)(const Matrix&, const float* x, int lanes, float* y, int64_t first, int64_t last);
     // y[b][row] for the rows 16 * first..16 * last-1, or null where there is no such way; `room` holds 16 dense rows
     void (*tiled)(const Matrix&, const Tiled&, const float* bias, float* y, uint8_t* room, int64_t first, int64_t last);
+    // y[b][row] of SQUARES for any number of tokens, sixteen side by side; null where `few` takes them all
+    void (*squares)(const Matrix&, const Tiled&, const float* bias, float* y, int64_t first, int64_t last);
     bool wide;  // 32 and 64 lanes for blocks as well
 };
 
@@ -70,6 +74,12 @@ const Kernels* scalar_kernels();
 const Kernels* avx2_kernels();  // null where they were not compiled or the machine lacks something
 const Kernels* avx512_kernels();
 const Kernels* amx_kernels();
+
+// SQUARES, in units of their own
+void few_squares_avx2(const Matrix&, const Inputs&, const float* bias, float* y, int64_t first, int64_t last);
+void few_squares_avx512(const Matrix&, const Inputs&, const float* bias, float* y, int64_t first, int64_t last);
+void squares_avx2(const Matrix&, const Tiled&, const float* bias, float* y, int64_t first, int64_t last);
+void squares_avx512(const Matrix&, const Tiled&, const float* bias, float* y, int64_t first, int64_t last);
 
 // Whether inputs straight from the stream are rounded to integers, which serves any number of tokens
 static inline bool in_integers(const Matrix& m) { return (m.kind == I8 || m.kind == I4) && m.form != INDEX; }

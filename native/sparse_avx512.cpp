@@ -401,6 +401,7 @@ void few(const Matrix& m, const Inputs& in, const float* bias, float* y, int64_t
         if (m.kind == I8) function = few_for<I8>(m, in.batch);
         if (m.kind == I4) function = few_for<I4>(m, in.batch);
     }
+    if (m.form == SQUARES) function = few_squares_avx512;
     function(m, in, bias, y, first, last);
 }
 
@@ -556,7 +557,7 @@ void many(const Matrix& m, const float* x, int lanes, float* y, int64_t first, i
     }
 }
 
-const Kernels table = {few, many, nullptr, true};
+const Kernels table = {few, many, nullptr, squares_avx512, true};
 
 }  // namespace
 

@@ -45,7 +45,8 @@ float value_at(const Matrix& m, int64_t at) {
 }
 
 
-// Calls see(column, position of the first value of the block) for every unit of a group.
+// Calls see(column, position of the first value of the block) for every unit of a group; a square is seen as its four
+// columns, each with the position of its first row.
 template <class See>
 void each(const Matrix& m, int64_t group, See see) {
     int64_t at = m.offsets[group];
@@ -55,9 +56,10 @@ void each(const Matrix& m, int64_t group, See see) {
         for (int64_t span = 0; span < m.words; ++span)
             for (int n = m.counts[group * m.words + span]; n > 0; --n, ++at) see(span * SPAN + m.index[at], at);
     } else {
+        const int64_t width = m.form == SQUARES ? SIDE : 1;
         for (int64_t word = 0; word < m.words; ++word)
-            for (uint64_t bits = m.mask[group * m.words + word]; bits; bits &= bits - 1, at += m.block)
-                see(word * WORD + __builtin_ctzll(bits), at);
+            for (uint64_t bits = m.mask[group * m.words + word]; bits; bits &= bits - 1, at += m.block * width)
+                for (int64_t i = 0; i < width; ++i) see((word * WORD + __builtin_ctzll(bits)) * width + i, at + i);
     }
 }
 
@@ -70,13 +72,13 @@ float dot_integers(const Matrix& m, int64_t group, int64_t r, const int8_t* x) {
     int32_t sum = 0;
     int64_t current = 0;
     float total = 0;
-    const int64_t width = m.columns / m.scales, row = group * m.block + r;
+    const int64_t width = m.columns / m.scales, row = group * m.block + r, step = m.form == SQUARES ? SIDE : 1;
     each(m, group, [&](int64_t column, int64_t at) {
-        if (column / width != current) {
+        if (m.scales > 1 && column / width != current) {
             total += float(sum) * m.scale[row * m.scales + current];
             sum = 0, current = column / width;
         }
-        sum += int32_t(value_at(m, at + r)) * x[column];
+        sum += int32_t(value_at(m, at + r * step)) * x[column];
     });
     return total + float(sum) * m.scale[row * m.scales + current];
 }
@@ -110,7 +112,7 @@ void many(const Matrix& m, const float* x, int lanes, float* y, int64_t first, i
     }
 }
 
-const Kernels table = {few, many, nullptr, false};
+const Kernels table = {few, many, nullptr, nullptr, false};
 
 }  // namespace
 

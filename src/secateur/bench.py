@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 from secateur import evaluate, own
 from secateur import model as models
 from secateur.deploy.sparse import sparsify_
+from secateur.deploy.sparse.packed import Block
 from secateur.errors import UsageError
 from secateur.export import example_inputs
 from secateur.measure import Tell, running_on
@@ -47,7 +48,7 @@ class Asked:
 
     kind: str | None = None
     outer: str | None = None
-    block: int = 1
+    block: Block = 1
     prefer: str = "speed"
     batch: int = 16
     tokens: int = 16

@@ -15,6 +15,7 @@ from secateur import model as models
 from secateur import named_class, own, pretrained
 from secateur.checkpoint import TOKENIZER_FILES, Checkpoint, look_through, read_object
 from secateur.deploy.sparse import Sparsified, load_sparse_, save_sparse, sparsify_
+from secateur.deploy.sparse.packed import Block
 from secateur.deploy.twin import configuration
 from secateur.errors import UsageError
 from secateur.folder import new_folder, write_json, write_text
@@ -34,7 +35,7 @@ def export_packed(
     *,
     kind: str | None = None,
     outer: str | None = None,
-    block: int = 1,
+    block: Block = 1,
     if_exists: str = "fail",
     seed: int = 0,
     tell: Tell,

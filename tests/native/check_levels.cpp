@@ -14,7 +14,7 @@ extern "C" int64_t secateur_sparse_level();
 namespace {
 
 enum { F32, BF16, F16, I8, I4 };
-enum { BITMASK, INDEX, DENSE };
+enum { BITMASK, INDEX, DENSE, SQUARES };
 const char* const KINDS[] = {"float32", "bfloat16", "float16", "int8", "int4"};
 
 uint64_t state = 88172645463325252ull;
@@ -55,15 +55,16 @@ struct Matrix {
     Matrix(int64_t form, int64_t kind, int64_t block, int64_t rows, int64_t columns, double density)
         : form(form), kind(kind), block(block), rows(rows), columns(columns), scales(1) {
         if (kind == I4 && columns % 128 == 0) scales = columns / 128;
-        const int64_t groups = (rows + block - 1) / block, words = (columns + 63) / 64, spans = (columns + 255) / 256;
+        const int64_t width = form == SQUARES ? 4 : 1, units = (columns + width - 1) / width;
+        const int64_t groups = (rows + block - 1) / block, words = (units + 63) / 64, spans = (units + 255) / 256;
         mask.resize(groups * words), counts.resize(groups * spans);
         int64_t at = 0;
         for (int64_t group = 0; group < groups; ++group) {
-            for (int64_t column = 0; column < columns; ++column) {
+            for (int64_t column = 0; column < units; ++column) {
                 if (form != DENSE && chance(1000) >= density * 1000) continue;
                 mask[group * words + column / 64] |= uint64_t(1) << (column % 64);
                 ++counts[group * spans + column / 256], index.push_back(uint8_t(column % 256));
-                for (int64_t r = 0; r < block; ++r, ++at) put();
+                for (int64_t i = 0; i < block * width; ++i, ++at) put();
             }
             if (kind == I4 && form == BITMASK && at % 2) codes.push_back(0), ++at;
             offsets.push_back(at);
@@ -125,8 +126,9 @@ int main() {
         int count = 0;
         for (int64_t kind = F32; kind <= I4; ++kind)
             for (int64_t block : std::vector<int64_t>{1, 4, 16})
-                for (int64_t form = BITMASK; form <= DENSE; ++form) {
-                    if ((form != BITMASK && block > 1) || (form == DENSE && kind != I8)) continue;
+                for (int64_t form = BITMASK; form <= SQUARES; ++form) {
+                    if (form == SQUARES ? kind != I8 || block != 4 : form != BITMASK && block > 1) continue;
+                    if (form == DENSE && kind != I8) continue;
                     for (const auto& shape : shapes)
                         for (double density : {0.0, 0.1, 0.5, 1.0}) {
                             const Matrix m(form, kind, block, shape[0], shape[1], density);

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from secateur.cli.options import Json, Offline, Pickle, Trust, app, listed
+from secateur.cli.options import Json, Offline, Pickle, Trust, app, listed, read_block
 from secateur.errors import UsageError
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ def bench(
     outer: Annotated[
         str | None, typer.Option(help="int8 or int4 holds embeddings and heads in integers")
     ] = None,
-    block: Annotated[int, typer.Option(help="rows of a block, 1, 4 or 16")] = 1,
+    block: Annotated[str, typer.Option(help="what was pruned together: 1, 4 or 16 rows, or 4x4")] = "1",
     prefer: Annotated[str, typer.Option(help="speed or memory")] = "speed",
     batch: Annotated[int, typer.Option(min=1, help="rows of the larger input")] = 16,
     tokens: Annotated[int, typer.Option(min=0, help="tokens to write, by language models")] = 16,
@@ -54,7 +54,7 @@ def bench(
     from secateur.terminal import progress
 
     numbers = tuple(map(int, counts))
-    asked = benches.Asked(kind, outer, block, prefer, batch, tokens, numbers, rounds, data, seed)
+    asked = benches.Asked(kind, outer, read_block(block), prefer, batch, tokens, numbers, rounds, data, seed)
     with progress() as tell:
         found = benches.bench(
             folder,

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from secateur.cli.options import Device, Json, Offline, Pickle, Threads, Trust, app, use_threads
+from secateur.cli.options import Device, Json, Offline, Pickle, Threads, Trust, app, read_block, use_threads
 from secateur.errors import UsageError
 
 __all__ = ["export"]
@@ -39,7 +39,9 @@ def export(
     outer: Annotated[
         str | None, typer.Option(help="for sparse: int8 or int4 holds embeddings and heads in integers")
     ] = None,
-    block: Annotated[int, typer.Option(help="for sparse: rows of a block, 1, 4 or 16")] = 1,
+    block: Annotated[
+        str, typer.Option(help="for sparse: what was pruned together, 1, 4 or 16 rows, or 4x4")
+    ] = "1",
     speed: Annotated[bool, typer.Option(help="also latency, beside the masked model")] = True,
     stream: Annotated[
         bool, typer.Option("--stream", help="from file to file, for models larger than memory; not measured")
@@ -69,14 +71,14 @@ def export(
         how: dict[str, Any] = {
             "kind": kind,
             "outer": outer,
-            "block": block,
+            "block": read_block(block),
             "if_exists": if_exists,
             "seed": seed,
         }
         how |= {"offline": offline, "trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle}
         _pack(folder, out, json_, how)
         return
-    if kind is not None or outer is not None or block != 1:
+    if kind is not None or outer is not None or block != "1":
         raise UsageError("--kind, --outer and --block belong to --to sparse")
     from secateur.export import export_plain, export_to, is_compressed
     from secateur.terminal import progress, show_measurements

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from secateur import __version__
+from secateur.errors import UsageError
 
 __all__ = [
     "Device",
@@ -22,6 +23,7 @@ __all__ = [
     "Trust",
     "app",
     "listed",
+    "read_block",
     "use_threads",
 ]
 
@@ -75,6 +77,14 @@ def common(
 def listed(words: list[str] | None) -> tuple[str, ...]:
     """Words of a repeatable option, which may also be separated by commas."""
     return tuple(word for text in words or () for word in (part.strip() for part in text.split(",")) if word)
+
+
+def read_block(text: str) -> tuple[int, int]:
+    """Rows and columns of `--block`: a number of rows, or both, as in 4x4."""
+    parts = text.split("x")
+    if len(parts) > 2 or not all(part.isdigit() for part in parts):
+        raise UsageError(f"--block {text!r} is no block; expected a number of rows, 1, 4 or 16, or 4x4")
+    return int(parts[0]), int(parts[-1]) if len(parts) == 2 else 1
 
 
 def use_threads(threads: int | None) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 __all__ = ["between", "eliminate", "library", "path", "serves", "smallest", "zero"]
 
-ABI = 8
+ABI = 9
 ROOM = 1 << 22  # scores collected at most
 MOST = 1 << 13  # of 65,536: where there are more (ties, mostly) they are only counted
 FILE = Path(__file__).with_name("kernels.native.so")

@@ -147,8 +147,9 @@ def _measure(like: Packed, kind: Kind, rows: int, columns: int, zeros: float) ->
     generator = torch.Generator().manual_seed(0)
     width = columns * math.prod(kind.kernel)
     weight = torch.randn(rows, width, generator=generator)
-    cut = torch.rand(-(-rows // like.block), width, generator=generator) < zeros
-    weight = weight.masked_fill(cut.repeat_interleave(like.block, 0)[:rows], 0)
+    cut = torch.rand(-(-rows // like.block), -(-width // like.across), generator=generator) < zeros
+    cut = cut.repeat_interleave(like.block, 0)[:rows].repeat_interleave(like.across, 1)[:, :width]
+    weight = weight.masked_fill(cut, 0)
     stored = weight if like.kind.startswith("int") else weight.to(getattr(torch, like.kind))
     made = pack(stored, like.kind, form=like.form, block=like.block)
     count = math.ceil(2 * CACHES / (weight.numel() * kind.dtype.itemsize)) if kind.cold else 1

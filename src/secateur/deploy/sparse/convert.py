@@ -14,7 +14,7 @@ from secateur.deploy.quantize import put_
 from secateur.deploy.sparse.choice import CACHES, Choice, choose, kind_of
 from secateur.deploy.sparse.modules import SparseConv2d, SparseEmbedding, SparseLayer, SparseLinear
 from secateur.deploy.sparse.ops import DENSE
-from secateur.deploy.sparse.packed import BLOCKS, KINDS, Packed, pack
+from secateur.deploy.sparse.packed import KINDS, Block, Packed, pack, shape_of
 from secateur.errors import UsageError, nearest
 
 __all__ = ["Sparsified", "SparsifiedLayer", "install_sparse_", "sparsify_"]
@@ -70,7 +70,7 @@ def sparsify_(
     kind: str | None = None,
     *,
     outer: str | None = None,
-    block: int = 1,
+    block: Block = 1,
     only: Only = None,
     skip: Only = None,
     measure: bool = True,
@@ -84,7 +84,7 @@ def sparsify_(
             are multiplied in integers) or int4 (a scale for each 128 columns). None: as they are.
         outer: "int8" or "int4" holds embeddings and output heads as integers, zeros and all, tied ones once; int4 takes
             5.25 bits a weight; None leaves them alone.
-        block: rows that share an index: what `Blocks(block, 1)` pruned; 1, 4 or 16.
+        block: what `Blocks` pruned: 1, 4 or 16 rows that share an index, or (4, 4), for int8.
         only, skip: which layers, as for `prune_`; default every `nn.Linear`, `Conv1D` and `nn.Conv2d` of one group.
         measure: choose for each layer the fastest form and ways on this machine, and leave layers dense that would be
             slower in every way; the measurements are kept for the next time. False: the usual ways, every layer.
@@ -110,8 +110,7 @@ def sparsify_(
     for given, known in ((kind, KINDS), (outer, INTEGERS)):
         if given is not None and given not in known:
             raise UsageError(f"{given!r} is not known here; {nearest(given, known)}")
-    if block not in BLOCKS:
-        raise UsageError(f"block is {block}; expected one of {', '.join(map(str, BLOCKS))}")
+    shape_of(block)
     left: list[tuple[str, str]] = []
     chosen = _chosen(model, only, skip, left)
     cold = sum(layer.weight.nbytes for layer in chosen) > CACHES
@@ -137,7 +136,7 @@ def sparsify_(
     return Sparsified(done, tuple(left))
 
 
-def _planned(layer: Layer, kind: str | None, outer: str | None, block: int) -> Packed | str:
+def _planned(layer: Layer, kind: str | None, outer: str | None, block: Block) -> Packed | str:
     """A layer's weight packed, or why it is not."""
     reason = _reason(layer, outer)
     if reason:

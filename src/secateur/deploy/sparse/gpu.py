@@ -70,7 +70,7 @@ def rows_of(packed: Packed, rows: Tensor) -> Tensor:
         return F.embedding(rows, raw).float() * F.embedding(rows, packed.scale)
     if packed.form == "index":
         found = _of_index(packed)[rows]
-    elif packed.block > 1:
+    elif packed.block > 1:  # squares too
         found = _of_blocks(packed)[rows]
     else:
         found = _of_mask(packed, rows)[:, :, 0]
@@ -82,12 +82,13 @@ def rows_of(packed: Packed, rows: Tensor) -> Tensor:
 
 
 def _of_mask(packed: Packed, groups: Tensor) -> Tensor:
-    """Block rows of a bitmask, `(n, columns, block)`, without scales."""
+    """Block rows of a bitmask, `(n, units, values of a block)`, without scales."""
     assert packed.mask is not None
     lanes = torch.arange(WORD, device=groups.device)
-    kept = ((packed.mask[groups][:, :, None] >> lanes) & 1).flatten(1)[:, : packed.columns]
-    places = packed.offsets[groups][:, None] + (kept.cumsum(1) - kept) * packed.block
-    places = places[:, :, None] + torch.arange(packed.block, device=groups.device)
+    kept = ((packed.mask[groups][:, :, None] >> lanes) & 1).flatten(1)[:, : packed.units]
+    size = packed.block * packed.across
+    places = packed.offsets[groups][:, None] + (kept.cumsum(1) - kept) * size
+    places = places[:, :, None] + torch.arange(size, device=groups.device)
     # behind the last value only weights that are not kept point
     found = _values(packed, places.clamp(max=packed.values.numel() * (1 + (packed.kind == "int4")) - 1))
     return torch.where(kept.bool()[:, :, None], found, found.new_zeros(()))
@@ -96,7 +97,8 @@ def _of_mask(packed: Packed, groups: Tensor) -> Tensor:
 def _of_blocks(packed: Packed) -> Tensor:
     """All rows of a bitmask of blocks."""
     found = _of_mask(packed, torch.arange(packed.groups, device=packed.values.device))
-    return found.transpose(1, 2).reshape(-1, packed.columns)[: packed.rows]
+    tiles = found.unflatten(2, (packed.block, packed.across)).transpose(1, 2)
+    return tiles.reshape(packed.groups * packed.block, -1)[: packed.rows, : packed.columns]
 
 
 def _of_index(packed: Packed) -> Tensor:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Encoded", "Product", "bits_of", "decode", "encode", "level", "scaled", "spans"]
 
-FORM = {"bitmask": 0, "index": 1, "dense": 2}
+FORM = {"bitmask": 0, "index": 1, "dense": 2, "squares": 3}
 KIND = {"float32": 0, "bfloat16": 1, "float16": 2, "int8": 3, "int4": 4}
 ENVIRONMENT = "SECATEUR_ISA"
 LEVELS = ("plain", "avx2", "avx512", "amx")
@@ -52,12 +52,12 @@ def level() -> int:
     return LEVELS.index(wanted)
 
 
-def encode(weight: Tensor, block: int = 1) -> Encoded:
-    """The bits of a contiguous matrix and its non-zeros, block rows of one column at a time."""
+def encode(weight: Tensor, block: int = 1, across: int = 1) -> Encoded:
+    """The bits of a contiguous matrix and its non-zeros: blocks of so many rows and columns, each row after row."""
     rows, columns = weight.shape
     library = native.library()
     if block > 1 or library is None:
-        return _encode_in_numpy(weight, block)
+        return _encode_in_numpy(weight, block, across)
     words, bytes_, signed = -(-columns // 64), weight.element_size(), weight.is_floating_point()
     per_group = torch.empty(rows, dtype=torch.int64)
     minus = library.secateur_sparse_count(
@@ -194,12 +194,12 @@ def _words(kept: np.ndarray) -> Tensor:
     return torch.from_numpy(np.packbits(wide, axis=1, bitorder="little").view(np.int64))
 
 
-def _encode_in_numpy(weight: Tensor, block: int) -> Encoded:
+def _encode_in_numpy(weight: Tensor, block: int, across: int) -> Encoded:
     rows, columns = weight.shape
-    groups = -(-rows // block)
-    wide = torch.zeros(groups * block, columns, dtype=weight.dtype)
-    wide[:rows] = weight
-    tiles = wide.view(groups, block, columns).transpose(1, 2)
+    groups, units = -(-rows // block), -(-columns // across)
+    wide = torch.zeros(groups * block, units * across, dtype=weight.dtype)
+    wide[:rows, :columns] = weight
+    tiles = wide.view(groups, block, units, across).transpose(1, 2).flatten(2)
     kept = (tiles != 0).any(2)
     negative = None
     if weight.is_floating_point():
@@ -208,7 +208,7 @@ def _encode_in_numpy(weight: Tensor, block: int) -> Encoded:
         if bool(minus.any()):
             negative = _words(minus.numpy())
     return Encoded(
-        _words(kept.numpy()), negative, tiles[kept].reshape(-1), kept.sum(1), int(kept.sum()) * block
+        _words(kept.numpy()), negative, tiles[kept].reshape(-1), kept.sum(1), int(kept.sum()) * block * across
     )
 
 
@@ -227,7 +227,7 @@ def _mask_of_index(packed: Packed, first: int, last: int) -> Tensor:
 
 
 def _decode_in_numpy(packed: Packed) -> Tensor:
-    groups, columns, block = packed.groups, packed.columns, packed.block
+    groups, columns, block, across = packed.groups, packed.units, packed.block, packed.across
     if packed.form == "index":
         assert packed.counts is not None
         assert packed.index is not None
@@ -247,9 +247,10 @@ def _decode_in_numpy(packed: Packed) -> Tensor:
         starts = torch.cat([torch.zeros(1, dtype=torch.int64), size.cumsum(0)])[:-1]
         shift = torch.repeat_interleave(packed.offsets[:-1] - starts, size)
         values = packed.codebook[both[torch.arange(packed.nonzeros) + shift].long()]
-    dense = torch.zeros(groups, columns, block, dtype=values.dtype)
-    dense[kept] = values.view(-1, block)
-    found = dense.transpose(1, 2).reshape(groups * block, columns)[: packed.rows]
+    dense = torch.zeros(groups, columns, block * across, dtype=values.dtype)
+    dense[kept] = values.view(-1, block * across)
+    tiles = dense.view(groups, columns, block, across).transpose(1, 2)
+    found = tiles.reshape(groups * block, columns * across)[: packed.rows, : packed.columns]
     if packed.negative is not None:
         found = torch.where(torch.from_numpy(bits_of(packed.negative, columns)), -0.0, found)
     return found.contiguous()

@@ -104,7 +104,9 @@ class SparseLayer(nn.Module):
     def extra_repr(self) -> str:
         """For printing."""
         form, kind, block, rows, columns = self._shape
-        return f"{columns} -> {rows}, {kind} {form}" + (f", blocks of {block}" if block > 1 else "")
+        return f"{columns} -> {rows}, {kind} {form}" + (
+            f", blocks of {block}" if form == "bitmask" and block > 1 else ""
+        )
 
 
 class SparseLinear(SparseLayer):

@@ -130,9 +130,11 @@ def _forget(identity: int, _: object) -> None:
 
 
 def _way(packed: Packed, ways: Sequence[int], batch: int) -> int:
-    """The way of a batch; what cannot be multiplied straight from the stream is in tiles."""
+    """The way of a batch; what cannot be multiplied straight from the stream is in tiles, squares are unpacked."""
     way = min(ways[bucket(batch)], UNPACK) if batch else UNPACK
-    return TILES if way == STREAM and not streams(packed, batch) else way
+    if way == UNPACK or (way == STREAM and streams(packed, batch)):
+        return way
+    return UNPACK if packed.form == "squares" else TILES
 
 
 def _sparse_linear(

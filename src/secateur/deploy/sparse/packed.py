@@ -19,17 +19,31 @@ from secateur.deploy.grid import to_grid
 from secateur.deploy.sparse import kernels
 from secateur.errors import UsageError
 
-__all__ = ["BLOCKS", "FORMS", "KINDS", "PADDING", "Packed", "pack", "pack_integers", "reformed"]
+__all__ = [
+    "BLOCKS",
+    "FORMS",
+    "KINDS",
+    "PADDING",
+    "SIDE",
+    "Block",
+    "Packed",
+    "pack",
+    "pack_integers",
+    "reformed",
+    "shape_of",
+]
 
-FORMS = ("bitmask", "index", "dense")
+FORMS = ("bitmask", "index", "dense", "squares")
 KINDS = ("float32", "bfloat16", "float16", "int8", "int4")
 BLOCKS = (1, 4, 16)  # rows that share an index
+SIDE = 4  # rows and columns of a square
 DTYPES = {
     "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16,
     "int8": torch.int8, "int4": torch.uint8,
 }  # fmt: skip
 PADDING = 64  # bytes behind the last value that a kernel may read
 WORD, SPAN = 64, 256
+Block = int | tuple[int, int]  # rows, or rows and columns, that are kept or cut together
 CODEBOOK = torch.tensor([*range(8), 0, *range(-7, 0)], dtype=torch.int8)
 DENSE_ENOUGH = 0.12  # share of non-zeros below which the index form is smaller
 GROUP = 128
@@ -40,13 +54,16 @@ class Packed:
     """A matrix `(rows, columns)` without its zeros.
 
     Attributes:
-        form: bitmask, index, or dense (int8 only: nothing left out).
+        form: bitmask, index, dense (int8 only: nothing left out), or squares (int8 only: a bitmask of blocks of 4 rows
+            by 4 columns).
         kind: what a value is.
         block: rows that are kept or cut together.
         rows, columns: of the matrix.
-        values: the stream, one-dimensional, and `PADDING` bytes of zeros; int4: two in a byte, the lower half first,
-            each block row of a bitmask starting a new byte.
-        mask: int64 `(rows / block, columns / 64)`, rounded up; for the bitmask form.
+        values: the stream, one-dimensional, and `PADDING` bytes of zeros; block after block, column after column, of a
+            square row after row; int4: two in a byte, the lower half first, each block row of a bitmask starting a
+            new byte.
+        mask: int64 `(rows / block, units / 64)`, rounded up, where a unit is a column or, of squares, four; for
+            bitmasks and squares.
         negative: the same, marking zeros that have a sign; None where no zero has.
         counts: int16 `(rows / block, columns / 256)`, values in each span; for the index form.
         index: uint8, columns within the span.
@@ -72,6 +89,16 @@ class Packed:
         """Block rows."""
         return -(-self.rows // self.block)
 
+    @property
+    def across(self) -> int:
+        """Columns that are kept or cut together."""
+        return SIDE if self.form == "squares" else 1
+
+    @property
+    def units(self) -> int:
+        """What a block row has bits or indices for."""
+        return -(-self.columns // self.across)
+
     @cached_property
     def per_group(self) -> Tensor:
         """Units kept in every block row, int64."""
@@ -84,7 +111,7 @@ class Packed:
     @cached_property
     def offsets(self) -> Tensor:
         """Where every block row starts in the stream, int64, one more than there are."""
-        each = self.per_group * self.block
+        each = self.per_group * self.block * self.across
         if self.kind == "int4" and self.form == "bitmask":
             each = each + each % 2
         return torch.cat([torch.zeros(1, dtype=torch.int64), each.cumsum(0)])
@@ -97,12 +124,12 @@ class Packed:
     @property
     def nonzeros(self) -> int:
         """Values in the stream, those of kept blocks included."""
-        return int(self.per_group.sum()) * self.block
+        return int(self.per_group.sum()) * self.block * self.across
 
     @property
     def density(self) -> float:
-        """Values in the stream as a share of all weights."""
-        return self.nonzeros / max(1, self.rows * self.columns)
+        """Kept blocks as a share of all."""
+        return int(self.per_group.sum()) / max(1, self.groups * self.units)
 
     @property
     def nbytes(self) -> int:
@@ -127,15 +154,16 @@ class Packed:
         return kernels.scaled(self, kernels.decode(self))
 
 
-def pack(weight: Tensor, kind: str | None = None, *, form: str | None = None, block: int = 1) -> Packed:
+def pack(weight: Tensor, kind: str | None = None, *, form: str | None = None, block: Block = 1) -> Packed:
     """Leave a matrix's zeros out.
 
     Args:
         weight: `(rows, columns)`, on the CPU.
         kind: None for what the weight is; int8 with a scale for each row, int4 with one for each 128 columns where
             they divide the row. Weights that round to zero are zeros then.
-        form: None for the smaller of bitmask and index.
-        block: 1, 4 or 16 rows that share an index; a block that holds a non-zero is stored whole.
+        form: None for the smaller of bitmask and index, or what the block asks for.
+        block: 1, 4 or 16 rows that share an index, or (4, 4) for squares of int8; a block that holds a non-zero is
+            stored whole.
 
     Raises:
         UsageError: a kind, form or block that is not known, or no matrix.
@@ -149,26 +177,26 @@ def pack(weight: Tensor, kind: str | None = None, *, form: str | None = None, bl
         ([2.0, 3.0], [[2], [1]], [[0.0, 2.0, 0.0], [3.0, 0.0, -0.0]])
     """
     kind = kind or str(weight.dtype).removeprefix("torch.")
-    _check(weight, kind, form, block)
+    form, rows = _check(weight, kind, form, block)
     if kind in ("int8", "int4"):
         columns = weight.shape[1]
         group = next((g for g in (GROUP, WORD) if columns % g == 0), None) if kind == "int4" else None
         grid = to_grid(weight[None], 4 if kind == "int4" else 8, group)
         return pack_integers(grid.integers[0], grid.scale[0], kind, form=form, block=block)
-    return _packed(weight.detach().to(DTYPES[kind]), kind, form, block)
+    return _packed(weight.detach().to(DTYPES[kind]), kind, form, rows)
 
 
 def pack_integers(
-    integers: Tensor, scale: Tensor, kind: str = "int8", *, form: str | None = None, block: int = 1
+    integers: Tensor, scale: Tensor, kind: str = "int8", *, form: str | None = None, block: Block = 1
 ) -> Packed:
     """The same of integers that are there already: int8 `(rows, columns)`, scale `(rows, groups)`."""
-    _check(integers, kind, form, block)
+    form, rows = _check(integers, kind, form, block)
     groups, columns = scale.shape[1], integers.shape[1]
     if groups > 1 and (columns % groups or columns // groups % WORD):
         raise UsageError(
             f"{groups} scales for {columns} columns; each is for the same number of columns, a multiple of {WORD}"
         )
-    found = _packed(integers, kind, form, block)
+    found = _packed(integers, kind, form, rows)
     codebook = CODEBOOK.clone() if kind == "int4" else None
     return replace(found, scale=scale.float().contiguous(), codebook=codebook)
 
@@ -183,16 +211,45 @@ def reformed(packed: Packed, form: str) -> Packed:
     return pack_integers(weight, packed.scale, packed.kind, form=form, block=packed.block)
 
 
-def _check(weight: Tensor, kind: str, form: str | None, block: int) -> None:
-    if kind not in KINDS or (form is not None and form not in FORMS) or block not in BLOCKS:
+def shape_of(block: Block) -> tuple[int, int]:
+    """Rows and columns of a block.
+
+    Raises:
+        UsageError: none of those there are kernels for.
+
+    Example:
+        >>> shape_of(16), shape_of((4, 4))
+        ((16, 1), (4, 4))
+    """
+    shape = (block, 1) if isinstance(block, int) else block
+    if shape not in [(SIDE, SIDE), *((rows, 1) for rows in BLOCKS)]:
         raise UsageError(
-            f"kind={kind!r}, form={form!r}, block={block!r}; expected one of {', '.join(KINDS)}; {', '.join(FORMS)}; "
-            f"{', '.join(map(str, BLOCKS))}"
+            f"block is {block!r}; expected {', '.join(map(str, BLOCKS))} rows, or ({SIDE}, {SIDE})"
         )
+    return shape
+
+
+def _check(weight: Tensor, kind: str, form: str | None, block: Block) -> tuple[str | None, int]:
+    """The form, which (4, 4) says, and the rows of a block."""
+    rows, across = shape_of(block)
+    if kind not in KINDS or (form is not None and form not in FORMS):
+        raise UsageError(
+            f"kind={kind!r}, form={form!r}; expected one of {', '.join(KINDS)}; {', '.join(FORMS)}"
+        )
+    if across > 1 and form is None:
+        form = "squares"
+    if (across > 1 or form == "squares") and (form != "squares" or kind != "int8"):
+        raise UsageError(
+            f"kind={kind!r}, form={form!r}: squares of {SIDE} x {SIDE} are a form of int8; other kinds take the same "
+            f"weights with block={SIDE}"
+        )
+    if form == "squares":
+        rows = SIDE
     if weight.dim() != 2 or weight.device.type != "cpu" or 0 in weight.shape:
         raise UsageError(f"a matrix on the CPU is expected, got {tuple(weight.shape)} on {weight.device}")
-    if (form == "dense" and (kind != "int8" or block > 1)) or (form == "index" and block > 1):
+    if (form == "dense" and (kind != "int8" or rows > 1)) or (form == "index" and rows > 1):
         raise UsageError(f"form {form} is for {'int8' if form == 'dense' else 'single'} weights alone")
+    return form, rows
 
 
 def _packed(weight: Tensor, kind: str, form: str | None, block: int) -> Packed:
@@ -201,14 +258,14 @@ def _packed(weight: Tensor, kind: str, form: str | None, block: int) -> Packed:
     start = {"kind": kind, "block": block, "rows": rows, "columns": columns}
     if form == "dense":
         return Packed("dense", values=padded(weight.reshape(-1)), **start)  # type: ignore[arg-type]
-    found = kernels.encode(weight, block)
+    found = kernels.encode(weight, block, SIDE if form == "squares" else 1)
     if form is None:
         form = "index" if block == 1 and found.size < DENSE_ENOUGH * rows * columns else "bitmask"
     values = found.values
     if kind == "int4":
         values = _nibbles(values, found.per_group * block, whole=form == "bitmask")
-    if form == "bitmask":
-        return Packed("bitmask", values=padded(values), mask=found.mask, negative=found.negative, **start)  # type: ignore[arg-type]
+    if form in ("bitmask", "squares"):
+        return Packed(form, values=padded(values), mask=found.mask, negative=found.negative, **start)  # type: ignore[arg-type]
     counts, index = kernels.spans(found.mask, columns, found.per_group)
     return Packed(
         "index",

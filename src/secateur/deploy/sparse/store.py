@@ -21,16 +21,16 @@ from secateur.deploy.quantize import layouts_of
 from secateur.deploy.sparse.choice import CACHES, Choice, Kind, choose, kind_of
 from secateur.deploy.sparse.convert import can_hold, can_look_up, install_sparse_, packed_of
 from secateur.deploy.sparse.kernels import bits_of
-from secateur.deploy.sparse.packed import BLOCKS, DTYPES, FORMS, KINDS, PADDING, SPAN, WORD, Packed, pack
+from secateur.deploy.sparse.packed import BLOCKS, DTYPES, FORMS, KINDS, PADDING, SIDE, SPAN, WORD, Packed, pack
 from secateur.errors import InputError, UsageError, nearest
 
 __all__ = ["FORMAT", "checked", "load_sparse_", "read_sparse", "save_sparse", "sparse_header"]
 
 FORMAT = "secateur.sparse.v1"
-VERSION = 1
+VERSIONS = {form: 1 + (form == "squares") for form in FORMS}  # squares came later
 NUMBERS = "packed"
 _PARTS = ("values", "mask", "negative", "counts", "index", "scale", "codebook")
-_NEEDED = {"bitmask": ("mask",), "index": ("counts", "index"), "dense": ()}
+_NEEDED = {"bitmask": ("mask",), "index": ("counts", "index"), "dense": (), "squares": ("mask",)}
 PREFERENCES = ("speed", "memory")
 LARGEST = 1 << 40  # weights of a matrix
 
@@ -78,7 +78,7 @@ def save_sparse(model: nn.Module, path: str | Path, *, pack_rest: bool = True) -
 def named(name: str, packed: Packed) -> dict[str, Tensor]:
     """The tensors that stand for one weight, under their names in a file."""
     numbers = [
-        VERSION,
+        VERSIONS[packed.form],
         FORMS.index(packed.form),
         KINDS.index(packed.kind),
         packed.block,
@@ -208,13 +208,13 @@ def checked(name: str, packed: Packed) -> Packed:
     Raises:
         InputError: parts that contradict each other; names the weight.
     """
-    rows, columns, block = packed.rows, packed.columns, packed.block
+    rows, columns, block, units = packed.rows, packed.columns, packed.block, packed.units
     extra = PADDING // packed.values.element_size()
     groups = -(-rows // block)
     wrong = ""
-    if packed.mask is not None and _wants(packed.mask, torch.int64, (groups, -(-columns // WORD))):
+    if packed.mask is not None and _wants(packed.mask, torch.int64, (groups, -(-units // WORD))):
         wrong = "the mask has another shape or type"
-    elif packed.mask is not None and _beyond(packed.mask, columns):
+    elif packed.mask is not None and _beyond(packed.mask, units):
         wrong = "bits are set behind the last column"
     elif packed.counts is not None and packed.index is not None:
         wrong = _wrong_index(packed.counts, packed.index, groups, columns)
@@ -240,16 +240,22 @@ def _taken(name: str, tensors: dict[str, Tensor]) -> Packed:
     if numbers.dtype != torch.int64 or numbers.shape != (6,):
         raise InputError(f"{name}: what it is stands in no 6 whole numbers; the file was altered")
     version, form, kind, block, rows, columns = numbers.tolist()
-    if version != VERSION:
-        raise InputError(f"{name}: packed in version {version} of the format; this secateur reads {VERSION}")
+    if version not in VERSIONS.values():
+        raise InputError(
+            f"{name}: packed in version {version} of the format; this secateur reads up to {max(VERSIONS.values())}"
+        )
     known = 0 <= form < len(FORMS) and 0 <= kind < len(KINDS) and block in BLOCKS
+    known = known and version == VERSIONS[FORMS[form]]
     if not known or not (0 < rows < LARGEST and 0 < columns < LARGEST and rows * columns < LARGEST):
         raise InputError(f"{name}: numbers {numbers.tolist()} name no matrix; the file was altered")
     parts = {part: tensors.pop(f"{name}:{part}") for part in _PARTS if f"{name}:{part}" in tensors}
     needed = {"values", *_NEEDED[FORMS[form]]}
     needed |= {"scale"} if KINDS[kind].startswith("int") else set()
     needed |= {"codebook"} if KINDS[kind] == "int4" else set()
-    simple = FORMS[form] == "bitmask" or (block == 1 and (FORMS[form] == "index" or KINDS[kind] == "int8"))
+    whole = KINDS[kind] == "int8"
+    simple = {
+        "bitmask": True, "index": block == 1, "dense": block == 1 and whole, "squares": block == SIDE and whole
+    }[FORMS[form]]  # fmt: skip
     optional = {"negative"} if not KINDS[kind].startswith("int") else set()
     if not simple or not needed <= parts.keys() <= needed | optional:
         raise InputError(f"{name}: parts {', '.join(sorted(parts))} make no {FORMS[form]} of {KINDS[kind]}")
@@ -326,4 +332,4 @@ def _smallest(name: str, tensor: Tensor, place: Layout | None) -> dict[str, Tens
 def kept_of(packed: Packed) -> Tensor:
     """Which weights are in the stream of a bitmask, as booleans."""
     assert packed.mask is not None
-    return torch.from_numpy(bits_of(packed.mask, packed.columns))
+    return torch.from_numpy(bits_of(packed.mask, packed.units))
