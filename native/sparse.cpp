@@ -262,8 +262,8 @@ bool by_tiles(const Kernels* table, const Matrix& m, const float* x, int64_t bat
 }
 
 Tiled ready_for_tiles(const Matrix& m, const float* x, int64_t batch, Room& room) {
-    // of a padded row
-    const int64_t size = m.kind == BF16 ? 2 : 1, bytes = m.words * WORD * (m.form == SQUARES ? SIDE : size);
+    const int64_t size = m.kind == BF16 ? 2 : 1;
+    const int64_t bytes = m.words * WORD * (m.form == SQUARES ? SIDE : size);  // of a padded row
     Tiled in{batch, (batch + TILE - 1) / TILE, nullptr, nullptr};
     const char* rows;
     if (size == 1) {
@@ -356,9 +356,20 @@ void multiply_squares(
     Room& room
 ) {
     const Tiled in = ready_for_tiles(m, x, batch, room);
-    const int64_t step = std::max<int64_t>(1, std::min<int64_t>(16, m.groups / (4 * threads)));
+    constexpr int64_t MOST = 16;  // groups whose sums stay in the nearest cache
+    const int64_t step = std::max<int64_t>(1, std::min<int64_t>(MOST, m.groups / (4 * threads)));
     in_parallel((m.groups + step - 1) / step, threads, [&](int64_t chunk) {
-        table->squares(m, in, bias, y, chunk * step, std::min(m.groups, (chunk + 1) * step));
+        alignas(64) int32_t sums[MOST * SIDE * TWO];
+        const int64_t first = chunk * step, last = std::min(m.groups, first + step);
+        const int64_t from = first * SIDE, to = std::min(m.rows, last * SIDE);
+        for (int64_t tile = 0; tile < in.tiles; tile += 2) {
+            table->squares(m, in, tile, sums, first, last);
+            const int64_t token = tile * TILE, stop = std::min(batch, token + TWO);
+            for (int64_t b = token; b < stop; ++b)
+                for (int64_t row = from; row < to; ++row)
+                    y[b * m.rows + row] = float(sums[(row - from) * TWO + b - token]) * m.scale[row] * in.factor[b] +
+                                          (bias ? bias[row] : 0.0f);
+        }
     });
 }
 

@@ -18,6 +18,7 @@ constexpr int64_t SPAN = 256;   // columns that an 8-bit index reaches
 constexpr int64_t PANEL = 64;   // row groups whose results stay in the nearest cache
 constexpr int64_t FEW = 4;      // tokens that are multiplied straight from the stream
 constexpr int64_t TILE = 16;    // rows, or tokens, of a tile register
+constexpr int64_t TWO = 2 * TILE;
 constexpr int64_t TILE_BYTES = 1024;
 constexpr int64_t SIDE = 4;     // rows and columns of a square
 
@@ -65,8 +66,9 @@ struct Kernels {
     void (*many)(const Matrix&, const float* x, int lanes, float* y, int64_t first, int64_t last);
     // y[b][row] for the rows 16 * first..16 * last-1, or null where there is no such way; `room` holds 16 dense rows
     void (*tiled)(const Matrix&, const Tiled&, const float* bias, float* y, uint8_t* room, int64_t first, int64_t last);
-    // y[b][row] of SQUARES for any number of tokens, sixteen side by side; null where `few` takes them all
-    void (*squares)(const Matrix&, const Tiled&, const float* bias, float* y, int64_t first, int64_t last);
+    // SQUARES: sums[row][token] of the groups first..last-1, for the tokens of at most TWO tiles from `tile` on; null where
+    // `few` takes any number
+    void (*squares)(const Matrix&, const Tiled&, int64_t tile, int32_t* sums, int64_t first, int64_t last);
     bool wide;  // 32 and 64 lanes for blocks as well
 };
 
@@ -78,8 +80,8 @@ const Kernels* amx_kernels();
 // SQUARES, in units of their own
 void few_squares_avx2(const Matrix&, const Inputs&, const float* bias, float* y, int64_t first, int64_t last);
 void few_squares_avx512(const Matrix&, const Inputs&, const float* bias, float* y, int64_t first, int64_t last);
-void squares_avx2(const Matrix&, const Tiled&, const float* bias, float* y, int64_t first, int64_t last);
-void squares_avx512(const Matrix&, const Tiled&, const float* bias, float* y, int64_t first, int64_t last);
+void squares_avx2(const Matrix&, const Tiled&, int64_t tile, int32_t* sums, int64_t first, int64_t last);
+void squares_avx512(const Matrix&, const Tiled&, int64_t tile, int32_t* sums, int64_t first, int64_t last);
 
 // Whether inputs straight from the stream are rounded to integers, which serves any number of tokens
 static inline bool in_integers(const Matrix& m) { return (m.kind == I8 || m.kind == I4) && m.form != INDEX; }

@@ -76,7 +76,7 @@ ALWAYS void weigh(const Matrix& m, int64_t group, int32_t* out) {
 
 // Four rows times V tiles of tokens
 template <int V>
-ALWAYS void tokens(const Matrix& m, const Tiled& in, int64_t group, int64_t tile, int32_t (*out)[SIDE][TILE]) {
+ALWAYS void tokens(const Matrix& m, const Tiled& in, int64_t group, int64_t tile, int32_t* out) {
     const uint64_t* mask = m.mask + group * m.words;
     const uint8_t *values = (const uint8_t*)m.values + m.offsets[group], *x = in.x + tile * TILE_BYTES;
     __m512i total[SIDE][V];
@@ -100,7 +100,7 @@ ALWAYS void tokens(const Matrix& m, const Tiled& in, int64_t group, int64_t tile
     weigh(m, group, weights);
     for (int r = 0; r < SIDE; ++r)
         for (int v = 0; v < V; ++v)
-            _mm512_storeu_si512(out[v][r], _mm512_sub_epi32(total[r][v], _mm512_set1_epi32(weights[r])));
+            _mm512_storeu_si512(out + r * TWO + v * TILE, _mm512_sub_epi32(total[r][v], _mm512_set1_epi32(weights[r])));
 }
 
 }  // namespace
@@ -121,21 +121,12 @@ void few_squares_avx512(const Matrix& m, const Inputs& in, const float* bias, fl
         }
 }
 
-// The inputs of two tiles stay in the second cache while they meet all of these rows
-void squares_avx512(const Matrix& m, const Tiled& in, const float* bias, float* y, int64_t first, int64_t last) {
-    for (int64_t tile = 0; tile < in.tiles; tile += 2) {
-        const int64_t token = tile * TILE, left = in.batch - token < 2 * TILE ? in.batch - token : 2 * TILE;
-        for (int64_t group = first; group < last; ++group) {
-            int32_t sums[2][SIDE][TILE];
-            if (left > TILE) {
-                tokens<2>(m, in, group, tile, sums);
-            } else {
-                tokens<1>(m, in, group, tile, sums);
-            }
-            for (int64_t r = 0, row = group * SIDE; r < SIDE && row < m.rows; ++r, ++row)
-                for (int64_t b = 0; b < left; ++b)
-                    y[(token + b) * m.rows + row] = float(sums[b / TILE][r][b % TILE]) * m.scale[row] * in.factor[token + b] +
-                                                    (bias ? bias[row] : 0.0f);
+void squares_avx512(const Matrix& m, const Tiled& in, int64_t tile, int32_t* sums, int64_t first, int64_t last) {
+    for (int64_t group = first; group < last; ++group, sums += SIDE * TWO) {
+        if (tile + 1 < in.tiles) {
+            tokens<2>(m, in, group, tile, sums);
+        } else {
+            tokens<1>(m, in, group, tile, sums);
         }
     }
 }

@@ -83,6 +83,13 @@ def test_a_module_of_ones_own_needs_what_builds_it(tmp_path):
 def test_options_of_the_form_belong_to_it(folder, command, tmp_path):
     said = command.refused(2, "export", folder[0], "--kind", "int8", "--out", tmp_path / "x")
     assert said == "--kind, --outer and --block belong to --to sparse"
+    for text in ("4y4", "4x4x4", "x4"):
+        said = command.refused(
+            2, "export", folder[0], "--to", "sparse", "--block", text, "--out", tmp_path / "x"
+        )
+        assert said == f"--block '{text}' is no block; expected a number of rows, 1, 4 or 16, or 4x4"
+    said = command.refused(2, "export", folder[0], "--to", "sparse", "--block", "8", "--out", tmp_path / "x")
+    assert said.startswith("block is (8, 1); expected 1, 4, 16 rows, or (4, 4)")
 
 
 @torch.no_grad()

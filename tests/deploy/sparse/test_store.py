@@ -175,7 +175,7 @@ def survive(tmp_path, count):
     path, place = tmp_path / "m.safetensors", tmp_path / "mutated.safetensors"
     weights = {
         "a": (None, "bitmask", 1), "b": (None, "index", 1), "c": ("int8", "bitmask", 1), "d": ("int4", "bitmask", 1),
-        "e": ("int8", "bitmask", 4), "f": ("int4", "bitmask", 16),
+        "e": ("int8", "bitmask", 4), "f": ("int4", "bitmask", 16), "g": ("int8", "squares", (4, 4)),
     }  # fmt: skip
     tensors = {
         name: tensor
