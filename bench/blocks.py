@@ -2,11 +2,12 @@
 
     OMP_NUM_THREADS=1 python bench/blocks.py --work runs/blocks
 
-Single weights, `Blocks(4, 1)` and `Blocks(16, 1)`, 4 and 16 rows that share an input, at the same sparsity of two
-real language models (perplexity; stories260K has 172 rows, which are no blocks of 16) and a real CIFAR-10 ResNet-20
-(accuracy, batch norms recalibrated; its last layer has 10 rows and stays whole where blocks go), each with its
-recipes, no fine-tuning. Speed is that of a layer of 2048 x 2048 in float32 whose weights come from main memory, the
-fastest way by the table that `sparsify_` uses, over dense. Every point is a line in WORK/points.jsonl and is not
+Single weights, `Blocks(4, 1)` and `Blocks(16, 1)`, 4 and 16 rows that share an input, and `Blocks(4, 4)`, for which int8
+has kernels, at the same sparsity of two real language models (perplexity; stories260K has 172 rows, which are no blocks
+of 16) and a real CIFAR-10 ResNet-20 (accuracy, batch norms recalibrated; its last layer has 10 rows and stays whole
+where blocks go, its first one 27 columns and stays whole where squares go), each with its recipes, no fine-tuning.
+Speed is that of a layer of 2048 x 2048 in float32 whose weights come from main memory, the fastest way by the table
+that `sparsify_` uses, over dense; bench/products.py has that of squares. Every point is a line in WORK/points.jsonl and is not
 computed again.
 """
 
@@ -46,8 +47,13 @@ RECIPES: dict[str, dict[str, Recipe]] = {
     "single weights": {"magnitude": magnitude, "Wanda": wanda, "SparseGPT": sparsegpt, "ALPS": alps},
     "blocks of 4 x 1": OF_BLOCKS,
     "blocks of 16 x 1": OF_BLOCKS,
+    "blocks of 4 x 4": OF_BLOCKS,
 }
-PATTERNS = {"single weights": Weights(), "blocks of 4 x 1": Blocks(4, 1), "blocks of 16 x 1": Blocks(16, 1)}
+PATTERNS = {
+    "single weights": Weights(), "blocks of 4 x 1": Blocks(4, 1), "blocks of 16 x 1": Blocks(16, 1),
+    "blocks of 4 x 4": Blocks(4, 4),
+}  # fmt: skip
+WHOLE = {"single weights": None, "blocks of 4 x 4": ["linear", "conv1"]}  # of ResNet-20; others: ["linear"]
 
 
 class Network:
@@ -115,7 +121,7 @@ def run(file: Path) -> None:
         if method != "dense":
             model = copy.deepcopy(model)
             recipe = replace(RECIPES[shape][method], pattern=PATTERNS[shape])
-            skip = ["linear"] if name == "ResNet-20" and shape != "single weights" else None  # 10 rows
+            skip = WHOLE.get(shape, ["linear"]) if name == "ResNet-20" else None
             prune_(model, sparsity, recipe, skip=skip, data=it.batches(), seed=0)
         line = {"model": name, "shape": shape, "method": method, "sparsity": sparsity}
         line |= {"quality": it.quality(model), "seconds": round(time.process_time() - start, 1)}
