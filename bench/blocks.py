@@ -2,13 +2,13 @@
 
     OMP_NUM_THREADS=1 python bench/blocks.py --work runs/blocks
 
-Single weights, `Blocks(4, 1)` and `Blocks(16, 1)`, 4 and 16 rows that share an input, and `Blocks(4, 4)`, for which int8
-has kernels, at the same sparsity of two real language models (perplexity; stories260K has 172 rows, which are no blocks
-of 16) and a real CIFAR-10 ResNet-20 (accuracy, batch norms recalibrated; its last layer has 10 rows and stays whole
-where blocks go, its first one 27 columns and stays whole where squares go), each with its recipes, no fine-tuning.
-Speed is that of a layer of 2048 x 2048 in float32 whose weights come from main memory, the fastest way by the table
-that `sparsify_` uses, over dense; bench/products.py has that of squares. Every point is a line in WORK/points.jsonl and is not
-computed again.
+Single weights, `Blocks(4, 1)` and `Blocks(16, 1)`, 4 and 16 rows that share an input, and `Blocks(4, 4)`, for which
+int8 has kernels, at the same sparsity of two real language models (perplexity; stories260K has 172 rows, which are
+no blocks of 16) and a real CIFAR-10 ResNet-20 (accuracy, batch norms recalibrated; its last layer has 10 rows and
+stays whole where blocks go, its first one 27 columns and stays whole where squares go), each with its recipes, no
+fine-tuning. Speed is that of a layer of 2048 x 2048 in float32 whose weights come from main memory, the fastest way
+by the table that `sparsify_` uses, over dense; bench/products.py has that of squares. Every point is a line in
+WORK/points.jsonl and is not computed again.
 """
 
 from __future__ import annotations
