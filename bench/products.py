@@ -3,11 +3,12 @@
     OMP_NUM_THREADS=1 python bench/products.py
     OMP_NUM_THREADS=2 python bench/products.py
 
-Three ratios a line: against torch's `F.linear` of the same type (int8: torch's dynamic 8-bit product); against the
-best dense kernel of that type (`F.linear`, oneDNN with packed weights, for int8 secateur's own dense kernel); against
-the best 8-bit dense one. Times are medians, of processor time where there is one thread; the spread is the
-interquartile range as a share of it. The last column is the stream's bytes by the time, as a share of what a reader of
-256 MB reaches. Weights are random with a uniform mask.
+Three ratios a line: against torch's `F.linear` of the same type (int8: torch's dynamic 8-bit product; int4: its
+4-bit product, inputs in bfloat16, which are faster than float32); against the best dense kernel of that type
+(`F.linear`, oneDNN with packed weights, for int8 secateur's own dense kernel); against the best 8-bit dense one.
+Times are medians, of processor time where there is one thread; the spread is the interquartile range as a share of
+it. The last column is the stream's bytes by the time, as a share of what a reader of 256 MB reaches. Weights are
+random with a uniform mask.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ KINDS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.flo
 
 BLOCKS: dict[str, Block] = {"1": 1, "4": 4, "16": 16, "4x4": (4, 4)}
 WAYS = ("stream", "tiles", "unpack")  # by number: STREAM, TILES, UNPACK
-DENSE = ("float32 torch", "bfloat16 torch", "int8 own", "int8 torch", "float32 oneDNN")
+DENSE = ("float32 torch", "bfloat16 torch", "int8 own", "int8 torch", "float32 oneDNN", "int4 torch")
 
 
 def timed(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
@@ -80,6 +81,10 @@ def dense_runs(weight: Tensor, x: Tensor) -> dict[str, Callable[[], Any]]:
         onednn = mkldnn.to_mkldnn(linear)
         x_onednn = x.to_mkldnn()
         runs["float32 oneDNN"] = lambda: onednn(x_onednn)
+    codes = torch.randint(0, 16, (rows, columns), dtype=torch.int32)
+    packed_4 = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
+    scales = torch.ones(columns // 128, rows, 2, dtype=torch.bfloat16)  # and zero points, of every 128 columns
+    runs["int4 torch"] = lambda: torch.ops.aten._weight_int4pack_mm_for_cpu(half_x, packed_4, 128, scales)
     return runs
 
 
@@ -88,12 +93,12 @@ def line(
 ) -> str:
     """One row of the table."""
     middle = {key: statistics.median(value) for key, value in times.items() if key in DENSE}
-    own, family = statistics.median(mine), "int8" if kind == "int4" else kind
+    own = statistics.median(mine)
     low, _, high = statistics.quantiles(mine, n=4)
-    best = min(value for key, value in middle.items() if key.startswith(family))
+    best = min(value for key, value in middle.items() if key.startswith(kind))
     best_8 = min(value for key, value in middle.items() if key.startswith("int8"))
     return (
-        f"| {name} | {own * 1e3:.2f} | {(high - low) / own:.0%} | {middle[f'{family} torch'] / own:.2f} | "
+        f"| {name} | {own * 1e3:.2f} | {(high - low) / own:.0%} | {middle[f'{kind} torch'] / own:.2f} | "
         f"{best / own:.2f} | {best_8 / own:.2f} | {packed.nbytes / 1e6:.1f} | {packed.nbytes / own / speed:.0%} |"
     )
 
