@@ -309,7 +309,7 @@ def test_without_kernels_rows_are_unpacked(monkeypatch):
     [
         ({"kind": "int9"}, "'int9' is not known here; nearest: int8, int4"),
         ({"outer": "float16"}, "'float16' is not known here"),
-        ({"block": 2}, "block is 2; expected one of 1, 4, 16"),
+        ({"block": 2}, "block is 2; expected 1, 4, 16 rows, or \\(4, 4\\)"),
         ({"only": "embedding"}, "no layer to pack; embed.weight: outer=None leaves embeddings"),
     ],
 )
