@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from secateur.core import native
 from secateur.deploy.grid import Grid, divided, from_grid, to_grid
 from secateur.deploy.packing import pack, size_packed, unpack
 from secateur.errors import InputError, NumericError, UsageError
@@ -140,3 +141,31 @@ def test_the_grid_is_a_fixed_point():
     grid = to_grid(torch.randn(1, 6, 32), 8)
     again = Grid(*to_grid(from_grid(grid), 8))
     assert torch.allclose(from_grid(again), from_grid(grid), atol=float(grid.scale.max()) * 0.51)
+
+
+@given(
+    st.integers(0, 10**6), st.sampled_from([4, 8]), st.integers(1, 70), st.integers(1, 4), st.floats(1e-6, 1e6)
+)
+def test_the_native_kernel_and_torch_give_the_same_bits(seed, bits, width, groups, size):
+    if native.library() is None:
+        pytest.skip("the native kernels are not built")
+    draw = torch.Generator().manual_seed(seed)
+    w = torch.randn(1, 5, width * groups, generator=draw) * size
+    w[torch.rand(w.shape, generator=draw) < 0.4] = 0
+    w[0, 1, :width] = 0
+    w[0, 2] = w[0, 2].sign() * size  # all equal: clips compete
+    found = to_grid(w, bits, width)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native, "serves", lambda _: False)
+        expected = to_grid(w, bits, width)
+    assert torch.equal(found.integers, expected.integers)
+    assert torch.equal(found.scale, expected.scale)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_what_is_no_number_is_refused_wherever_it_stands(value):
+    for place in (0, 17, 69):
+        w = torch.randn(1, 2, 70)
+        w[0, 1, place] = value
+        with pytest.raises(NumericError, match="NaN or Inf among the weights"):
+            to_grid(w, 8)

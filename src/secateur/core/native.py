@@ -1,4 +1,4 @@
-"""The native kernels, where they were built: exact selection, column elimination, sparse matrices on a CPU.
+"""The native kernels, where they were built: exact selection, column elimination, rounding, sparse matrices on a CPU.
 
 The library is plain C behind ctypes (`native/` in the repository). It is compiled when secateur is installed, where
 a C++ compiler is at hand; without it, or with `SECATEUR_NATIVE=0` in the environment, the callers take their torch
@@ -16,9 +16,9 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
-__all__ = ["between", "eliminate", "library", "path", "serves", "smallest", "zero"]
+__all__ = ["between", "eliminate", "grid", "library", "path", "serves", "smallest", "zero"]
 
-ABI = 9
+ABI = 10
 ROOM = 1 << 22  # scores collected at most
 MOST = 1 << 13  # of 65,536: where there are more (ties, mostly) they are only counted
 FILE = Path(__file__).with_name("kernels.native.so")
@@ -42,7 +42,16 @@ _ARGUMENTS = {
     ],
     "secateur_sparse_spans": [_POINTER, _SIZE, _SIZE, _POINTER, _POINTER, _POINTER, _THREADS],
     "secateur_sparse_bits": [_POINTER, _POINTER, _SIZE, _SIZE, _POINTER, _POINTER, _THREADS],
+    "secateur_sparse_block_bits": [
+        _POINTER, *[_SIZE] * 4, _FLAG, _FLAG, _POINTER, _POINTER, _POINTER, _THREADS
+    ],
+    "secateur_sparse_block_values": [
+        _POINTER, *[_SIZE] * 4, _FLAG, _POINTER, _POINTER, _POINTER, _THREADS
+    ],
+    "secateur_sparse_block_rows": [*[_POINTER] * 5, *[_SIZE] * 4, _FLAG, _POINTER, _THREADS],
+    "secateur_sparse_codes": [_POINTER, _POINTER, _POINTER, _SIZE, _POINTER],
     "secateur_sparse_multiply": [_POINTER, _POINTER],
+    "secateur_grid": [_POINTER, _SIZE, _SIZE, _POINTER, _SIZE, _VALUE, _POINTER, _POINTER, _THREADS],
 }  # fmt: skip
 
 
@@ -154,3 +163,16 @@ def _library() -> ctypes.CDLL:
     found = _opened()[0]
     assert found is not None  # callers ask `serves` first
     return found
+
+
+def grid(
+    rows: Float[Tensor, "group width"], tried: Float[Tensor, "group count"], largest: float
+) -> tuple[Int[Tensor, "group width"], Float[Tensor, " group"]]:
+    """Integers of each group, and of the scales tried for it the one that errs least, the first of equals."""
+    rows, tried = rows.contiguous(), tried.contiguous()
+    integers, scale = torch.empty(rows.shape, dtype=torch.int8), torch.empty(len(rows))
+    _library().secateur_grid(
+        rows.data_ptr(), *rows.shape, tried.data_ptr(), tried.shape[1], largest, scale.data_ptr(), integers.data_ptr(),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return integers, scale

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from secateur.core import native
 from secateur.errors import NumericError, UsageError
 
 __all__ = ["BITS", "Grid", "divided", "from_grid", "on_scale", "to_grid"]
@@ -45,7 +46,8 @@ def to_grid(matrices: Tensor, bits: int, group: int | None = None) -> Grid:
     Raises:
         NumericError: NaN or Inf among the weights.
 
-    Cost: one pass over the weights for each of nine scales.
+    Cost: nine scales for each weight, which the native kernels try in the nearest cache, and torch in a pass over all
+        weights for each.
 
     Example:
         >>> grid = to_grid(torch.tensor([[[0.0, 1.0, -0.5]]]), 8)
@@ -53,18 +55,20 @@ def to_grid(matrices: Tensor, bits: int, group: int | None = None) -> Grid:
         [[[0, 127, -64]]]
     """
     part, out, columns = matrices.shape
-    if not bool(matrices.isfinite().all()):
-        raise NumericError("NaN or Inf among the weights; they cannot be rounded to integers")
-    rows = matrices.detach().float().reshape(part * out, -1, group or columns)
+    rows = matrices.detach().float().reshape(-1, group or columns)
     largest = 2.0 ** (bits - 1) - 1
     reach = rows.abs().amax(-1, keepdim=True) / largest
-    best = torch.full_like(reach, torch.inf)
-    scale = torch.ones_like(reach)
-    for clip in CLIPS:
-        tried = _storable(reach * clip)
-        error = (_rounded(rows, tried, largest) * tried - rows).square().sum(-1, keepdim=True)
+    if not bool(reach.isfinite().all()):
+        raise NumericError("NaN or Inf among the weights; they cannot be rounded to integers")
+    tried = _storable(reach * torch.tensor(CLIPS, device=reach.device))
+    if native.serves(rows):
+        integers, scale = native.grid(rows, tried, largest)
+        return Grid(integers.reshape(part, out, columns), scale.reshape(part, out, -1))
+    best, scale = torch.full_like(reach, torch.inf, dtype=torch.float64), torch.ones_like(reach)
+    for each in tried.split(1, 1):
+        error = (_rounded(rows, each, largest) * each - rows).square().sum(-1, True, dtype=torch.float64)
         better = error < best
-        best, scale = torch.where(better, error, best), torch.where(better, tried, scale)
+        best, scale = torch.where(better, error, best), torch.where(better, each, scale)
     return on_scale(matrices, scale.reshape(part, out, -1), bits)
 
 

@@ -7,8 +7,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from secateur.core import native
 from secateur.deploy.grid import from_grid, to_grid
-from secateur.deploy.sparse import pack
+from secateur.deploy.sparse import kernels, pack
 from secateur.deploy.sparse.packed import pack_integers
 from secateur.errors import NumericError, UsageError
 
@@ -116,3 +117,35 @@ def test_nan_cannot_become_an_integer():
 
 def test_kinds_are_known():
     assert set(KINDS) == {*FLOATS, "int8", "int4"}
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.integers(1, 40),
+    st.integers(1, 300),
+    st.floats(0, 1),
+    st.sampled_from(KINDS),
+    st.sampled_from([1, 4, 16, (4, 4)]),
+    st.data(),
+)
+def test_the_native_kernels_and_numpy_give_the_same_bits(fast, rows, columns, sparsity, kind, block, data):
+    kind = "int8" if block == (4, 4) else kind
+    weight = matrix(rows, columns, sparsity, seed=rows)
+    if kind not in ("int8", "int4"):
+        weight = weight.to(getattr(torch, kind))
+        weight[torch.rand(rows, columns) < data.draw(st.sampled_from([0.0, 0.1]))] *= -0.0
+    first = data.draw(st.integers(0, rows - 1))
+    last = data.draw(st.integers(first + 1, rows))
+    found = pack(weight, kind, block=block)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native, "library", lambda: None)
+        expected = pack(weight, kind, block=block)
+        part = kernels.decode(expected, first, last)
+    assert found.form == expected.form
+    assert found.tensors().keys() == expected.tensors().keys()
+    assert all(torch.equal(bits(one), bits(expected.tensors()[name])) for name, one in found.tensors().items())
+    assert torch.equal(bits(kernels.decode(found, first, last)), bits(part))
+
+
+def bits(tensor):
+    return tensor.contiguous().view(torch.uint8)

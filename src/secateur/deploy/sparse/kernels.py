@@ -16,7 +16,7 @@ from secateur.errors import UsageError
 if TYPE_CHECKING:
     from secateur.deploy.sparse.packed import Packed
 
-__all__ = ["Encoded", "Product", "bits_of", "decode", "encode", "level", "scaled", "spans"]
+__all__ = ["Encoded", "Product", "bits_of", "codes", "decode", "encode", "level", "scaled", "spans"]
 
 FORM = {"bitmask": 0, "index": 1, "dense": 2, "squares": 3}
 KIND = {"float32": 0, "bfloat16": 1, "float16": 2, "int8": 3, "int4": 4}
@@ -56,8 +56,10 @@ def encode(weight: Tensor, block: int = 1, across: int = 1) -> Encoded:
     """The bits of a contiguous matrix and its non-zeros: blocks of so many rows and columns, each row after row."""
     rows, columns = weight.shape
     library = native.library()
-    if block > 1 or library is None:
+    if library is None:
         return _encode_in_numpy(weight, block, across)
+    if block > 1:
+        return _encode_blocks(weight, block, across)
     words, bytes_, signed = -(-columns // 64), weight.element_size(), weight.is_floating_point()
     per_group = torch.empty(rows, dtype=torch.int64)
     minus = library.secateur_sparse_count(
@@ -82,8 +84,10 @@ def decode(packed: Packed, first: int = 0, last: int | None = None) -> Tensor:
     if packed.form == "dense":
         return packed.values[first * packed.columns : last * packed.columns].view(rows, packed.columns)
     library = native.library()
-    if library is None or packed.block > 1 or packed.kind == "int4":
+    if library is None:
         return _decode_in_numpy(packed)[first:last]
+    if packed.block > 1 or packed.kind == "int4":
+        return _decode_blocks(packed, first, last)
     negative, offsets = None if packed.negative is None else packed.negative[first:last], packed.offsets[first:]
     mask = _mask_of_index(packed, first, last) if packed.mask is None else packed.mask[first:last]
     dense = torch.empty(rows, packed.columns, dtype=packed.values.dtype)
@@ -123,8 +127,8 @@ def scaled(packed: Packed, raw: Tensor, first: int = 0) -> Tensor:
     if packed.scale is None:
         return raw
     scale = packed.scale[first : first + len(raw)]
-    wide = raw.float().view(len(raw), scale.shape[1], -1)
-    return (wide * scale[..., None]).view(len(raw), packed.columns)
+    wide = raw.to(torch.float32, copy=True).view(len(raw), scale.shape[1], -1)
+    return wide.mul_(scale[..., None]).view(len(raw), packed.columns)  # in place: fresh memory costs more than the product
 
 
 class Product:
@@ -192,6 +196,70 @@ def _words(kept: np.ndarray) -> Tensor:
     wide = np.zeros((groups, -(-columns // 64) * 64), dtype=bool)
     wide[:, :columns] = kept
     return torch.from_numpy(np.packbits(wide, axis=1, bitorder="little").view(np.int64))
+
+
+def _encode_blocks(weight: Tensor, block: int, across: int) -> Encoded:
+    library, (rows, columns) = native.library(), weight.shape
+    assert library is not None
+    groups, threads = -(-rows // block), torch.get_num_threads()
+    size = (rows, columns, block, across, weight.element_size())
+    per_group = torch.empty(groups, dtype=torch.int64)
+    mask = torch.empty(groups, -(-columns // (64 * across)), dtype=torch.int64)
+    negative = None
+    for again in (False, True):
+        minus = library.secateur_sparse_block_bits(
+            weight.data_ptr(),
+            *size,
+            weight.is_floating_point(),
+            mask.data_ptr(),
+            _at(negative),
+            per_group.data_ptr(),
+            threads,
+        )
+        if again or not minus:
+            break
+        negative = torch.empty(rows, -(-columns // 64), dtype=torch.int64)
+    each = per_group * (block * across)
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), each.cumsum(0)])
+    values = torch.empty(int(offsets[-1]), dtype=weight.dtype)
+    library.secateur_sparse_block_values(
+        weight.data_ptr(), *size, mask.data_ptr(), offsets.data_ptr(), values.data_ptr(), threads
+    )
+    return Encoded(mask, negative, values, per_group, len(values))
+
+
+def _decode_blocks(packed: Packed, first: int, last: int) -> Tensor:
+    """Rows of blocks, or of 4-bit codes; whole block rows are decoded and cut."""
+    library, block, columns = native.library(), packed.block, packed.columns
+    assert library is not None
+    group, end = first // block, -(-last // block)
+    start, stop = group * block, min(packed.rows, end * block)
+    mask = _mask_of_index(packed, group, end) if packed.mask is None else packed.mask[group:end]
+    negative = None if packed.negative is None else packed.negative[start:stop]
+    integers = packed.kind == "int4"
+    dense = torch.empty(stop - start, columns, dtype=torch.int8 if integers else packed.values.dtype)
+    library.secateur_sparse_block_rows(
+        mask.data_ptr(), _at(negative), packed.values.data_ptr(), packed.offsets[group:].data_ptr(),
+        _at(packed.codebook), stop - start, columns, block, packed.across, dense.element_size(), dense.data_ptr(),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return dense[first - start : last - start]
+
+
+def codes(values: Tensor, each: Tensor, starts: Tensor) -> Tensor:
+    """Integers in [-7, 7] as 4-bit codes, two in a byte: `each` for every block row, from its start on."""
+    library, whole = native.library(), -(-int(starts[-1]) // 2)
+    if library is None:
+        found = np.zeros(2 * whole, dtype=np.uint8)
+        source = torch.cat([torch.zeros(1, dtype=torch.int64), each.cumsum(0)])
+        shift = torch.repeat_interleave(starts[:-1] - source[:-1], each)
+        found[(torch.arange(len(values)) + shift).numpy()] = values.numpy().view(np.uint8) & 15
+        return torch.from_numpy(found[0::2] | (found[1::2] << 4))
+    made = torch.zeros(whole, dtype=torch.uint8)
+    library.secateur_sparse_codes(
+        values.data_ptr(), each.data_ptr(), starts.data_ptr(), len(each), made.data_ptr()
+    )
+    return made
 
 
 def _encode_in_numpy(weight: Tensor, block: int, across: int) -> Encoded:

@@ -286,8 +286,4 @@ def _nibbles(values: Tensor, each: Tensor, *, whole: bool) -> Tensor:
     """Integers in [-7, 7] as two codes a byte; with `whole` every block row from a whole byte on."""
     size = each + each % 2 if whole else each
     starts = torch.cat([torch.zeros(1, dtype=torch.int64), size.cumsum(0)])
-    codes = np.zeros(int(starts[-1] + starts[-1] % 2), dtype=np.uint8)
-    source = torch.cat([torch.zeros(1, dtype=torch.int64), each.cumsum(0)])
-    shift = torch.repeat_interleave(starts[:-1] - source[:-1], each)
-    codes[(torch.arange(len(values)) + shift).numpy()] = values.numpy().view(np.uint8) & 15
-    return torch.from_numpy(codes[0::2] | (codes[1::2] << 4))
+    return kernels.codes(values, each.contiguous(), starts)
