@@ -128,7 +128,8 @@ def scaled(packed: Packed, raw: Tensor, first: int = 0) -> Tensor:
         return raw
     scale = packed.scale[first : first + len(raw)]
     wide = raw.to(torch.float32, copy=True).view(len(raw), scale.shape[1], -1)
-    return wide.mul_(scale[..., None]).view(len(raw), packed.columns)  # in place: fresh memory costs more than the product
+    # in place: fresh memory costs more than the product
+    return wide.mul_(scale[..., None]).view(len(raw), packed.columns)
 
 
 class Product:
