@@ -42,6 +42,8 @@ OF_BLOCKS = {
     "magnitude": magnitude,
     "Wanda": wanda,
     "Wanda, least squares": replace(wanda, update=LeastSquares()),
+    "SparseGPT": sparsegpt,
+    "ALPS": alps,
 }
 RECIPES: dict[str, dict[str, Recipe]] = {
     "single weights": {"magnitude": magnitude, "Wanda": wanda, "SparseGPT": sparsegpt, "ALPS": alps},
@@ -102,7 +104,7 @@ def points() -> Iterator[tuple[str, str, str, float]]:
             if name == "stories260K" and shape == "blocks of 16 x 1":
                 continue
             for method in recipes:
-                if name == "ResNet-20" and method == "ALPS":
+                if name == "ResNet-20" and method == "ALPS" and shape == "single weights":
                     continue  # minutes a point
                 for sparsity in SPARSITIES:
                     yield name, shape, method, sparsity

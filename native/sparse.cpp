@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
+#include <new>
 #include <vector>
 
 #include "pool.h"
@@ -40,6 +41,14 @@ struct Room {
     std::vector<uint8_t> shifted, tiles;
     std::vector<uint16_t> halves;
     std::vector<float> factor;
+
+    // What a rare large batch needed is given back: to fetch it again costs little beside its product
+    void give_back() {
+        constexpr size_t MOST = size_t(1) << 25;
+        const size_t held = (plain.capacity() + paired.capacity() + packed.capacity()) * sizeof(float) + integers.capacity() +
+                            magnitudes.capacity() + shifted.capacity() + tiles.capacity() + halves.capacity() * 2;
+        if (held > MOST) *this = Room();
+    }
 };
 
 void to_integers(const float* x, int64_t columns, int8_t* out, float* factor) {
@@ -228,14 +237,31 @@ void multiply_squares(
     });
 }
 
+void multiply(
+    const Kernels* table, const Matrix& m, const float* x, int64_t batch, const float* bias, float* y, int64_t way, int threads,
+    bool shifted, Room& room
+) {
+    const bool squares = m.form == SQUARES;
+    if (way == 0 && by_tiles(table, m, x, batch)) return multiply_tiled(table, m, x, batch, bias, y, threads, room);
+    if (squares && batch > FEW && table->squares) return multiply_squares(table, m, x, batch, bias, y, threads, room);
+    if (!squares && (way == 1 || (batch > FEW && !in_integers(m))))
+        return multiply_many(table, m, x, batch, bias, y, threads, room);
+    const Inputs in = ready(m, x, batch, shifted, room);
+    const int64_t step = std::max<int64_t>(1, std::min<int64_t>(64, m.groups / (4 * threads) + 1));
+    in_parallel((m.groups + step - 1) / step, threads, [&](int64_t chunk) {
+        table->few(m, in, bias, y, chunk * step, std::min(m.groups, (chunk + 1) * step));
+    });
+}
+
 }  // namespace
 
 // The best kernels of this library that run here: 3 for AMX, 2 for AVX-512, 1 for AVX2, 0 for plain ones.
 API int64_t secateur_sparse_level() { return amx_kernels() ? 3 : avx512_kernels() ? 2 : avx2_kernels() ? 1 : 0; }
 
 // y = x w^T + bias. `way` 0: straight from the stream, at most FEW tokens unless they become integers or meet tile registers;
-// 1: tokens in the lanes, which is what is done with more tokens in way 0 too; SQUARES have one way. `level` as above. Returns 1, with nothing
-// done, where x holds NaN or Inf and the way would not carry them to every row.
+// 1: tokens in the lanes, which is what is done with more tokens in way 0 too; SQUARES have one way. `level` as above.
+// Returns 0; 1, with nothing done, where x holds NaN or Inf and the way would not carry them to every row; 2 for a form that
+// does not go with its kind; 3 where memory is short.
 API int64_t secateur_sparse_multiply(const void* const* pointers, const int64_t* numbers) {
     Matrix m{};
     m.form = int32_t(numbers[0]), m.kind = int32_t(numbers[1]), m.block = int32_t(numbers[2]);
@@ -243,8 +269,7 @@ API int64_t secateur_sparse_multiply(const void* const* pointers, const int64_t*
     const int64_t batch = numbers[6], way = numbers[7];
     const int threads = int(numbers[8]), level = int(numbers[9]);
     m.groups = (m.rows + m.block - 1) / m.block;
-    const bool squares = m.form == SQUARES;
-    m.words = m.form == INDEX || squares ? (m.columns + SPAN - 1) / SPAN : (m.columns + WORD - 1) / WORD;
+    m.words = m.form == INDEX || m.form == SQUARES ? (m.columns + SPAN - 1) / SPAN : (m.columns + WORD - 1) / WORD;
     m.mask = static_cast<const uint64_t*>(pointers[0]);
     m.counts = static_cast<const uint16_t*>(pointers[1]);
     m.index = static_cast<const uint8_t*>(pointers[2]);
@@ -256,26 +281,15 @@ API int64_t secateur_sparse_multiply(const void* const* pointers, const int64_t*
     const float* bias = static_cast<const float*>(pointers[8]);
     float* y = static_cast<float*>(const_cast<void*>(pointers[9]));
     if (m.form == DENSE && (m.kind != I8 || m.block != 1)) return 2;
-    if (squares && (m.kind != I8 || m.block != SIDE || m.scales != 1)) return 2;
+    if (m.form == SQUARES && (m.kind != I8 || m.block != SIDE || m.scales != 1)) return 2;
     if (!finite(x, batch * m.columns)) return 1;
-    const Kernels* table = kernels(level);
     thread_local Room room;
-    if (way == 0 && by_tiles(table, m, x, batch)) {
-        multiply_tiled(table, m, x, batch, bias, y, threads, room);
-        return 0;
+    try {
+        multiply(kernels(level), m, x, batch, bias, y, way, threads, level >= 2, room);
+        room.give_back();
+    } catch (const std::bad_alloc&) {
+        room = Room();
+        return 3;
     }
-    if (squares && batch > FEW && table->squares) {
-        multiply_squares(table, m, x, batch, bias, y, threads, room);
-        return 0;
-    }
-    if (!squares && (way == 1 || (batch > FEW && !in_integers(m)))) {
-        multiply_many(table, m, x, batch, bias, y, threads, room);
-        return 0;
-    }
-    const Inputs in = ready(m, x, batch, level >= 2, room);
-    const int64_t step = std::max<int64_t>(1, std::min<int64_t>(64, m.groups / (4 * threads) + 1));
-    in_parallel((m.groups + step - 1) / step, threads, [&](int64_t chunk) {
-        table->few(m, in, bias, y, chunk * step, std::min(m.groups, (chunk + 1) * step));
-    });
     return 0;
 }

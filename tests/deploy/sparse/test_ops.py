@@ -91,6 +91,27 @@ def test_nothing_is_kept_of_a_matrix_that_is_gone(fast):
     assert [each() for each in held] == [None, None]
 
 
+def test_one_matrix_with_several_biases_is_made_ready_once_for_each(fast, monkeypatch):
+    made = []
+    monkeypatch.setattr(ops.kernels, "Product", lambda *a, real=ops.kernels.Product: made.append(1) or real(*a))
+    packed, x = pack(linear().weight.detach()), torch.randn(2, 70)
+    biases = [None, *(torch.randn(packed.rows) for _ in range(ops.BIASES - 1))]
+    for _ in range(3):
+        for bias in biases:
+            expected = x @ packed.dense().T + (0 if bias is None else bias)
+            assert torch.allclose(sparse_linear(packed, x, bias), expected, atol=1e-5)
+    assert len(made) == ops.BIASES
+    sparse_linear(packed, x, torch.randn(packed.rows))
+    assert len(ops._ready[id(packed.values)]) == ops.BIASES
+
+
+def test_short_memory_is_said(fast, monkeypatch):
+    product = ops.kernels.Product(pack(linear().weight.detach()), None)
+    product._multiply = lambda *_: ops.kernels.SHORT
+    with pytest.raises(MemoryError, match="no memory to make 3 inputs ready"):
+        product(torch.randn(3, 70), STREAM)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 def test_scales_that_are_replaced_or_moved_count(fast, kind):

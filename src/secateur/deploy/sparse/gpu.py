@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from contextlib import nullcontext
 from functools import cache
+from threading import Lock
 from typing import Any
 
 import torch
@@ -122,9 +123,17 @@ def _values(packed: Packed, places: Tensor) -> Tensor:
     return packed.codebook[(packed.values[places >> 1].long() >> ((places & 1) << 2)) & 15]
 
 
-@cache
+_making = Lock()
+
+
 def _kernels() -> Any:
-    """The module of kernels, made Triton's; None where Triton is missing."""
+    """The module of kernels, made Triton's once; None where Triton is missing."""
+    with _making:  # the first of several threads makes it, the others wait
+        return _made()
+
+
+@cache
+def _made() -> Any:
     try:
         import triton
         import triton.language

@@ -22,6 +22,7 @@ FORM = {"bitmask": 0, "index": 1, "dense": 2, "squares": 3}
 KIND = {"float32": 0, "bfloat16": 1, "float16": 2, "int8": 3, "int4": 4}
 ENVIRONMENT = "SECATEUR_ISA"
 LEVELS = ("plain", "avx2", "avx512", "amx")
+SHORT = 3  # what a kernel says where memory is short
 ALONE = 1 << 18  # weights below which one thread is faster than waking another
 _POINTERS, _NUMBERS = struct.Struct("10P"), struct.Struct("10q")  # what the kernels are called with
 
@@ -163,7 +164,7 @@ class Product:
         self._level = level()
 
     def __call__(self, x: Tensor, way: int) -> Tensor | None:
-        """None where x holds NaN or Inf, which the kernels leave to torch.
+        """None where x holds NaN or Inf, which the kernels leave to torch; MemoryError where its copies have no room.
 
         Args:
             x: float32 `(..., columns)`, contiguous.
@@ -179,7 +180,10 @@ class Product:
         threads = torch.get_num_threads() if self._threaded else 1
         pointers = _POINTERS.pack(*self._matrix, x.data_ptr(), bias_at, y.data_ptr())
         numbers = _NUMBERS.pack(*self._numbers, x.numel() // self.columns, way, threads, self._level)
-        return None if self._multiply(pointers, numbers) else y
+        code = self._multiply(pointers, numbers)
+        if code == SHORT:
+            raise MemoryError(f"no memory to make {x.numel() // self.columns:,} inputs ready")
+        return None if code else y
 
 
 def bits_of(mask: Tensor, columns: int) -> np.ndarray:

@@ -122,7 +122,9 @@ def _places(values: Tensor, bias: Tensor | None, others: Parts) -> tuple[int, ..
     return tuple(0 if tensor is None else tensor.data_ptr() for tensor in (values, bias, *others))
 
 
-_ready: dict[int, Ready] = {}  # by the identity of the values, while they live
+# By the identity of the values, while they live, and of the bias: tied layers may have one each
+_ready: dict[int, dict[int, Ready]] = {}
+BIASES = 4  # that are remembered for each matrix
 
 
 def _forget(identity: int, _: object) -> None:
@@ -144,11 +146,15 @@ def _sparse_linear(
 ) -> Tensor:  # fmt: skip
     others, numbers = (offsets, mask, counts, index, scale, codebook), (rows, columns, form, kind, block)
     here, packed = x.is_cpu and native.library() is not None, None
-    found = _ready.get(id(values)) if here else None
+    known = _ready.get(id(values), {}) if here else {}
+    found = known.get(id(bias))
     same = found is not None and found.serves(values, bias, others)
     if here and not (same and found.numbers == numbers and found.ways == ways):  # type: ignore[union-attr]
         packed = _put_together(values, others, numbers)
-        found = _ready[id(values)] = Ready(packed, bias, ways)
+        for old in list(known)[: max(0, len(known) - BIASES + 1)]:
+            known.pop(old, None)
+        found = known[id(bias)] = Ready(packed, bias, ways)
+        _ready[id(values)] = known
     y = None if found is None else found(x)
     return by_torch(packed or _put_together(values, others, numbers), x, bias) if y is None else y
 
