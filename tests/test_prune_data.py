@@ -12,12 +12,16 @@ from secateur import (
     activation,
     global_magnitude,
     globally,
+    hold_,
     magnitude,
     prune_,
     random,
     ria,
+    sparsegpt,
+    sparsity,
     taylor,
     threshold,
+    undo_,
     wanda,
     wanda_l1,
 )
@@ -212,3 +216,26 @@ def test_gradients_of_the_dense_model_go_with_an_update():
     plain = prune_(deepcopy(model), 0.5, taylor, data=data)
     mended = prune_(model, 0.5, replace(taylor, update=wanda_mended.update), data=data)
     assert mended == plain
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's own compiler
+@pytest.mark.parametrize("recipe", [wanda, sparsegpt, taylor], ids=["wanda", "sparsegpt", "taylor"])
+def test_compiled_models_and_compiled_parts_are_pruned_as_they_are_written(recipe):
+    plain = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4))
+    whole, part = deepcopy(plain), deepcopy(plain)
+    outer = torch.compile(whole, backend="eager")
+    part[0] = torch.compile(part[0], backend="eager")
+    data = [(torch.randn(9, 6), torch.arange(9) % 4)]
+    for model in (outer, part):
+        model(data[0][0])  # compiled before anything is pruned
+    expected = prune_(plain, 0.5, recipe, data=data)
+    masks = prune_(outer, 0.5, recipe, data=data, keep_originals=True)
+    assert all(torch.equal(masks[name], mask) for name, mask in expected.items())
+    assert [mask.sum() for mask in prune_(part, 0.5, recipe, data=data).values()] == [
+        mask.sum() for mask in expected.values()
+    ]
+    with hold_(outer, masks, torch.optim.SGD(outer.parameters(), 0.1)):
+        assert sparsity(outer).prunable == sparsity(plain).prunable
+    assert masks.apply_(outer) is outer
+    assert undo_(outer, masks) is outer
+    assert sparsity(whole).prunable.zeros == 0

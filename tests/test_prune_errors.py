@@ -341,3 +341,8 @@ def test_a_tensor_that_reads_its_memory_twice_counts_once():
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     model[1].weight = model[0].weight
     assert list(distinct_parameters(model)) == ["0.weight", "0.bias", "1.bias"]
+
+
+def test_the_name_of_a_recipe_is_no_recipe_with_data_either():
+    with pytest.raises(UsageError, match="recipe is 'wandaa'; expected a Recipe such as .*nearest: wanda"):
+        prune_(network(), 0.5, "wandaa", data=[torch.ones(2, 6)])

@@ -20,6 +20,7 @@ from secateur.checks import (
     check_weights,
 )
 from secateur.core.example import Example
+from secateur.core.forward import uncompiled, unwrapped
 from secateur.core.gradients import GRADIENTS, gather_all
 from secateur.core.loss import Loss
 from secateur.core.masks import Masks, named_parameters
@@ -119,6 +120,7 @@ def plan(
         UsageError: a sparsity out of range, a pattern that does not fit a layer, nothing to prune, a tied
             tensor, an unknown statistic, a target that is not understood.
     """
+    model = unwrapped(model)
     check_arguments(sparsity, recipe, nonzero)
     wanted = Target.read(target, recipe, sparsity, nonzero)
     statistics = statistics_of(recipe.score)
@@ -135,6 +137,7 @@ def plan(
     )  # fmt: skip
 
 
+@uncompiled()
 def prune_(
     model: nn.Module,
     sparsity: float | None = None,
@@ -178,7 +181,8 @@ def prune_(
         seed: for random scores.
 
     Returns:
-        One mask for each pruned parameter, True = kept; of coupled units for every parameter that carries them.
+        One mask for each pruned parameter, True = kept; of coupled units for every parameter that carries them. Names
+        are those of the model inside of DataParallel, DistributedDataParallel and `torch.compile`.
 
     Raises:
         UsageError: see `plan`; also missing data, or a target that cannot be reached.
@@ -193,6 +197,8 @@ def prune_(
         >>> prune_(model, 0.5)
         Masks(2 parameters, 48 of 96 pruned, sparsity 0.5000)
     """
+    model = unwrapped(model)
+    check_arguments(sparsity, recipe, nonzero)
     example, data = _example(recipe, example, data)
     todo = plan(model, sparsity, recipe, nonzero=nonzero, target=target, only=only, skip=skip, example=example)
     sites = {site.name: site for site in todo.sites}

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from secateur.core.forward import unwrapped
 from secateur.core.masks import named_parameters
 from secateur.core.tied import same_tensor, tied_names
 from secateur.core.where import layers
@@ -71,6 +72,7 @@ def sparsity(model: nn.Module) -> Sparsity:
         >>> sparsity(layer).prunable
         Count(size=8, zeros=8)
     """
+    model = unwrapped(model)
     counted = {}
     prunable = Count(0, 0)
     for layer in layers(model):

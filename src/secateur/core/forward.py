@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -12,7 +13,18 @@ from torch import Tensor, nn
 
 from secateur.errors import UsageError
 
-__all__ = ["accepts", "batch_size_of", "call", "device_of", "dtype_of", "logits_of", "move", "undisturbed"]
+__all__ = [
+    "accepts",
+    "batch_size_of",
+    "call",
+    "device_of",
+    "dtype_of",
+    "logits_of",
+    "move",
+    "uncompiled",
+    "undisturbed",
+    "unwrapped",
+]
 
 
 @contextmanager
@@ -33,6 +45,27 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+@contextmanager
+def uncompiled() -> Iterator[None]:
+    """Compiled modules run as they are written: a compiler would miss hooks, or trip over them."""
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and the import takes seconds
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The user's own module inside DataParallel, DistributedDataParallel and `torch.compile`."""
+    while True:
+        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
+            model = model._orig_mod  # type: ignore[assignment]
+        else:
+            return model
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from secateur.core.forward import unwrapped
 from secateur.core.masks import Masks, check_fits, named_parameters, zero_
 from secateur.core.sharded import local, same_order, shard_like
 from secateur.errors import UsageError
@@ -147,17 +148,6 @@ def hold_(
         [[False, True, False, True]]
     """
     return Hold(model, masks, plain_optimizers(optimizer), gradients)
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The user's own module inside DataParallel, DistributedDataParallel and `torch.compile`."""
-    while True:
-        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
-            model = model.module
-        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
-            model = model._orig_mod  # type: ignore[assignment]
-        else:
-            return model
 
 
 def plain_optimizers(optimizer: Any) -> tuple[Optimizer, ...]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.core import native
+from secateur.core.forward import unwrapped
 from secateur.core.sharded import local, shard_like
 from secateur.errors import InputError, UsageError, nearest
 
@@ -132,7 +133,7 @@ class Masks(Mapping[str, Tensor]):
         Raises:
             UsageError: a mask has no parameter of its name and shape in the model.
         """
-        parameters = named_parameters(model)
+        parameters = named_parameters(unwrapped(model))
         for name, mask in self.items():
             check_fits(name, mask, parameters)
         for name, mask in self.items():
@@ -245,7 +246,7 @@ def undo_(model: nn.Module, masks: Masks) -> nn.Module:
             f"{missing[0]}: its weights from before pruning were not kept; prune with keep_originals=True to be "
             "able to undo"
         )
-    parameters = named_parameters(model)
+    parameters = named_parameters(unwrapped(model))
     for name, original in masks.originals.items():
         check_fits(name, original, parameters)
     with torch.no_grad():
