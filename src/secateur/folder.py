@@ -38,6 +38,7 @@ __all__ = [
     "new_folder",
     "read_manifest",
     "sha256",
+    "told",
     "verify",
     "write_json",
     "write_manifest",
@@ -71,17 +72,17 @@ def new_folder(path: str | Path, if_exists: str = "fail") -> Iterator[Path]:
     if if_exists not in (choices := ("fail", "overwrite", "resume")):
         raise UsageError(f'if_exists="{if_exists}" is not known; {nearest(if_exists, choices)}.')
     target = _target(path)
-    with _told(target):
+    with told(target):
         target.parent.mkdir(parents=True, exist_ok=True)
     with _lock(target):
         partial = _sibling(target, "partial")
-        with _told(target):
+        with told(target):
             _clear(target, partial)
             _refuse(target, partial, if_exists)
             _begin(target, partial, if_exists)
         try:
             yield partial
-            with _told(target):
+            with told(target):
                 _place(partial, target)
         except BaseException as error:
             if not _holds_state(partial):
@@ -108,7 +109,7 @@ def _target(path: str | Path) -> Path:
     path = Path(path)
     if path.name in ("", ".."):
         path = path.resolve()
-    with _told(path):
+    with told(path):
         target = path.parent.resolve() / path.name
         if not path.name or target == Path.cwd():
             raise UsageError(
@@ -133,7 +134,7 @@ def _lock(target: Path) -> Iterator[None]:
     """Hold the exclusive lock of `target`, or raise at once."""
     place = _sibling(target, "lock")
     while True:
-        with _told(target):
+        with told(target):
             lock = os.open(place, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -204,6 +205,7 @@ def _place(partial: Path, target: Path) -> None:
     """Give the finished folder its name, in exchange with an earlier result where that is allowed."""
     for leftover in partial.rglob(".*.tmp"):  # a write that a kill cut short, before this run was resumed
         leftover.unlink()
+    _open_up(partial)
     write_manifest(partial)
     _flush(partial)
     if not _occupied(target):
@@ -219,6 +221,14 @@ def _place(partial: Path, target: Path) -> None:
         raise UsageError(f"{target} was taken while the run worked; the result is in {spare} instead.")
     shutil.rmtree(target / STATE, ignore_errors=True)  # last: until the result is in place it is all there is
     _permission(target).unlink(missing_ok=True)
+
+
+def _open_up(folder: Path) -> None:
+    """Give files the permissions that the umask gave the folder; safetensors writes for the owner alone."""
+    wanted = folder.stat().st_mode & 0o666
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            path.chmod(path.stat().st_mode | wanted)
 
 
 def _exchange(new: Path, old: Path) -> None:
@@ -254,7 +264,7 @@ def _flush(folder: Path) -> None:
 
 
 @contextmanager
-def _told(target: Path) -> Iterator[None]:
+def told(target: Path) -> Iterator[None]:
     """Turn what the file system refuses into one clear line about `target`."""
     try:
         yield
