@@ -171,7 +171,18 @@ def test_a_huge_or_missing_json_is_not_read(folder: Path) -> None:
     with open(folder / "config.json", "r+b") as file:
         file.truncate(2**40)  # sparse: takes no room on the disk
     assert "larger than 512 MiB" in refused(read_checkpoint, folder)
-    assert "not readable as JSON" in refused(read_object, folder / "nothing.json")
+    assert "nothing.json: cannot be read (No such file or directory); check" in refused(
+        read_object, folder / "nothing.json"
+    )
+
+
+def test_what_may_not_be_read_is_no_damaged_file(folder: Path) -> None:
+    (folder / "taken").mkdir()
+    assert "taken: cannot be read (Is a directory); check the path and its permissions" in refused(
+        read_object, folder / "taken"
+    )
+    assert "taken: cannot be read (Is a directory); check" in refused(headers, folder / "taken")
+    assert "nothing: cannot be read (No such file" in refused(headers, folder / "nothing")
 
 
 def test_what_is_no_checkpoint_folder(folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import signal
 import subprocess
 import sys
@@ -14,14 +15,14 @@ import yaml
 
 from secateur import results
 from secateur.core.masks import Masks
-from secateur.errors import ResourceError, UsageError
+from secateur.errors import NumericError, ResourceError, UsageError
 from secateur.folder import verify
 from secateur.manifest import write_manifest
 from secateur.request import request
 from secateur.run import carry_out, check_apart, prepare, prune_to
 
 from .running import copied, environment
-from .tiny import digests, text, weights
+from .tiny import Secateur, digests, text, weights
 
 pytest.importorskip("transformers")
 pytest.importorskip("plotly")
@@ -250,3 +251,34 @@ def test_carrying_out_needs_only_a_folder(own, tmp_path):
     carry_out(prepare(request({"model": f"{own}:mlp", "sparsity": 0.5})), tmp_path)
     write_manifest(tmp_path)
     assert verify(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "message"),
+    [
+        (errno.EACCES, 3, "/some/file: Permission denied; check the path and its permissions."),
+        (errno.ENOSPC, 4, "/some/file: no space left on the disk; earlier results are intact."),
+    ],
+)
+def test_what_the_file_system_refuses_is_one_line_wherever_it_happens(
+    monkeypatch, capsys, tmp_path, number, code, message
+):
+    def refuses(folder):
+        raise OSError(number, os.strerror(number), "/some/file")
+
+    monkeypatch.setattr("secateur.verification.problems", refuses)
+    assert message in Secateur(monkeypatch, capsys).refused(code, "verify", tmp_path)
+
+
+def test_weights_that_are_not_finite_are_told_before_anything_is_measured(models, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    copied(models["gpt2"], tmp_path / "ill")
+    state = load_file(tmp_path / "ill" / "model.safetensors")
+    name = next(name for name in state if name.endswith("h.1.mlp.c_fc.weight"))
+    state[name][0, 0] = float("nan")
+    save_file(state, tmp_path / "ill" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(
+        NumericError, match=r"h\.1\.mlp\.c_fc\.weight: NaN or Inf among its weights.* leave the layer out"
+    ):
+        prepare(request({"model": str(tmp_path / "ill"), "method": "magnitude", "sparsity": 0.5}), offline=True)

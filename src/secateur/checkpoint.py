@@ -177,7 +177,9 @@ def read_object(path: Path) -> dict[str, Any]:
         if path.stat().st_size > _JSON_LIMIT:
             raise InputError(f"{path}: larger than {_JSON_LIMIT >> 20} MiB, which no such file is.")
         value = json.loads(path.read_bytes().decode("utf-8-sig"))
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    except (ValueError, RecursionError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(
@@ -186,6 +188,10 @@ def read_object(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise InputError(f"{path}: a JSON object is expected, found {type(value).__name__}.")
     return value
+
+
+def _unreadable(path: Path, error: OSError) -> InputError:
+    return InputError(f"{path}: cannot be read ({error.strerror}); check the path and its permissions.")
 
 
 def weight_file(place: Path) -> Path:
@@ -204,6 +210,10 @@ def headers(path: Path) -> dict[str, tuple[str, int]]:
     """
     from safetensors import SafetensorError, safe_open
 
+    try:
+        path.open("rb").close()  # safetensors calls a file missing that may not be read
+    except OSError as error:
+        raise _unreadable(path, error) from error
     try:
         with safe_open(path, framework="pt") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - no mapping

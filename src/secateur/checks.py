@@ -45,7 +45,8 @@ def check_weights(layers: Iterable[Layer]) -> None:
             raise UsageError(f"{layer.name} is on the meta device and has no values; load the weights first")
         if not finite(layer.values.float()):
             raise NumericError(
-                f"{layer.name}: NaN or Inf among its weights, read as float32; it cannot be pruned"
+                f"{layer.name}: NaN or Inf among its weights, read as float32; it cannot be pruned. "
+                "Mend it, or the step that made it, or leave the layer out (skip)"
             )
 
 

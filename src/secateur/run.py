@@ -22,6 +22,7 @@ from secateur import mixes, report
 from secateur import model as models
 from secateur.apply import Applied, apply_, intention, needs_calibration, planned
 from secateur.checkpoint import headers
+from secateur.checks import check_weights
 from secateur.core.gradients import GRADIENTS
 from secateur.deploy import decouple_, decoupling
 from secateur.errors import NumericError, UsageError
@@ -113,6 +114,7 @@ def prepare(
         said = _decoupled(asked, loaded, given)
         todo = planned(asked, loaded.model, given.by.example)
         tell("axes of the model", 1, 1)
+    check_weights(todo.touched)
     notes = [
         *said,
         *intention(asked, typed),

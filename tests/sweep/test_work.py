@@ -234,6 +234,9 @@ def test_the_command(whole, tmp_path, monkeypatch, capsys):
     assert said.code == 5
     assert "1 of 2 points failed; the same command tries them again" in said.err
     assert "matches none of" in said.out
+    (tmp_path / "file").touch()
+    taken = secateur.refused(2, *lone[:1], *lone[3:], "--sparsity", 0.5, "--out", tmp_path / "file" / "b")
+    assert "cannot be written here (Not a directory: " in taken
     assert "give a sweep.yaml, or --model" in secateur.refused(2, "sweep", "--out", tmp_path / "c")
 
 

@@ -47,6 +47,14 @@ def main() -> None:
         ):
             raise
         _leave("out of memory; use a smaller model, --dtype bfloat16 or fewer --samples", 4)
+    except OSError as error:
+        if error.filename is None or isinstance(error, ConnectionError):
+            raise
+        from secateur.manifest import full_disk
+
+        if (full := full_disk(error, error.filename)) is not None:
+            _leave(str(full), full.exit_code)
+        _leave(f"{error.filename}: {error.strerror}; check the path and its permissions.", 3)
     except SystemExit as end:
         if end.code == 130:
             _leave("interrupted; nothing half-finished was left behind", 130)

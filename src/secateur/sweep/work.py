@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from secateur.errors import FolderInUseError, SecateurError, UsageError
-from secateur.folder import is_run_folder, write_json
+from secateur.folder import is_run_folder, told, write_json
 from secateur.measure import Tell
 from secateur.sweep.points import Point
 from secateur.sweep.shared import Shared, shared_stages, start_of
@@ -84,8 +84,9 @@ def carry_out(
         if value is not None and value < 1:
             raise UsageError(f"{name} is {value}; expected at least 1")
     left = [point for point in points if not is_run_folder(folder_of(out, point))]
-    (out / "points").mkdir(parents=True, exist_ok=True)
-    (out / "failed").mkdir(exist_ok=True)
+    with told(out):
+        (out / "points").mkdir(parents=True, exist_ok=True)
+        (out / "failed").mkdir(exist_ok=True)
     allowed = allowed or Allowed()
     if ray is None and workers > 1 and threads is None:
         threads = max(1, _cores() // workers)
