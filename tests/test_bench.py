@@ -76,13 +76,17 @@ def test_a_language_model_also_decodes(tmp_path, command):
         n_layer=1, n_embd=64, n_head=4, vocab_size=211, n_positions=64, bos_token_id=0, eos_token_id=0
     )
     model = transformers.GPT2LMHeadModel(config).eval()
-    prune_(model, 0.7)
-    (tmp_path / "pruned").mkdir()
+    masks = prune_(model, 0.7)
+    (tmp_path / "pruned" / "run").mkdir(parents=True)
+    masks.save(tmp_path / "pruned" / "run" / "masks.safetensors")
     models.save(model, None, tmp_path / "pruned")
     options = ("--rounds", "2", "--tokens", "3", "--threads", "1", "--json", "--outer", "int8")
     said = command("bench", tmp_path / "pruned", *options).json
     assert "decoding, a token" in {m["conditions"]["what"] for m in said["latency"]}
     assert "weights packed" in " ".join(said["notes"])
+    (disk,) = [m for m in said["sizes"] if m["name"] == "disk_bytes"]  # masks are no weights
+    assert disk["value"] == (tmp_path / "pruned" / "model.safetensors").stat().st_size
+    assert disk["conditions"]["model"] == "dense"
 
 
 @torch.no_grad()

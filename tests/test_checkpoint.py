@@ -322,7 +322,8 @@ def test_downloads_that_fail_give_one_line(monkeypatch: pytest.MonkeyPatch, tmp_
 
     broken = ConnectionError("Name or service\nnot known")
     assert (
-        said(broken) == "gpt2-min: the download failed (Name or service not known). Nearest there: gpt2-mine."
+        said(broken) == '"gpt2-min" is no folder here, and as a name on the hub its download failed '
+        "(Name or service not known). Nearest there: gpt2-mine."
     )
     missing = errors.RepositoryNotFoundError.__new__(errors.RepositoryNotFoundError)
     assert '"gpt2-min" is no folder here and no model on the hub' in said(missing, UsageError)

@@ -59,6 +59,8 @@ def test_export_and_load(folder, command, tmp_path):
     ids = torch.randint(0, 211, (2, 9))
     assert torch.allclose(again(ids).logits, model(ids).logits, atol=1e-5)
     assert isinstance(again.transformer.h[0].mlp.c_fc, SparseLinear)
+    refused = command.refused(2, "evaluate", tmp_path / "packed")
+    assert "packed without its zeros; secateur.load runs it and `secateur bench` measures it" in refused
     content = bytearray((tmp_path / "packed" / FILE).read_bytes())
     content[-70] ^= 1
     (tmp_path / "packed" / FILE).write_bytes(content)

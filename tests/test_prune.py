@@ -351,3 +351,15 @@ def test_a_plan_touches_nothing_and_keeps_its_word(name):
 def test_masks_are_masks():
     assert isinstance(pruned(magnitude, 0.5)[0], Masks)
     assert pruned(magnitude, 0.5)[0].sparsity == 0.5
+
+
+def test_a_layer_whose_weight_is_computed_is_not_left_out_in_silence(capsys):
+    from secateur.results import layer_lines
+    from secateur.terminal import show_layers
+
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4))
+    nn.utils.parametrizations.weight_norm(model[0])
+    (line,) = layer_lines(plan(model, 0.5))
+    assert line.startswith("0.weight: is computed from other parameters; make it plain first")
+    show_layers(model, (), ())
+    assert f"left out {line}" in capsys.readouterr().out

@@ -8,6 +8,7 @@ from decimal import Decimal
 from pathlib import Path
 
 import pytest
+import typer
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
@@ -319,3 +320,15 @@ def test_permuting_belongs_to_n_of_m():
     assert build_recipe(request({"model": "m", "pattern": "2:4", "permute": True})).pattern == NM(2, 4)
     with pytest.raises(UsageError, match=r"--permute puts channels in order for N:M.* got pattern rows"):
         build_recipe(request({"model": "m", "sparsity": 0.5, "pattern": "rows", "permute": True}))
+
+
+@pytest.mark.parametrize(
+    ("text", "hint"), [("50%", " Did you mean 0.5?"), ("0,25", " Did you mean 0.25?"), ("half", "")]
+)
+def test_a_fraction_that_is_no_number_is_told_with_what_was_meant(text, hint):
+    from secateur.cli.options import fraction
+
+    assert fraction("0.5") == 0.5
+    with pytest.raises(typer.BadParameter) as told:
+        fraction(text)
+    assert str(told.value) == f"{text!r} is no number; a fraction is expected, as 0.5.{hint}"

@@ -19,7 +19,7 @@ from secateur.deploy.sparse import sparsify_
 from secateur.deploy.sparse.packed import Block
 from secateur.errors import UsageError
 from secateur.export import example_inputs
-from secateur.measure import Tell, running_on
+from secateur.measure import Tell, running_on, weight_files
 from secateur.measurement import Measurement, Spread
 from secateur.packed_folder import FILE, is_packed, load_packed
 from secateur.peers import dynamic_int8, prepared
@@ -173,11 +173,13 @@ class _Source:
 
     def on_disk(self) -> Measurement:
         place = self.place
-        pattern = FILE if is_packed(place) else "*.safetensors"
-        found = evaluate.disk_bytes(
-            place / FILE if is_packed(place) else place, "*" if place.is_file() else pattern
-        )
-        return Measurement("disk_bytes", found.value, "bytes", {"pattern": pattern})
+        packed = is_packed(place)
+        if packed or place.is_file():
+            found = evaluate.disk_bytes(place / FILE if packed else place)
+        else:  # masks lie below and do not count
+            found = weight_files(place)[0]
+        said = {"model": PACKED if packed else TORCH, "pattern": FILE if packed else "*.safetensors"}
+        return Measurement("disk_bytes", found.value, "bytes", said)
 
 
 class _Writes(nn.Module):

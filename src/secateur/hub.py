@@ -55,4 +55,6 @@ def fetch(name: str, *, offline: bool, allow_pickle: bool, trust_remote_code: bo
             raise UsageError(
                 f'"{name}" is no folder here and not in the cache, and nothing is downloaded offline.{local}'
             ) from error
-        raise InputError(f"{name}: the download failed ({one_line(error)}).{local}") from error
+        raise InputError(
+            f'"{name}" is no folder here, and as a name on the hub its download failed ({one_line(error)}).{local}'
+        ) from error

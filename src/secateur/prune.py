@@ -59,7 +59,8 @@ class Plan:
         keep: weights kept in all sites together; None when the allocator or a target in real units decides.
         statistics: what the calibration data must say about each layer.
         sites: where units compete: one for each layer, or for each axis of coupled units.
-        axes_left_out: axes of the right kind that are not pruned, each with the reason.
+        axes_left_out: axes of the right kind that are not pruned, and matrices that are no parameters (weight norm),
+            each with the reason.
         target: in real units, None where a sparsity or a number of non-zeros was asked for.
         analysis: the axes of the model, None where layers are pruned.
         example: what it was made on.

@@ -172,6 +172,7 @@ def _layers(todo: Plan, masks: Masks, counted: Sparsity) -> list[dict[str, Any]]
         for layer in todo.touched
     ]
     left = [{"name": layer.name, "role": layer.role, "left out": reason} for layer, reason in todo.left_out]
+    left += [{"name": name, "left out": reason} for name, reason in todo.axes_left_out]
     return [*chosen, *left]
 
 

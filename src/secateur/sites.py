@@ -24,7 +24,7 @@ class Sites(NamedTuple):
         sites: where units compete.
         layers: the matrices that scores look at.
         left_out: layers that are left as they are, each with the reason.
-        axes_left_out: axes likewise.
+        axes_left_out: axes likewise, and matrices that are no parameters.
         analysis: of coupled units, None for patterns of one layer.
         example: that the analysis was made on.
     """
@@ -71,7 +71,7 @@ def sites_of(
             )
         selection = select(model, only, skip)
         sites = tuple(LayerSite(layer, recipe.pattern, shape_of(recipe, layer)) for layer in selection.chosen)
-        return Sites(sites, selection.chosen, selection.left_out)
+        return Sites(sites, selection.chosen, selection.left_out, selection.unprunable)
     if recipe.update is not None and not hasattr(recipe.update, "units_"):
         raise UsageError(
             f"{recipe.update!r} updates single layers while it chooses, and {recipe.pattern!r} cuts through several; "

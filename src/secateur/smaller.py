@@ -34,10 +34,7 @@ def smaller(model: nn.Module, masks: Masks, todo: Plan) -> tuple[nn.Module | Non
         return None, (f"Not made smaller, the zeros stay in their place: {error}",)
     told = shrunk(small)
     before, after = told.parameters
-    notes = [
-        f"Without the units that went, {before:,} parameters become {after:,}; equal to the masked model within "
-        f"{told.difference:.0e} of its largest output."
-    ]
+    notes = [f"Without the units that went, {before:,} parameters become {after:,}; {told.equality}."]
     held = told.padded
     if held:
         names = ", ".join(axis.name for axis in held[:3]) + (

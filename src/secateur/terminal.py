@@ -115,7 +115,11 @@ def show_measurements(measurements: Mapping[str, Sequence[Measurement]]) -> None
     datasets = dict.fromkeys(
         str(m.conditions.get("dataset") or "") for found in measurements.values() for m in found
     )
-    for text in [*told, *(f"data: {name}" for name in datasets if name)]:
+    inputs = dict.fromkeys(
+        str(m.conditions.get("input") or "") for found in measurements.values() for m in found
+    )
+    of_inputs = [f"an input of {shape}: macs, latency" for shape in inputs if shape]
+    for text in [*told, *(f"data: {name}" for name in datasets if name), *of_inputs]:
         if text:
             typer.echo(f"  {text}")
 
@@ -147,7 +151,11 @@ def show_layers(model: Any, only: Sequence[str], skip: Sequence[str], *, as_json
         for layer in layers(model)
     ]
     if as_json:
-        typer.echo(json.dumps({"layers": rows, "parameters": counts.model.size}))
+        typer.echo(
+            json.dumps(
+                {"layers": rows, "parameters": counts.model.size, "unprunable": dict(selection.unprunable)}
+            )
+        )
         return
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in ("layer", "role", "shape", "zeros", "chosen"):
@@ -158,7 +166,7 @@ def show_layers(model: Any, only: Sequence[str], skip: Sequence[str], *, as_json
             Text(row["name"]), row["role"], shape, f"{row['zeros']:,}", "yes" if row["pruned"] else "no"
         )
     Console(highlight=False).print(table)
-    for name, reason in reasons.items():
+    for name, reason in (*reasons.items(), *selection.unprunable):
         typer.echo(f"left out {name}: {reason}")
     typer.echo(
         f"{counts.prunable.size:,} prunable of {counts.model.size:,} parameters, {counts.model.zeros:,} are zero"

@@ -10,6 +10,7 @@ from secateur.core.forward import (
     call,
     device_of,
     dtype_of,
+    input_of,
     logits_of,
     move,
     undisturbed,
@@ -76,6 +77,8 @@ def test_examples_of_every_form_reach_the_model():
 def test_the_batch_size_is_that_of_the_first_tensor():
     rows = torch.ones(4, 2)
     assert [batch_size_of(e) for e in (rows, (None, rows), {"x": 1, "y": [rows]})] == [4, 4, 4]
+    assert input_of((None, {"y": [torch.ones(2, 3, 5)]})) == {"batch": 2, "input": "2 x 3 x 5"}
+    assert input_of((3, torch.tensor(1.0))) == {}
     assert [batch_size_of(e) for e in (3, "text", torch.tensor(1.0), (), {})] == [None] * 5
 
 

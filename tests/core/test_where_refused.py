@@ -115,6 +115,7 @@ def test_a_weight_that_is_computed_is_told() -> None:
     )
     assert refusal(model, "0") == f'only="0" matches none of the 1 prunable layer; {computed}.'
     assert paths(select(model)) == ["2"]
+    assert [f"{name} {why}" for name, why in select(model).unprunable] == [computed]
     nn.utils.parametrizations.weight_norm(model[2])
     assert refusal(model).startswith(f"nothing to prune in Sequential: {computed}; 2.weight is computed")
 

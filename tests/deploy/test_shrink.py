@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+from dataclasses import replace
 
 import pytest
 import torch
@@ -72,6 +73,11 @@ def test_the_result_tells_what_was_done(language) -> None:
     assert note.exact
     assert not note.padded
     assert note.difference < 1e-5
+    assert replace(note, difference=0.0).equality == "equal to the masked model bit for bit"
+    assert (
+        replace(note, difference=2e-6).equality
+        == "equal to the masked model within 2e-06 of its largest output"
+    )
     assert len(note.checked) == 2
     assert note.index["embed.weight"][0] is None
     assert note.index["last.weight"][1].tolist() == list(range(0, 24, 2))

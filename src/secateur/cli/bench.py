@@ -87,7 +87,7 @@ def _show(found: Bench) -> None:
             + f"{m.value:>10.4g}  {spread:<20}{times}{rate}"
         )
     for m in found.sizes:
-        where = "on disk" if m.name == "disk_bytes" else f"in memory, {m.conditions['model']}"
+        where = f"{'on disk' if m.name == 'disk_bytes' else 'in memory'}, {m.conditions['model']}"
         typer.echo(f"{where:<44}{int(m.value):>14,} bytes")
     for note in found.notes:
         typer.echo(note)

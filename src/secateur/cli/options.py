@@ -22,6 +22,7 @@ __all__ = [
     "Threads",
     "Trust",
     "app",
+    "fraction",
     "listed",
     "read_block",
     "use_threads",
@@ -93,3 +94,18 @@ def use_threads(threads: int | None) -> None:
         import torch
 
         torch.set_num_threads(threads)
+
+
+def fraction(text: str) -> float:
+    """A number in the words of a command line; what people write instead is told in those of the number meant."""
+    try:
+        return float(text)
+    except ValueError:
+        plain = text.strip().replace(",", ".")
+        try:
+            meant = float(plain.removesuffix("%")) / (100 if plain.endswith("%") else 1)
+        except ValueError:
+            hint = ""
+        else:
+            hint = f" Did you mean {meant:g}?"
+        raise typer.BadParameter(f"{text!r} is no number; a fraction is expected, as 0.5.{hint}") from None

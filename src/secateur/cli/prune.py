@@ -21,6 +21,7 @@ from secateur.cli.options import (
     Threads,
     Trust,
     app,
+    fraction,
     listed,
     use_threads,
 )
@@ -43,7 +44,10 @@ def prune(
         ),
     ] = None,
     sparsity: Annotated[
-        float | None, typer.Option(help="zeros to reach, as a fraction of the chosen weights")
+        float | None,
+        typer.Option(
+            parser=fraction, metavar="<float>", help="zeros to reach, as a fraction of the chosen weights"
+        ),
     ] = None,
     nonzero: Annotated[
         str | None, typer.Option(help="instead: non-zero parameters of the whole model, e.g. 104.69M")

@@ -19,6 +19,7 @@ __all__ = [
     "call",
     "device_of",
     "dtype_of",
+    "input_of",
     "logits_of",
     "move",
     "uncompiled",
@@ -133,9 +134,26 @@ def logits_of(output: Any) -> Tensor:
 
 def batch_size_of(example: Any) -> int | None:
     """The leading size of the first tensor in `example`; None where there is no tensor with a size."""
+    shape = _shape_of(example)
+    return shape[0] if shape else None
+
+
+def input_of(example: Any) -> dict[str, Any]:
+    """What a measurement on `example` is told with: its batch, and the sizes of its first tensor in words.
+
+    Example:
+        >>> input_of({"input_ids": torch.ones(1, 128)})
+        {'batch': 1, 'input': '1 x 128'}
+    """
+    shape = _shape_of(example)
+    return {"batch": shape[0], "input": " x ".join(map(str, shape))} if shape else {}
+
+
+def _shape_of(example: Any) -> tuple[int, ...]:
+    """The sizes of the first tensor that has some."""
     if isinstance(example, Tensor):
-        return example.shape[0] if example.dim() else None
-    parts = example.values() if isinstance(example, Mapping) else example
+        return tuple(example.shape)
     if not isinstance(example, Mapping | tuple | list):
-        return None
-    return next((size for part in parts if (size := batch_size_of(part)) is not None), None)
+        return ()
+    parts = example.values() if isinstance(example, Mapping) else example
+    return next((shape for part in parts if (shape := _shape_of(part))), ())

@@ -68,10 +68,18 @@ class Layer:
 
 @dataclass(frozen=True)
 class Selection:
-    """The layers to prune, and every other layer with the reason why not; both in registration order."""
+    """The layers to prune, and every other layer with the reason why not; all in registration order.
+
+    Attributes:
+        chosen: what is pruned.
+        left_out: other layers, each with the reason.
+        unprunable: names of matrices that are no parameters of floating-point numbers (weight norm, masks of
+            `torch.nn.utils.prune`, integers), each with the reason.
+    """
 
     chosen: tuple[Layer, ...]
     left_out: tuple[tuple[Layer, str], ...]
+    unprunable: tuple[tuple[str, str], ...] = ()
 
 
 class _Tensor(NamedTuple):
@@ -140,7 +148,7 @@ def select(model: nn.Module, only: Only = None, skip: Only = None) -> Selection:
     left_out = tuple((layer, why) for layer, why in verdicts if why)
     if not chosen:
         raise UsageError(nothing_chosen(model, found, [(layer.name, why) for layer, why in left_out]))
-    return Selection(chosen, left_out)
+    return Selection(chosen, left_out, found.unprunable)
 
 
 def _words(

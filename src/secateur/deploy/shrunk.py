@@ -76,6 +76,13 @@ class Shrunk:
         """Axes whose tensors hold zeroed units, because the modules' integers could not follow."""
         return tuple(axis for axis in self.axes if axis.width > axis.kept)
 
+    @property
+    def equality(self) -> str:
+        """How well it agrees with the masked model, in words."""
+        if not self.difference:
+            return "equal to the masked model bit for bit"
+        return f"equal to the masked model within {self.difference:.0e} of its largest output"
+
     def __str__(self) -> str:
         before, after = self.parameters
         lines = [

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from secateur.core.forward import batch_size_of, call, device_of, move, undisturbed
+from secateur.core.forward import call, device_of, input_of, move, undisturbed
 from secateur.errors import UsageError
 from secateur.measurement import Condition, Measurement
 
@@ -49,7 +49,7 @@ def flops(model: nn.Module, example: Any, *, effective: bool = False) -> dict[st
     Example:
         >>> count = flops(nn.Linear(3, 2), torch.ones(5, 3))
         >>> print(count["macs"])
-        macs 30 (batch 5)
+        macs 30 (batch 5, input 5 x 3)
         >>> count["flops"].value
         60
     """
@@ -64,10 +64,7 @@ def flops(model: nn.Module, example: Any, *, effective: bool = False) -> dict[st
     total = counter.get_total_flops()
     if not total:
         raise UsageError("the model ran no matrix product, convolution or attention on this example")
-    conditions: dict[str, Condition] = {}
-    batch = batch_size_of(example)
-    if batch is not None:
-        conditions["batch"] = batch
+    conditions: dict[str, Condition] = input_of(example)
     if watch.uncounted:
         conditions["uncounted"] = " ".join(sorted(watch.uncounted))
     found = {

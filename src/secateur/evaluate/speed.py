@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from secateur.core.forward import batch_size_of, call, device_of, dtype_of, move, undisturbed
+from secateur.core.forward import call, device_of, dtype_of, input_of, move, undisturbed
 from secateur.errors import UsageError
 from secateur.evaluate.machine import hardware
 from secateur.measurement import Condition, Measurement, Spread
@@ -189,10 +189,7 @@ def _waiting(device: torch.device) -> Callable[[], Any]:
 
 
 def _conditions(model: nn.Module, example: Any) -> dict[str, Condition]:
-    found: dict[str, Condition] = {}
-    batch = batch_size_of(example)
-    if batch is not None:
-        found["batch"] = batch
+    found: dict[str, Condition] = input_of(example)
     device = device_of(model)
     return found | hardware(device) | {"dtype": dtype_of(model), "device": device.type}
 

@@ -104,10 +104,7 @@ def _facts(note: Shrunk) -> dict[str, Any]:
 
 def _notes(note: Shrunk) -> tuple[str, ...]:
     before, now = note.parameters
-    notes = [
-        f"Without the units that went, {before:,} parameters become {now:,}; equal to the masked model within "
-        f"{note.difference:.0e} of its largest output."
-    ]
+    notes = [f"Without the units that went, {before:,} parameters become {now:,}; {note.equality}."]
     if note.padded:
         held = ", ".join(axis.name for axis in note.padded[:3])
         notes.append(f"Held wider than asked, with zeros, because the modules cannot follow: {held}.")

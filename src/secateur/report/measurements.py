@@ -250,7 +250,7 @@ def _about(row: Comparison, shared: Mapping[str, Any]) -> Html | None:
     """What tells the row from its neighbours, and a warning where its values were not taken alike."""
     one = next(cell for cell in row.cells if cell is not None)
     told = dict(row.telling)
-    for key in ("protocol", "dataset", "task", "batch", "threads"):
+    for key in ("protocol", "dataset", "task", "batch", "input", "threads"):
         if key in one["conditions"] and key not in shared and key not in row.differing:
             told.setdefault(key, one["conditions"][key])
     if any(isinstance(value, str) for value in told.values()):
