@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import HealthCheck, settings
-from jaxtyping import install_import_hook
+
+from .shapes import check
 
 if TYPE_CHECKING:
     from .tiny import Folders, Secateur
@@ -19,8 +20,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
-CHECKED = ["secateur.core", "secateur.score", "secateur.pattern", "secateur.allocate"]
-install_import_hook(CHECKED, "beartype.beartype")
+check(["secateur.core", "secateur.score", "secateur.pattern", "secateur.allocate"])
 
 import torch  # noqa: E402
 
@@ -112,4 +112,8 @@ def prune(tmp_path: Path) -> Callable[..., Path]:
 
 @pytest.fixture(autouse=True)
 def seeded() -> None:
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(
+        0
+    )  # torch.manual_seed notes for CUDA, slowly, what it is to do once it is there
+    if torch.cuda.is_available():
+        torch.cuda.manual_seed_all(0)
