@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,11 +21,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+# before anything imports torch, which is left to the tests: the process that hands them out needs none
 check(["secateur.core", "secateur.score", "secateur.pattern", "secateur.allocate"])
-
-import torch  # noqa: E402
-
-torch.set_num_threads(1)
 settings.register_profile(
     "secateur",
     deadline=None,
@@ -110,8 +108,30 @@ def prune(tmp_path: Path) -> Callable[..., Path]:
     return run
 
 
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    import torch
+
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_command_line() -> Iterator[None]:
+    """typer makes the same commands anew, from all their options, whenever it is called."""
+    import typer.main
+    import typer.testing
+
+    made = cache(typer.main.get_command)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(typer.main, "get_command", made)
+        patch.setattr(typer.testing, "_get_command", made)
+        yield
+
+
 @pytest.fixture(autouse=True)
-def seeded() -> None:
+def seeded(one_thread: None) -> None:
+    import torch
+
     torch.default_generator.manual_seed(
         0
     )  # torch.manual_seed notes for CUDA, slowly, what it is to do once it is there
