@@ -76,10 +76,13 @@ def meant(module: str, statement: ast.Import | ast.ImportFrom) -> set[str]:
     return {name if (name := f"{start}.{alias.name}") in FILES else start for alias in statement.names}
 
 
-def imports(module: str, *, on_loading: bool = False) -> set[str]:
+@cache
+def imports(module: str, *, on_loading: bool = False) -> frozenset[str]:
     """Everything that a module imports; with `on_loading` only what is loaded along with it."""
     found = statements(tree(module))
-    return {name for each, inside in found if not (on_loading and inside) for name in meant(module, each)}
+    return frozenset(
+        name for each, inside in found if not (on_loading and inside) for name in meant(module, each)
+    )
 
 
 def below(name: str, *packages: str) -> bool:

@@ -89,7 +89,7 @@ def serves(scores: Tensor) -> bool:
 
 
 def between(
-    scores: Float[Tensor, "..."], a: float, b: float, *, absolute: bool = False
+    scores: Float[Tensor, " *score"], a: float, b: float, *, absolute: bool = False
 ) -> tuple[int, int, Float[Tensor, " inside"] | None]:
     """How many scores are below a, how many in [a, b], and those themselves, or None where they are too many.
 
