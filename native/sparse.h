@@ -86,4 +86,14 @@ void squares_avx512(const Matrix&, const Tiled&, int64_t tile, int32_t* sums, in
 // Whether inputs straight from the stream are rounded to integers, which serves any number of tokens
 static inline bool in_integers(const Matrix& m) { return (m.kind == I8 || m.kind == I4) && m.form != INDEX; }
 
+// A panel reads its rows in turn, more of them than the processor foresees: what a group needs for its next word is fetched
+// when it is left, as many values as for this one, from position `at` on. (Always inline: a call of a function that does
+// nothing but fetch is left out by compilers.)
+static inline __attribute__((always_inline)) void fetch_next(const Matrix& m, int64_t group, int64_t word, int64_t at, int64_t count) {
+    const int64_t bits = m.kind == F32 ? 32 : m.kind == I8 ? 8 : m.kind == I4 ? 4 : 16;
+    const char* values = static_cast<const char*>(m.values) + at * bits / 8;
+    for (int64_t line = 0; line < count * bits / 8 + 64; line += 64) __builtin_prefetch(values + line);
+    if (m.form == BITMASK && word % 8 == 7) __builtin_prefetch(m.mask + group * m.words + word + 1);
+}
+
 }  // namespace sparse

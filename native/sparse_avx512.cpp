@@ -539,6 +539,7 @@ void many(const Matrix& m, const float* x, int lanes, float* y, int64_t first, i
         for (int64_t group = first; group < last; ++group) {
             stretch(m, group, number, at[group - first], s);
             at[group - first] += int64_t(s.n) * m.block;
+            fetch_next(m, group, number, at[group - first], int64_t(s.n) * m.block);
             float* out = y + (group - first) * m.block * lanes;
             if (m.block > 1 && lanes == 16) {
                 lanes_of_block<1, 2>(s, m.block, here, out);
