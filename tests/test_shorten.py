@@ -26,6 +26,7 @@ def test_blocks_are_dropped_and_the_folder_loads(models, secateur, tmp_path):
     found = {name: {m["name"]: m["value"] for m in each} for name, each in said["measurements"].items()}
     assert found["short"]["parameters"] < found["dense"]["parameters"]
     assert {"perplexity", "kl_divergence", "latency", "speedup", "macs", "disk_bytes"} <= set(found["short"])
+    assert found["short"]["disk_bytes"] < found["dense"]["disk_bytes"]
     model = transformers.AutoModelForCausalLM.from_pretrained(out)
     assert model.config.n_layer == len(model.transformer.h) == 1
     assert model.num_parameters() == found["short"]["parameters"]

@@ -37,6 +37,20 @@ def test_rows_join_by_name_unit_and_what_tells_them_apart():
     assert "not the same for all: seed" in measurement_section({"before": before, "after": after}).body
 
 
+def test_what_a_variant_is_does_not_make_its_values_hard_to_compare():
+    variants = {
+        name: [
+            entry("latency", 9.0, "ms", model=name, batch=1, input="1 x 128", threads=1),
+            entry("nonzeros", count, tensors=tensors, of=2 * count),
+        ]
+        for name, count, tensors in (("dense", 8, 4), ("shrunk", 5, 3))
+    }
+    assert [row.differing for row in compare(variants)] == [[], []]
+    body = measurement_section(variants).body
+    assert "not the same for all" not in body
+    assert "input 1 x 128" in body
+
+
 def test_repeats_that_nothing_tells_apart_stay_apart():
     rows = compare(
         {"a": [entry("latency", 1.0, "ms"), entry("latency", 2.0, "ms")], "b": [entry("latency", 3.0, "ms")]}

@@ -257,3 +257,10 @@ def test_a_local_ray(whole, tmp_path):
     given, _, expected = whole
     carry_out(given.points, tmp_path, ray="local", allowed=CODE)
     assert table(given, tmp_path) == expected
+
+
+def test_labels_fit_along_an_axis():
+    from secateur.sweep.pages import QUALITY, axis_label
+
+    assert axis_label("kl_divergence", "lower") == "KL divergence (lower is better)"
+    assert max(len(axis_label(name, "higher")) for name in QUALITY) <= 32

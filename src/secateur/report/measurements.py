@@ -37,6 +37,9 @@ _MORE_IS_BETTER = (_FRACTIONS - {"density"}) | {"tokens", "throughput", "example
 _MACHINE = frozenset({"cpu", "instructions", "cores", "torch", "accelerator", "device", "hardware", "dtype"})
 """Conditions that describe the machine: they stand below the table where all measurements share them."""
 
+_OWN = frozenset({"model", "tensors", "of", "files"})
+"""Conditions that describe the variant itself, not how it was measured: they differ and values compare all the same."""
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -102,7 +105,7 @@ class Comparison:
     def differing(self) -> list[str]:
         """Conditions that were not the same for all variants, so that the values do not compare strictly."""
         held = [cell["conditions"] for cell in self.cells if cell is not None]
-        keys = dict.fromkeys(key for conditions in held for key in conditions)
+        keys = dict.fromkeys(key for conditions in held for key in conditions if key not in _OWN)
         return [key for key in keys if len({_hashable(conditions.get(key)) for conditions in held}) > 1]
 
 
@@ -253,12 +256,12 @@ def _about(row: Comparison, shared: Mapping[str, Any]) -> Html | None:
     for key in ("protocol", "dataset", "task", "batch", "input", "threads"):
         if key in one["conditions"] and key not in shared and key not in row.differing:
             told.setdefault(key, one["conditions"][key])
-    if any(isinstance(value, str) for value in told.values()):
-        told = {key: value for key, value in told.items() if isinstance(value, str)}
-    words = [
-        _said(value) if isinstance(value, str) else f"{shown(key)} {_said(value)}"
-        for key, value in told.items()
-    ]
+    bare = {key for key, value in told.items() if isinstance(value, str) and key != "input"}
+    if bare:
+        told = {key: told[key] for key in told if key in bare}
+    elif "input" in told:  # it says the batch too
+        told.pop("batch", None)
+    words = [_said(value) if key in bare else f"{shown(key)} {_said(value)}" for key, value in told.items()]
     parts = [tag("small", ", ".join(words))] if words else []
     if row.differing:
         parts.append(

@@ -22,6 +22,11 @@ QUALITY = {
 }
 
 
+def axis_label(name: str, better: str) -> str:
+    """What stands along an axis: short enough for it."""
+    return f"{QUALITY[name].partition(' from ')[0]} ({better} is better)"
+
+
 def write_report(title: str, sweep: Sweep, found: Sequence[Line], out: Path) -> None:
     """Write report.html into the sweep's folder."""
     same = groups(sweep, found)
@@ -105,7 +110,7 @@ def _charts(sweep: Sweep, same: Sequence[Group], found: Sequence[Line]) -> list[
             report.Tradeoff(
                 f"{QUALITY[name]} against {along}",
                 "epochs of fine-tuning" if epochs else "sparsity of the pruned layers",
-                f"{QUALITY[name]} ({sign} is better)",
+                axis_label(name, sign),
                 held,
                 reference=fmean(before) if before else None,
                 reference_name="before pruning",
