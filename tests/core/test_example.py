@@ -53,6 +53,9 @@ def test_the_main_part_of_an_answer():
     model = Two()
     assert main_output(X) is X
     assert main_output((X, Y)) == (X, Y)
+    assert main_output((X, None, 3)) == (X,)
+    assert main_output((None, 3)) == (None, 3)
+    assert main_output({"out": X, "aux": None, "steps": 3, "both": (X, Y)}) == {"out": X, "both": (X, Y)}
     assert main_output(model(X)).shape == (5, 2)
     assert main_output({"last_hidden_state": X, "encoder_last_hidden_state": Y}) is X
     assert main_output({"last_hidden_state": X, "pooler_output": Y}) == (X, Y)

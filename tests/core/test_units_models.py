@@ -200,7 +200,7 @@ def test_an_output_that_is_not_there_is_refused() -> None:
     model = Net(lambda s, x: {"logits": s.a(x)}, a=nn.Linear(7, 7))
     with pytest.raises(UsageError, match="output 'scores' is not in the model's output; it has: logits"):
         analyse(model, (X.float(),), output="scores")
-    with pytest.raises(UsageError, match="picks no tensor"):
+    with pytest.raises(UsageError, match="finds no tensor"):
         analyse(model, (X.float(),), output=lambda result: 3)
 
 

@@ -433,3 +433,30 @@ def test_adapters_beside_layers_are_sliced_with_them(language) -> None:
     assert block.up.lora_A["default"].weight.requires_grad
     inputs = ids()
     close(masked(model, analysis.masks(keep))(inputs), small(inputs))
+
+
+class Talkative(nn.Module):
+    """An answer with what is no tensor beside what is."""
+
+    def __init__(self, wrap):
+        super().__init__()
+        self.first, self.second, self.wrap = nn.Linear(8, 12), nn.Linear(12, 3), wrap
+
+    def forward(self, x):
+        return self.wrap(self.second(self.first(x).relu()))
+
+
+@pytest.mark.parametrize(
+    ("wrap", "key"),
+    [(lambda y: {"out": y, "aux": None, "steps": 3}, "out"), (lambda y: (y, None), 0)],
+    ids=["mapping", "tuple"],
+)
+def test_answers_with_more_than_tensors(wrap, key):
+    from secateur import magnitude, prune_
+    from secateur.pattern import Neurons
+
+    model, x = Talkative(wrap).eval(), torch.randn(5, 8)
+    masks = prune_(model, 0.5, replace(magnitude, pattern=Neurons()), example=x)
+    small = shrink(model, masks, x)
+    assert small.first.out_features == 6
+    assert torch.allclose(small(x)[key], model(x)[key], atol=1e-6)

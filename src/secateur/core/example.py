@@ -118,6 +118,9 @@ def prepared(model: nn.Module, given: Any) -> Example:
 
 def main_output(answer: Any) -> Any:
     """What of a model's answer has to stay: logits, else the last hidden state, else everything but loss and cache."""
+    if isinstance(answer, tuple | list):
+        kept = tuple(part for part in answer if _of_tensors(part))
+        return kept if kept and len(kept) < len(answer) else answer
     if not isinstance(answer, Mapping):
         return answer
     if isinstance(answer.get("logits"), Tensor):
@@ -125,7 +128,13 @@ def main_output(answer: Any) -> Any:
     if isinstance(answer.get("last_hidden_state"), Tensor):
         pooled = answer.get("pooler_output")
         return (answer["last_hidden_state"], pooled) if pooled is not None else answer["last_hidden_state"]
-    return {key: value for key, value in answer.items() if key not in LEFT_OUT}
+    return {key: value for key, value in answer.items() if key not in LEFT_OUT and _of_tensors(value)}
+
+
+def _of_tensors(part: Any) -> bool:
+    """Whether a part of an answer is computed: not None, a number or a word beside what is."""
+    leaves = pytree.tree_leaves(part)
+    return bool(leaves) and all(isinstance(leaf, Tensor) for leaf in leaves)
 
 
 def _binds(model: nn.Module, args: tuple[Any, ...]) -> bool:

@@ -120,7 +120,11 @@ def _pick(whole: Any, output: str | Callable[[Any], Any]) -> Any:
         picked = output(whole)
     leaves = pytree.tree_leaves(picked)
     if not leaves or not all(isinstance(leaf, torch.Tensor) for leaf in leaves):
-        raise UsageError(f"output={output!r} picks no tensor of the model's output.")
+        name = repr(output) if isinstance(output, str) else getattr(output, "__name__", repr(output))
+        raise UsageError(
+            f"{name} finds no tensor in the model's output, a {type(whole).__name__}; say which part counts "
+            "(analyse(..., output=...)), or return tensors."
+        )
     return picked
 
 
