@@ -33,7 +33,7 @@ from torch import nn
 from secateur import prune_, random, sparsify_
 from secateur.core.where import layers
 from secateur.deploy.sparse.convert import install_sparse_
-from secateur.deploy.sparse.packed import pack_integers
+from secateur.deploy.sparse.packed import Block, pack_integers, shape_of
 
 THREADS = torch.get_num_threads()
 # one thread's own time does not count what other processes take from it
@@ -41,6 +41,7 @@ CLOCK = time.thread_time if THREADS == 1 else time.perf_counter
 POOL = 1 << 24  # random numbers that weights are made of, again and again
 PIECE = 512  # rows that are rounded at a time
 PROMPT = 16
+BLOCKS: dict[str, Block] = {"1": 1, "4": 4, "16": 16, "4x4": (4, 4)}
 Write = Callable[[torch.Tensor, int], float]  # prompt, tokens: seconds a token after the prompt
 
 
@@ -151,38 +152,46 @@ def rounded(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return integers, scale
 
 
-def in_int8(dense: Any, sparsities: list[float]) -> dict[float, tuple[Any, float]]:
-    """The model in 8 bits with each share of zeros, and its megabytes; scales reach each row's largest weight.
+def in_int8(dense: Any, points: list[tuple[str, float]]) -> dict[tuple[str, float], tuple[Any, float]]:
+    """The model in 8 bits with blocks and shares of zeros, and its megabytes; scales reach each row's largest weight.
 
     What `sparsify_(model, "int8", outer="int8", measure=False)` makes, but for its search of better scales.
     """
-    found = {sparsity: [sharing(dense), 0.0] for sparsity in sparsities}
+    found = {point: [sharing(dense), 0.0] for point in points}
     chance = torch.rand(POOL)
     for layer in layers(dense):
         matrix = layer.layout.to_matrices(layer.weight.detach())[0]
         integers, scale = rounded(matrix)
         outer = layer.role in ("embedding", "head")
         whole = pack_integers(integers, scale, form="dense") if outer else None
-        for sparsity, held in found.items():
+        for (block, sparsity), held in found.items():
             packed = whole
             if packed is None:
-                cut = (chance < sparsity)[: matrix.numel()].view(matrix.shape)
-                packed = pack_integers(integers.masked_fill(cut, 0), scale)
+                high, wide = shape_of(BLOCKS[block])
+                units = -(-matrix.shape[0] // high), -(-matrix.shape[1] // wide)
+                cut = (chance < sparsity)[: units[0] * units[1]].view(units)
+                cut = cut.repeat_interleave(high, 0)[: matrix.shape[0]].repeat_interleave(wide, 1)[
+                    :, : matrix.shape[1]
+                ]
+                packed = pack_integers(integers.masked_fill(cut, 0), scale, block=BLOCKS[block])
             install_sparse_(held[0], (layer.name, *layer.tied), packed)
             held[1] += packed.nbytes / 1e6
-    return {sparsity: (model, size) for sparsity, (model, size) in found.items()}
+    return {point: (model, size) for point, (model, size) in found.items()}
 
 
 def build(given: argparse.Namespace) -> tuple[dict[str, Any], dict[str, float]]:
     """The dense model in torch's ways, and packed; and the megabytes of packed ones."""
     dense = llama(given.layers or 16) if given.model == "llama-1b" else gpt2(given.layers or 12)
     models, size = peers(dense, given.peers), {}
-    integers = in_int8(dense, given.sparsity) if "int8" in given.kinds else {}
-    for sparsity in given.sparsity:
-        for kind in given.kinds:
-            name = f"packed {kind} {sparsity:.0%}"
-            made = integers[sparsity] if kind == "int8" else in_float32(dense, sparsity)
-            models[name], size[name] = made
+    points = [(block, sparsity) for sparsity in given.sparsity for block in given.block]
+    integers = in_int8(dense, points) if "int8" in given.kinds else {}
+    made = {f"packed float32 {s:.0%}": in_float32(dense, s) for s in given.sparsity if "float32" in given.kinds}
+    made |= {
+        f"packed int8 {sparsity:.0%}" + ("" if block == "1" else f", blocks of {block}"): held
+        for (block, sparsity), held in integers.items()
+    }
+    for name, held in made.items():
+        models[name], size[name] = held
     return models, size
 
 
@@ -279,6 +288,7 @@ def main() -> None:
     parser.add_argument("--sparsity", type=float, nargs="*", default=[0.5, 0.7])
     parser.add_argument("--peers", nargs="*", choices=["float32", "bfloat16", "int8"], default=None)
     parser.add_argument("--kinds", nargs="*", choices=["float32", "int8"], default=None)
+    parser.add_argument("--block", nargs="*", default=["1"], choices=list(BLOCKS), help="of int8")
     parser.add_argument("--compile", action="store_true", help="the same models under torch.compile as well")
     parser.add_argument("--tokens", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=5)
