@@ -14,6 +14,7 @@ from secateur.deploy.sparse.modules import SparseLinear
 from secateur.errors import InputError, UsageError
 from secateur.packed_folder import FILE, load_packed
 
+from .loading import tokenizer
 from .tiny import Secateur
 
 
@@ -31,6 +32,7 @@ def cache(tmp_path_factory, monkeypatch):
 
 
 def build():
+    """A module of one's own."""
     return nn.Sequential(nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 64))
 
 
@@ -59,13 +61,70 @@ def test_export_and_load(folder, command, tmp_path):
     ids = torch.randint(0, 211, (2, 9))
     assert torch.allclose(again(ids).logits, model(ids).logits, atol=1e-5)
     assert isinstance(again.transformer.h[0].mlp.c_fc, SparseLinear)
-    refused = command.refused(2, "evaluate", tmp_path / "packed")
-    assert "packed without its zeros; secateur.load runs it and `secateur bench` measures it" in refused
+    refused = command.refused(2, "inspect", tmp_path / "packed")
+    assert "secateur.load runs it, `secateur evaluate` and `secateur bench` measure it" in refused
     content = bytearray((tmp_path / "packed" / FILE).read_bytes())
     content[-70] ^= 1
     (tmp_path / "packed" / FILE).write_bytes(content)
     with pytest.raises(InputError, match="is altered since the run wrote it"):
         secateur.load(tmp_path / "packed")
+
+
+def measured(said):
+    return {m["name"]: m["value"] for m in said["measurements"]}
+
+
+def test_quality_and_size_of_a_packed_folder(tmp_path, command):
+    """Counts are those of the dense folder, quality that of the packed weights, bytes what they take."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        n_layer=2, n_embd=64, n_head=4, vocab_size=300, n_positions=32, bos_token_id=0, eos_token_id=0
+    )
+    model, reads = transformers.GPT2LMHeadModel(config).eval(), tmp_path / "lm"
+    prune_(model, 0.7)
+    reads.mkdir()
+    models.save(model, tokenizer(), reads)
+    text = tmp_path / "text.txt"
+    text.write_text("one two three four five six seven eight nine ten\n" * 60, encoding="utf-8")
+    command("export", reads, "--to", "sparse", "--out", tmp_path / "same")
+    command("export", reads, "--to", "sparse", "--kind", "int8", "--outer", "int8", "--out", tmp_path / "small")
+    how = ("--data", text, "--context", "16", "--json")
+    dense = measured(command("evaluate", reads, *how).json)
+    same = measured(command("evaluate", tmp_path / "same", *how).json)
+    small = measured(command("evaluate", tmp_path / "small", "--reference", reads, "--no-speed", *how).json)
+    for name in ("parameters", "nonzeros", "macs", "effective_macs"):
+        assert same[name] == dense[name]
+    assert same["perplexity"] == pytest.approx(dense["perplexity"], rel=1e-4)
+    assert same["state_bytes"] < dense["state_bytes"]
+    assert small["state_bytes"] < same["state_bytes"]
+    assert small["disk_bytes"] == (tmp_path / "small" / FILE).stat().st_size
+    assert small["perplexity"] == pytest.approx(dense["perplexity"], rel=0.05)
+    assert small["perplexity"] != dense["perplexity"]
+    assert 0 < small["kl_divergence"] < 0.05
+    said = command.refused(2, "evaluate", tmp_path / "small", "--dtype", "float16")
+    assert "packed weights stay in the type that they were packed in; leave --dtype out" in said
+
+
+def test_a_packed_module_of_ones_own_is_measured_with_its_function(tmp_path, command):
+    from secateur.deploy.sparse import save_sparse
+
+    (tmp_path / "own.py").write_text(
+        "import torch\nfrom torch import nn\n\n\ndef build():\n"
+        "    return nn.Sequential(nn.Linear(64, 48), nn.ReLU()), torch.ones(2, 64)\n",
+        encoding="utf-8",
+    )
+    model = build()[:2]
+    prune_(model, 0.6, only="all")
+    (tmp_path / "packed").mkdir()
+    save_sparse(model, tmp_path / "packed" / FILE)
+    found = measured(command("evaluate", f"{tmp_path / 'own.py'}:build@{tmp_path / 'packed'}", "--json").json)
+    assert found["parameters"] == 64 * 48 + 48
+    assert found["nonzeros"] == sum(int((p != 0).sum()) for p in model.parameters())
+    assert found["macs"] == 2 * 64 * 48
+    assert found["latency"] > 0
+    said = command.refused(2, "evaluate", tmp_path / "packed")
+    assert "holds a model of your own code" in said
 
 
 @torch.no_grad()

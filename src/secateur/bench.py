@@ -6,14 +6,13 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from secateur import evaluate, own
+from secateur import evaluate
 from secateur import model as models
 from secateur.deploy.sparse import sparsify_
 from secateur.deploy.sparse.packed import Block
@@ -21,7 +20,7 @@ from secateur.errors import UsageError
 from secateur.export import example_inputs
 from secateur.measure import Tell, running_on, weight_files
 from secateur.measurement import Measurement, Spread
-from secateur.packed_folder import FILE, is_packed, load_packed
+from secateur.packed_folder import FILE, is_packed, load_packed, source_of
 from secateur.peers import dynamic_int8, prepared
 from secateur.sources import writes_text
 
@@ -140,11 +139,8 @@ class _Source:
     loading: dict[str, Any]
 
     def __post_init__(self) -> None:
-        path, function, weights = own.split(self.spec) if own.is_own(self.spec) else (None, "", self.spec)
-        self.place = Path(weights or "").expanduser()
-        self.build: Callable[[], Any] | None = None
-        if path is not None:
-            self.build = lambda: own.call(f"{path}:{function}", seed=self.asked.seed)
+        place, self.build = source_of(self.spec, self.asked.seed)
+        self.place = place or Path()
 
     def dense(self) -> models.Loaded:
         if not is_packed(self.place):

@@ -288,7 +288,7 @@ def _weight_files(folder: Path, allow_pickle: bool) -> tuple[list[Path], list[Pa
         if name.endswith(_PICKLES):
             _refuse_pickle(folder / name, allow_pickle)
     if "model.sparse.safetensors" in names:
-        what = "packed without its zeros; secateur.load runs it and `secateur bench` measures it"
+        what = "packed without its zeros; secateur.load runs it, `secateur evaluate` and `secateur bench` measure it"
         raise UsageError(f"{folder}: {what}. Give the folder that it was packed from.")
     raise InputError(
         f"{folder}: no weights; model.safetensors or model.safetensors.index.json is expected, found "

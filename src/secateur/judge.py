@@ -95,7 +95,11 @@ def judge(loaded: Loaded, dense: Loaded | None, wanted: Wanted, tell: Tell) -> l
     named = spec_name(wanted.labelled) if wanted.labelled else ""
     by = Yardstick(labelled=labelled, labelled_name=named, example=example, tell=tell)
     said = answers(loaded.model, by)
-    found += measure(loaded.model, by, said)
+    if loaded.dense is None:
+        found += measure(loaded.model, by, said)
+    else:  # a packed model is counted by its dense twin; what it holds in memory is its own
+        counted = measure(loaded.dense, by, said)
+        found += [evaluate.state_bytes(loaded.model) if m.name == "state_bytes" else m for m in counted]
     if dense is not None and not reads:
         found += same_answers(said, answers(dense.model, by))
     found += weight_files(loaded.folder) if loaded.folder is not None else []

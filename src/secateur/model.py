@@ -56,6 +56,7 @@ class Loaded:
         files: name -> SHA-256 of every file that was used.
         stored_dtype: floating-point type of most of the numbers in the files, None where nothing says it.
         example: inputs that the function gave beside the model, None otherwise.
+        dense: of a packed model the same numbers as ordinary weights, by which it is counted; None otherwise.
     """
 
     model: nn.Module
@@ -67,6 +68,7 @@ class Loaded:
     files: Mapping[str, str] = field(default_factory=dict)
     stored_dtype: torch.dtype | None = None
     example: Any = None
+    dense: nn.Module | None = None
 
 
 def load(

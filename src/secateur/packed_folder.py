@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from secateur import model as models
@@ -23,7 +24,7 @@ from secateur.measure import Tell
 from secateur.request import spec_name
 from secateur.run import check_apart
 
-__all__ = ["FILE", "export_packed", "is_packed", "load_packed"]
+__all__ = ["FILE", "export_packed", "is_packed", "load_packed", "opened", "source_of"]
 
 FILE = "model.sparse.safetensors"
 _OTHER = ("generation_config.json", "preprocessor_config.json", "processor_config.json")
@@ -79,9 +80,9 @@ def export_packed(
     return done, before, after
 
 
-def is_packed(folder: str | Path) -> bool:
+def is_packed(folder: str | Path | None) -> bool:
     """Whether `export_packed` wrote this folder."""
-    return (Path(folder) / FILE).is_file()
+    return folder is not None and (Path(folder) / FILE).is_file()
 
 
 def load_packed(
@@ -98,19 +99,69 @@ def load_packed(
         UsageError: a module of one's own without `build`.
         InputError: a file is altered, or does not fit.
     """
-    described = (folder / "config.json").is_file()
-    if build is None and not described:
-        raise UsageError(
-            f"{folder}: holds a model of your own code; say what builds it: secateur.load(folder, build)."
-        )
-    config = read_object(folder / "config.json") if described else {}
-    checkpoint = look_through(folder, config, [folder / FILE], [])
+    checkpoint = _described(folder, build is not None)
     if build is None:
         model = _of_config(checkpoint)
     else:
         built = build()
         model = copy.deepcopy(built[0] if isinstance(built, tuple) else built)
     return load_sparse_(model, folder / FILE, dense=dense, prefer=prefer).eval()
+
+
+def opened(
+    spec: str, *, device: torch.device | str = "cpu", seed: int = 0, speed: bool = True, **loading: Any
+) -> models.Loaded:
+    """A packed folder as the verbs that measure take a model: packed, with the same numbers dense beside, for counts.
+
+    Args:
+        spec: a folder that `export_packed` wrote, or `file.py:function@FOLDER`.
+        device: where the packed model goes.
+        seed: of the function.
+        speed: multiply in the packed ways that are fastest here, which are measured once; no dense weights are kept
+            beside.
+        loading: `dtype`, which has to be left out; others do not matter.
+
+    Raises:
+        UsageError: a dtype; a module of one's own without its function.
+        InputError: a file is altered, or does not fit.
+    """
+    if loading.get("dtype") is not None:
+        raise UsageError(f"{spec}: packed weights stay in the type that they were packed in; leave --dtype out")
+    place, build = source_of(spec, seed)
+    assert place is not None
+    checkpoint = _described(place, build is not None)
+    model: Any = load_packed(place, build, prefer="memory" if speed else None).to(device)
+    dense = load_packed(place, build, prefer=None, dense=True)
+    made = build() if build is not None else None
+    tokenizer = None
+    if build is None:
+        with pretrained.quiet():
+            tokenizer = pretrained.tokenizer_of(checkpoint, model.config, False)
+    return models.Loaded(
+        model, tokenizer, spec, "transformers" if build is None else "python", checkpoint.fingerprint, place,
+        dict(checkpoint.files), example=made[1] if isinstance(made, tuple) else None, dense=dense,
+    )  # fmt: skip
+
+
+def source_of(spec: str, seed: int) -> tuple[Path | None, Callable[[], Any] | None]:
+    """The folder of `FOLDER` or `file.py:function@FOLDER`, None where there is none; what builds one's own module."""
+    if not own.is_own(spec):
+        return Path(spec).expanduser(), None
+    path, function, weights = own.split(spec)
+    place = Path(weights).expanduser() if weights else None
+    return place, lambda: own.call(f"{path}:{function}", seed=seed)
+
+
+def _described(folder: Path, built: bool) -> Checkpoint:
+    """The folder's files, checked against its manifest."""
+    described = (folder / "config.json").is_file()
+    if not built and not described:
+        raise UsageError(
+            f"{folder}: holds a model of your own code; say what builds it: secateur.load(folder, build), or "
+            f"file.py:function@{folder}."
+        )
+    config = read_object(folder / "config.json") if described else {}
+    return look_through(folder, config, [folder / FILE], [])
 
 
 def _of_config(checkpoint: Checkpoint) -> nn.Module:

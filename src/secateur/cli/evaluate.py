@@ -46,6 +46,7 @@ def evaluate(
     use_threads(threads)
     from secateur import model as models
     from secateur.judge import Wanted, judge
+    from secateur.packed_folder import is_packed, opened, source_of
     from secateur.request import spec_name
     from secateur.terminal import progress, show_measurements
 
@@ -56,7 +57,8 @@ def evaluate(
     wanted = Wanted(data, protocol, context, stride, max_tokens, labelled, summaries, tasks, limit, speed, seed)
     with progress() as tell:
         tell("loading the model", 0, 1)
-        loaded = models.load(model, **settings)
+        packed = is_packed(source_of(model, seed)[0])
+        loaded = opened(model, speed=speed, **settings) if packed else models.load(model, **settings)
         dense = models.load(reference, **settings) if reference else None
         tell("loading the model", 1, 1)
         found = judge(loaded, dense, wanted, tell)
