@@ -167,8 +167,7 @@ void pack(const float* x, int64_t tokens, int64_t columns, int lanes, float* pac
     });
 }
 
-int lanes_for(int64_t tokens, int32_t block, bool wide) {
-    const int most = block > 1 && !wide ? 16 : 64;
+int lanes_for(int64_t tokens, int most) {
     int lanes = 8;
     while (lanes < tokens && lanes < most) lanes *= 2;
     return lanes;
@@ -178,7 +177,7 @@ void multiply_many(
     const Kernels* table, const Matrix& m, const float* x, int64_t batch, const float* bias, float* y, int threads,
     Room& room
 ) {
-    const int lanes = lanes_for(batch, m.block, table->wide);
+    const int lanes = lanes_for(batch, m.block > 1 ? table->lanes : 64);
     const int64_t tiles = (batch + lanes - 1) / lanes, each = (m.columns + SPAN - 1) / SPAN * SPAN * lanes;
     room.packed.resize(tiles * each + 16);
     // whole cache lines: a vector across two of them takes twice as long

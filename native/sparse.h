@@ -69,7 +69,7 @@ struct Kernels {
     // SQUARES: sums[row][token] of the groups first..last-1, for the tokens of at most TWO tiles from `tile` on; null where
     // `few` takes any number
     void (*squares)(const Matrix&, const Tiled&, int64_t tile, int32_t* sums, int64_t first, int64_t last);
-    bool wide;  // 32 and 64 lanes for blocks as well
+    int lanes;  // most that `many` takes of blocks: 16, 32 or 64
 };
 
 const Kernels* scalar_kernels();

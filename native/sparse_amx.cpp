@@ -354,7 +354,7 @@ const Kernels* amx_kernels() {
     static const bool here = [] {
         const Kernels* wide = avx512_kernels();
         if (!wide || !runs_here() || !write_orders() || !write_turns()) return false;
-        table = {wide->few, wide->many, tiled, wide->squares, true};
+        table = {wide->few, wide->many, tiled, wide->squares, wide->lanes};
         return true;
     }();
     return here ? &table : nullptr;

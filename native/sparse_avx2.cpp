@@ -710,14 +710,15 @@ ALWAYS void lanes_of_row(const Stretch& s, const float* x, float* y) {
     }
 }
 
+// V vectors of tokens out of `lanes`
 template <int V>
-ALWAYS void lanes_of_block(const Stretch& s, int block, const float* x, float* y) {
-    for (int from = 0; from < block; from += 4, y += 4 * 8 * V) {
+ALWAYS void lanes_of_block(const Stretch& s, int block, const float* x, int lanes, float* y) {
+    for (int from = 0; from < block; from += 4, y += 4 * lanes) {
         __m256 total[4][V];
         for (int r = 0; r < 4; ++r)
-            for (int v = 0; v < V; ++v) total[r][v] = _mm256_loadu_ps(y + (r * V + v) * 8);
+            for (int v = 0; v < V; ++v) total[r][v] = _mm256_loadu_ps(y + r * lanes + 8 * v);
         for (int i = 0; i < s.n; ++i) {
-            const float *w = s.values + i * block + from, *at = x + int64_t(s.columns[i]) * (8 * V);
+            const float *w = s.values + i * block + from, *at = x + int64_t(s.columns[i]) * lanes;
             __m256 value[V];
             for (int v = 0; v < V; ++v) value[v] = _mm256_loadu_ps(at + 8 * v);
             for (int r = 0; r < 4; ++r) {
@@ -726,7 +727,7 @@ ALWAYS void lanes_of_block(const Stretch& s, int block, const float* x, float* y
             }
         }
         for (int r = 0; r < 4; ++r)
-            for (int v = 0; v < V; ++v) _mm256_storeu_ps(y + (r * V + v) * 8, total[r][v]);
+            for (int v = 0; v < V; ++v) _mm256_storeu_ps(y + r * lanes + 8 * v, total[r][v]);
     }
 }
 
@@ -743,7 +744,9 @@ void many(const Matrix& m, const float* x, int lanes, float* y, int64_t first, i
             fetch_next(m, group, number, at[group - first], int64_t(s.n) * m.block);
             float* out = y + (group - first) * m.block * lanes;
             if (m.block > 1) {
-                lanes == 8 ? lanes_of_block<1>(s, m.block, here, out) : lanes_of_block<2>(s, m.block, here, out);
+                if (lanes == 8) lanes_of_block<1>(s, m.block, here, lanes, out);
+                for (int lane = 0; lane + 16 <= lanes; lane += 16)  // as many as registers hold
+                    lanes_of_block<2>(s, m.block, here + lane, lanes, out + lane);
             } else if (lanes == 8) {
                 lanes_of_row<1, 8>(s, here, out);
             } else if (lanes == 16) {
@@ -757,7 +760,7 @@ void many(const Matrix& m, const float* x, int lanes, float* y, int64_t first, i
     }
 }
 
-const Kernels table = {few, many, nullptr, squares_avx2, false};
+const Kernels table = {few, many, nullptr, squares_avx2, 64};
 
 }  // namespace
 

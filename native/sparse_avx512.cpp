@@ -558,7 +558,7 @@ void many(const Matrix& m, const float* x, int lanes, float* y, int64_t first, i
     }
 }
 
-const Kernels table = {few, many, nullptr, squares_avx512, true};
+const Kernels table = {few, many, nullptr, squares_avx512, 64};
 
 }  // namespace
 

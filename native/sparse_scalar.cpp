@@ -112,7 +112,7 @@ void many(const Matrix& m, const float* x, int lanes, float* y, int64_t first, i
     }
 }
 
-const Kernels table = {few, many, nullptr, nullptr, false};
+const Kernels table = {few, many, nullptr, nullptr, 16};
 
 }  // namespace
 
