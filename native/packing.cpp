@@ -380,7 +380,8 @@ API int64_t secateur_sparse_block_values(
     const Blocks b(rows, columns, block, across);
     by_size(bytes, false, [&](auto* type, auto) {
         using T = decltype(type);
-        if (rows % block || columns % across) std::memset(values, 0, offsets[b.groups()] * sizeof(*type));
+        const int64_t size = offsets[b.groups()];  // `values` may be null where nothing is kept
+        if (size && (rows % block || columns % across)) std::memset(values, 0, size * sizeof(*type));
         by_rows(b.groups(), threads, [&](int64_t group) {
             values_of_blocks(
                 b, static_cast<T>(const_cast<void*>(dense)), group, mask + group * b.words,
