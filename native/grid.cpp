@@ -6,15 +6,8 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "api.h"
 #include "pool.h"
-
-#define API extern "C" __attribute__((visibility("default")))
-
-#if defined(__x86_64__) && defined(__linux__) && (defined(__GNUC__) && !defined(__clang__))
-#define WIDE __attribute__((target_clones("avx2", "default")))
-#else
-#define WIDE
-#endif
 
 namespace {
 

@@ -8,10 +8,9 @@
 #include <emmintrin.h>
 #endif
 
+#include "api.h"
 #include "pool.h"
 #include "sparse.h"
-
-#define API extern "C" __attribute__((visibility("default")))
 
 using namespace sparse;
 

@@ -16,14 +16,8 @@
 #include <thread>
 #include <vector>
 
-#define API extern "C" __attribute__((visibility("default")))
+#include "api.h"
 
-// The loops below are plain C++; where the machine has AVX2 a second copy of them, compiled for it, is taken.
-#if defined(__x86_64__) && defined(__linux__) && (defined(__GNUC__) && !defined(__clang__))
-#define WIDE __attribute__((target_clones("avx2", "default")))
-#else
-#define WIDE
-#endif
 #define ALWAYS inline __attribute__((always_inline))  // so that a copy for AVX2 holds all of its loop
 
 namespace {

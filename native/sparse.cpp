@@ -7,10 +7,9 @@
 #include <new>
 #include <vector>
 
+#include "api.h"
 #include "pool.h"
 #include "sparse.h"
-
-#define API extern "C" __attribute__((visibility("default")))
 
 using namespace sparse;
 

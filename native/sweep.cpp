@@ -10,13 +10,7 @@
 #include <thread>
 #include <vector>
 
-#define API extern "C" __attribute__((visibility("default")))
-
-#if defined(__x86_64__) && defined(__linux__) && (defined(__GNUC__) && !defined(__clang__))
-#define WIDE __attribute__((target_clones("avx2", "default")))
-#else
-#define WIDE
-#endif
+#include "api.h"
 
 namespace {
 

@@ -104,6 +104,10 @@ def test_quality_and_size_of_a_packed_folder(tmp_path, command):
     assert 0 < small["kl_divergence"] < 0.05
     said = command.refused(2, "evaluate", tmp_path / "small", "--dtype", "float16")
     assert "packed weights stay in the type that they were packed in; leave --dtype out" in said
+    said = command.refused(2, "evaluate", tmp_path / "small", "--device", "nowhere")
+    assert 'device "nowhere" cannot be used here' in said
+    turned = measured(command("evaluate", reads, "--reference", tmp_path / "small", "--no-speed", *how).json)
+    assert turned["kl_divergence"] > 0
 
 
 def test_a_packed_module_of_ones_own_is_measured_with_its_function(tmp_path, command):

@@ -30,7 +30,16 @@ from secateur.manifest import sha256
 from secateur.shrunken import save_shrunk
 from secateur.state import groups, plain_state, save_state
 
-__all__ = ["Loaded", "fingerprint", "load", "load_built", "save", "weights_digest"]
+__all__ = [
+    "Loaded",
+    "fingerprint",
+    "load",
+    "load_built",
+    "placed",
+    "save",
+    "usable_device",
+    "weights_digest",
+]
 
 _DTYPES = {
     "float32": torch.float32,
@@ -108,7 +117,7 @@ def load(
         One read of all weight files for the digests, one to load them.
     """
     text, kind = str(spec), _dtype(dtype)
-    where = _device(device)
+    where = usable_device(device)
     if own.is_own(text):
         loaded = _load_own(text, kind, allow_pickle, seed)
     else:
@@ -116,7 +125,7 @@ def load(
             text, offline=offline, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code
         )
         if is_compact(folder):
-            return _on(where, _load_compact(text, folder, kind or torch.float32, seed))
+            return placed(where, _load_compact(text, folder, kind or torch.float32, seed))
         checkpoint = read_checkpoint(folder, allow_pickle=allow_pickle)
         options = {"trust_remote_code": trust_remote_code, "drop_unexpected": drop_unexpected}
         with own.seeded(seed):
@@ -124,12 +133,15 @@ def load(
         mark, files = checkpoint.fingerprint, checkpoint.files
         stored = None if INTEGERS in files else checkpoint.dtype  # scales say nothing of the weights
         loaded = Loaded(model, tokenizer, text, "transformers", mark, folder, files, stored)
-    return _on(where, loaded)
+    return placed(where, loaded)
 
 
-def _on(where: torch.device, loaded: Loaded) -> Loaded:
+def placed(where: torch.device, loaded: Loaded) -> Loaded:
+    """The model, and its dense twin, on a device; ResourceError where they do not fit."""
     try:
         loaded.model.to(where)
+        if loaded.dense is not None:
+            loaded.dense.to(where)
     except (RuntimeError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise ResourceError(f"{loaded.spec}: does not fit on {where} ({reason}).") from error
@@ -207,7 +219,7 @@ def load_built(
     build: Callable[[], Any], folder: Path, *, dtype: torch.dtype | str, device: torch.device | str
 ) -> nn.Module:
     """A module of one's own, shrunk or not, filled from a folder, in eval mode; see `secateur.load`."""
-    where, kind = _device(device), _dtype(dtype)
+    where, kind = usable_device(device), _dtype(dtype)
     if is_compact(folder):
         model = read_compact(open_compact(folder), build)
     else:
@@ -216,7 +228,7 @@ def load_built(
         _filled_from(model, weight_file(folder))
     cast_(model, kind)
     loaded = Loaded(model.eval(), None, str(folder), "python", "")
-    return _on(where, loaded).model
+    return placed(where, loaded).model
 
 
 def weights_digest(folder: Path) -> str:
@@ -340,7 +352,8 @@ def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | str | None:
     return _DTYPES[name]
 
 
-def _device(device: torch.device | str) -> torch.device:
+def usable_device(device: torch.device | str) -> torch.device:
+    """A device that tensors can be made on; UsageError for others."""
     try:
         chosen = torch.device(device)
         if chosen.type == "meta":

@@ -122,25 +122,27 @@ def opened(
         loading: `dtype`, which has to be left out; others do not matter.
 
     Raises:
-        UsageError: a dtype; a module of one's own without its function.
+        UsageError: a dtype, an unusable device; a module of one's own without its function.
         InputError: a file is altered, or does not fit.
     """
     if loading.get("dtype") is not None:
         raise UsageError(f"{spec}: packed weights stay in the type that they were packed in; leave --dtype out")
+    where = models.usable_device(device)
     place, build = source_of(spec, seed)
     assert place is not None
     checkpoint = _described(place, build is not None)
-    model: Any = load_packed(place, build, prefer="memory" if speed else None).to(device)
+    model: Any = load_packed(place, build, prefer="memory" if speed else None)
     dense = load_packed(place, build, prefer=None, dense=True)
     made = build() if build is not None else None
     tokenizer = None
     if build is None:
         with pretrained.quiet():
             tokenizer = pretrained.tokenizer_of(checkpoint, model.config, False)
-    return models.Loaded(
+    loaded = models.Loaded(
         model, tokenizer, spec, "transformers" if build is None else "python", checkpoint.fingerprint, place,
         dict(checkpoint.files), example=made[1] if isinstance(made, tuple) else None, dense=dense,
     )  # fmt: skip
+    return models.placed(where, loaded)
 
 
 def source_of(spec: str, seed: int) -> tuple[Path | None, Callable[[], Any] | None]:

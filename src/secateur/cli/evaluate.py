@@ -57,9 +57,14 @@ def evaluate(
     wanted = Wanted(data, protocol, context, stride, max_tokens, labelled, summaries, tasks, limit, speed, seed)
     with progress() as tell:
         tell("loading the model", 0, 1)
-        packed = is_packed(source_of(model, seed)[0])
-        loaded = opened(model, speed=speed, **settings) if packed else models.load(model, **settings)
-        dense = models.load(reference, **settings) if reference else None
+
+        def read(spec: str, **options: Any) -> models.Loaded:
+            if is_packed(source_of(spec, seed)[0]):
+                return opened(spec, **options, **settings)
+            return models.load(spec, **settings)
+
+        loaded = read(model, speed=speed)
+        dense = read(reference, speed=False) if reference else None
         tell("loading the model", 1, 1)
         found = judge(loaded, dense, wanted, tell)
     name = spec_name(model)
