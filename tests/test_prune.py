@@ -29,11 +29,14 @@ from secateur import (
     prune_,
     random,
     ria,
+    score,
     sparsity,
     threshold,
     undo_,
     wanda,
 )
+from secateur.errors import NotPrunedWarning
+from secateur.pattern import Neurons
 from secateur.recipes import METHODS
 
 SPARSITIES = st.one_of(st.floats(0, 1), st.sampled_from([0.0, 0.29, 0.5, 1.0]))
@@ -363,3 +366,54 @@ def test_a_layer_whose_weight_is_computed_is_not_left_out_in_silence(capsys):
     assert line.startswith("0.weight: is computed from other parameters; make it plain first")
     show_layers(model, (), ())
     assert f"left out {line}" in capsys.readouterr().out
+
+
+def with_norm(*layers: int) -> nn.Sequential:
+    model = nn.Sequential(*(part for _ in range(4) for part in (nn.Linear(6, 6), nn.ReLU())))
+    for layer in layers:
+        nn.utils.parametrizations.weight_norm(model[layer])
+    return model
+
+
+def test_a_computed_weight_is_told_where_prune_was_called():
+    model = with_norm(0, 2)
+    model[4].weight = nn.Parameter(torch.ones(6, 6, dtype=torch.int8), requires_grad=False)
+    with pytest.warns(NotPrunedWarning) as told:
+        assert set(prune_(model, 0.5)) == {"6.weight"}
+    (one,) = told
+    assert str(one.message) == (
+        "not pruned: 0.weight, 2.weight: is computed from other parameters; make it plain first "
+        "(torch.nn.utils.parametrize.remove_parametrizations, torch.nn.utils.prune.remove or remove_weight_norm); "
+        "4.weight: holds torch.int8, not floating-point weights; or name what is to stay in skip="
+    )
+    assert one.filename == __file__
+
+
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        {"skip": "0,2"},
+        {"skip": ["0", "2.weight"]},
+        {"skip": lambda path, module: path in "02"},
+        {"only": "4,6"},
+        {"only": lambda path, module: path == "6"},
+    ],
+)
+def test_a_computed_weight_that_is_left_out_on_purpose_is_not_told(chosen):
+    prune_(with_norm(0, 2), 0.5, **chosen)  # warnings are errors here
+
+
+@pytest.mark.parametrize(
+    "chosen", [{"only": "all"}, {"only": "*"}, {"only": nn.Linear}, {"only": nn.Sequential}]
+)
+def test_a_computed_weight_among_those_asked_for_is_told(chosen):
+    with pytest.warns(NotPrunedWarning, match=r"not pruned: 0\.weight: is computed"):
+        prune_(with_norm(0), 0.5, **chosen)
+
+
+def test_units_beside_a_computed_weight_are_told_too():
+    recipe = Recipe(score.l2, Neurons())
+    with pytest.warns(NotPrunedWarning, match=r"not pruned: 0\.weight"):
+        masks = prune_(with_norm(0), 0.5, recipe, example=torch.randn(2, 6))
+    assert "4.weight" in masks
+    prune_(with_norm(0), 0.5, recipe, example=torch.randn(2, 6), skip="0")

@@ -61,6 +61,20 @@ def test_blocks(prune, models):
         assert torch.isin(mask.reshape(mask.shape[0] // 4, 4, -1).sum(1), torch.tensor([0, 4])).all()
 
 
+def test_a_computed_weight_is_listed_and_not_warned_of(prune, tmp_path):
+    code = tmp_path / "normed.py"
+    code.write_text(
+        "from torch import nn\n\n\ndef build():\n"
+        "    return nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 8)), nn.ReLU(), nn.Linear(8, 2))\n"
+    )
+    out = prune(f"{code}:build", sparsity=0.5, method="magnitude")  # warnings are errors here
+    assert "Left as they are: 0.weight: is computed from other parameters" in (out / "run/report.html").read_text()
+    assert [each["name"] for each in json.loads((out / "run/layers.json").read_text())] == [
+        "2.weight",
+        "0.weight",
+    ]
+
+
 def test_rows_of_the_users_own_module(prune, own):
     out = prune(f"{own}:mlp_with_example", pattern="rows", sparsity=0.5)
     masks = Masks.load(out / "run/masks.safetensors")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,7 +14,7 @@ from secateur.channels import permute_channels_
 from secateur.core.gradients import KNOWN
 from secateur.core.masks import Masks
 from secateur.core.unit_masks import keep_of
-from secateur.errors import UsageError
+from secateur.errors import NotPrunedWarning, UsageError
 from secateur.measure import Tell
 from secateur.prune import Plan, plan, prune_
 from secateur.recipes import Recipe
@@ -41,6 +43,15 @@ class Applied:
     notes: tuple[str, ...] = ()
 
 
+@contextmanager
+def _listed() -> Iterator[None]:
+    """No warning of what is not pruned: a plan's own list of it is shown, and written into the results."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", NotPrunedWarning)
+        yield
+
+
+@_listed()
 def apply_(
     asked: PruneRequest,
     todo: Plan,

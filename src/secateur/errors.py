@@ -13,6 +13,7 @@ __all__ = [
     "FolderInUseError",
     "InputError",
     "InterruptedRunError",
+    "NotPrunedWarning",
     "NumericError",
     "ResourceError",
     "SecateurError",
@@ -68,6 +69,10 @@ class InterruptedRunError(SecateurError, RuntimeError):
     """Stopped by the user; what was done is kept."""
 
     exit_code = 130
+
+
+class NotPrunedWarning(UserWarning):
+    """Matrices of a model stay dense that nobody asked to leave out; the command line lists them instead."""
 
 
 def nearest(word: str, known: Iterable[str], *, count: int = 3) -> str:

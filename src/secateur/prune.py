@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -28,7 +29,7 @@ from secateur.core.site import Site
 from secateur.core.statistics import STATISTICS
 from secateur.core.units import Analysis
 from secateur.core.where import Layer, Only, layers
-from secateur.errors import UsageError
+from secateur.errors import NotPrunedWarning, UsageError
 from secateur.mend import mend_, own_biases, update_statistics
 from secateur.recipes import Recipe, magnitude
 from secateur.scoring import (
@@ -59,8 +60,8 @@ class Plan:
         keep: weights kept in all sites together; None when the allocator or a target in real units decides.
         statistics: what the calibration data must say about each layer.
         sites: where units compete: one for each layer, or for each axis of coupled units.
-        axes_left_out: axes of the right kind that are not pruned, and matrices that are no parameters (weight norm),
-            each with the reason.
+        axes_left_out: axes of the right kind that are not pruned, each with the reason.
+        unprunable: matrices that are no parameters (weight norm), each with the reason; `prune_` warns of them.
         target: in real units, None where a sparsity or a number of non-zeros was asked for.
         analysis: the axes of the model, None where layers are pruned.
         example: what it was made on.
@@ -74,6 +75,7 @@ class Plan:
     statistics: tuple[str, ...]
     sites: tuple[Site, ...]
     axes_left_out: tuple[tuple[str, str], ...] = ()
+    unprunable: tuple[tuple[str, str], ...] = ()
     target: Target | None = None
     analysis: Analysis | None = None
     example: Example | None = None
@@ -133,8 +135,8 @@ def plan(
     if found.analysis is not None:
         touched = tuple(layer for layer in layers(model) if names & {layer.name, *layer.tied})
     return Plan(
-        recipe, found.layers, found.left_out, keep, statistics, found.sites, found.axes_left_out, wanted,
-        found.analysis, found.example, touched,
+        recipe, found.layers, found.left_out, keep, statistics, found.sites, found.axes_left_out, found.unprunable,
+        wanted, found.analysis, found.example, touched,
     )  # fmt: skip
 
 
@@ -189,6 +191,10 @@ def prune_(
         UsageError: see `plan`; also missing data, or a target that cannot be reached.
         NumericError: NaN or Inf in weights, activations or scores, naming the layer.
 
+    Warns:
+        NotPrunedWarning: matrices that are no parameters (weight norm, spectral norm, `torch.nn.utils.prune`, integers)
+            stay as they are; named in `skip` they do without a word.
+
     Cost: one forward pass of the data if the score needs them (and a backward pass for gradients); scores are
         computed a layer at a time, once where counts do not depend on them, three times for `globally`; extra memory
         one layer's scores and one byte a weight for the masks. Coupled units: an export of the model besides.
@@ -202,6 +208,8 @@ def prune_(
     check_arguments(sparsity, recipe, nonzero)
     example, data = _example(recipe, example, data)
     todo = plan(model, sparsity, recipe, nonzero=nonzero, target=target, only=only, skip=skip, example=example)
+    if todo.unprunable:
+        warnings.warn(_left_dense(todo.unprunable), NotPrunedWarning, stacklevel=3)
     sites = {site.name: site for site in todo.sites}
     parameters = named_parameters(model)
     check_masks(masks, todo.sites, parameters)
@@ -234,6 +242,18 @@ def prune_(
     result = Masks(kept, originals)
     result.apply_(model)
     return result
+
+
+def _left_dense(unprunable: tuple[tuple[str, str], ...]) -> str:
+    """Which matrices nobody left out and nothing prunes, by reason, and what to do."""
+    names: dict[str, list[str]] = {}
+    for name, reason in unprunable:
+        names.setdefault(reason, []).append(name)
+    listed = [
+        f"{', '.join(found[:5])}{f' and {len(found) - 5} more' if len(found) > 5 else ''}: {reason}"
+        for reason, found in names.items()
+    ]
+    return f"not pruned: {'; '.join(listed)}; or name what is to stay in skip="
 
 
 def _example(recipe: Recipe, example: Any, data: Iterable[Any] | None) -> tuple[Any, Iterable[Any] | None]:

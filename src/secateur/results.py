@@ -90,7 +90,7 @@ def layer_lines(todo: Plan, shown: int = 3) -> list[str]:
     by_reason: dict[str, list[str]] = {}
     for layer, reason in todo.left_out:
         by_reason.setdefault(reason, []).append(layer.name)
-    for name, reason in todo.axes_left_out:
+    for name, reason in (*todo.axes_left_out, *todo.unprunable):
         by_reason.setdefault(reason, []).append(name)
     lines = []
     for reason, names in by_reason.items():
@@ -172,7 +172,7 @@ def _layers(todo: Plan, masks: Masks, counted: Sparsity) -> list[dict[str, Any]]
         for layer in todo.touched
     ]
     left = [{"name": layer.name, "role": layer.role, "left out": reason} for layer, reason in todo.left_out]
-    left += [{"name": name, "left out": reason} for name, reason in todo.axes_left_out]
+    left += [{"name": name, "left out": reason} for name, reason in (*todo.axes_left_out, *todo.unprunable)]
     return [*chosen, *left]
 
 

@@ -9,7 +9,7 @@ from torch import nn
 from secateur.core.example import Example, analysis_of
 from secateur.core.site import LayerSite, Site, look_of
 from secateur.core.units import Analysis
-from secateur.core.where import Layer, Only, select
+from secateur.core.where import Layer, Only, select, unprunable
 from secateur.errors import UsageError
 from secateur.recipes import Recipe
 from secateur.target import shape_of
@@ -24,7 +24,8 @@ class Sites(NamedTuple):
         sites: where units compete.
         layers: the matrices that scores look at.
         left_out: layers that are left as they are, each with the reason.
-        axes_left_out: axes likewise, and matrices that are no parameters.
+        axes_left_out: axes likewise.
+        unprunable: matrices that are no parameters, likewise.
         analysis: of coupled units, None for patterns of one layer.
         example: that the analysis was made on.
     """
@@ -33,6 +34,7 @@ class Sites(NamedTuple):
     layers: tuple[Layer, ...]
     left_out: tuple[tuple[Layer, str], ...]
     axes_left_out: tuple[tuple[str, str], ...] = ()
+    unprunable: tuple[tuple[str, str], ...] = ()
     analysis: Analysis | None = None
     example: Example | None = None
 
@@ -71,17 +73,17 @@ def sites_of(
             )
         selection = select(model, only, skip)
         sites = tuple(LayerSite(layer, recipe.pattern, shape_of(recipe, layer)) for layer in selection.chosen)
-        return Sites(sites, selection.chosen, selection.left_out, selection.unprunable)
+        return Sites(sites, selection.chosen, selection.left_out, unprunable=selection.unprunable)
     if recipe.update is not None and not hasattr(recipe.update, "units_"):
         raise UsageError(
             f"{recipe.update!r} updates single layers while it chooses, and {recipe.pattern!r} cuts through several; "
             "choose update=TakeOver(), or leave it out"
         )
     analysis, inputs = _analysis(model, recipe, example)
-    barred, left_out = _barred(model, only, skip)
+    barred, left_out, computed = _barred(model, only, skip)
     found, axes_left_out = recipe.pattern.sites(model, analysis, look, barred)
     layers = {layer.name: layer for site in found for layer in site.layers}
-    return Sites(found, tuple(layers.values()), left_out, axes_left_out, analysis, inputs)
+    return Sites(found, tuple(layers.values()), left_out, axes_left_out, computed, analysis, inputs)
 
 
 def _analysis(model: nn.Module, recipe: Recipe, example: Any) -> tuple[Analysis, Example | None]:
@@ -95,12 +97,15 @@ def _analysis(model: nn.Module, recipe: Recipe, example: Any) -> tuple[Analysis,
     return analysis_of(model, example)
 
 
-def _barred(model: nn.Module, only: Only, skip: Only) -> tuple[frozenset[str], Any]:
-    """Names of matrices that `only` and `skip` leave out; what is left out by default is no obstacle to units."""
+def _barred(model: nn.Module, only: Only, skip: Only) -> tuple[frozenset[str], Any, Any]:
+    """Names of matrices that `only` and `skip` leave out, with the reasons; and those that are no parameters.
+
+    What is left out by default is no obstacle to units.
+    """
     if only is None and skip is None:
-        return frozenset(), ()
+        return frozenset(), (), unprunable(model)
     selection = select(model, only, skip)
     out = tuple(
         (layer, why) for layer, why in selection.left_out if only is not None or why.startswith("skipped by")
     )
-    return frozenset(name for layer, _ in out for name in (layer.name, *layer.tied)), out
+    return frozenset(name for layer, _ in out for name in (layer.name, *layer.tied)), out, selection.unprunable

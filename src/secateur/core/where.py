@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from secateur.core.matrix import Layout
 from secateur.core.roles import Place, Role, Survey, survey
 from secateur.core.sharded import whole
-from secateur.core.stacks import Stack
+from secateur.core.stacks import Stack, prefixes
 from secateur.core.terms import ROLES, Only, Term, shown, terms
 from secateur.core.tied import contains, same_tensor, tied_names
 from secateur.core.where_errors import no_match, nothing_chosen, spelled, tied_error
 from secateur.errors import UsageError
 
-__all__ = ["ROLES", "Layer", "Only", "Selection", "layers", "select"]
+__all__ = ["ROLES", "Layer", "Only", "Selection", "layers", "select", "unprunable"]
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,8 @@ class Selection:
         chosen: what is pruned.
         left_out: other layers, each with the reason.
         unprunable: names of matrices that are no parameters of floating-point numbers (weight norm, masks of
-            `torch.nn.utils.prune`, integers), each with the reason.
+            `torch.nn.utils.prune`, integers), each with the reason; those that `only` or `skip` leaves out by name,
+            class or predicate are not among them.
     """
 
     chosen: tuple[Layer, ...]
@@ -133,7 +134,8 @@ def select(model: nn.Module, only: Only = None, skip: Only = None) -> Selection:
     """
     found = survey(model)
     tensors = _tensors(model, found.places)
-    wanted, unwanted = _words(model, found, tensors, only, skip)
+    others = _others(model, found)
+    wanted, unwanted = _words(model, found, tensors, others, only, skip)
     verdicts = []
     for tensor in tensors:
         if any(term.match(place) for term in unwanted or () for place in tensor.places):
@@ -148,11 +150,38 @@ def select(model: nn.Module, only: Only = None, skip: Only = None) -> Selection:
     left_out = tuple((layer, why) for layer, why in verdicts if why)
     if not chosen:
         raise UsageError(nothing_chosen(model, found, [(layer.name, why) for layer, why in left_out]))
-    return Selection(chosen, left_out, found.unprunable)
+    meant = tuple(
+        pair for pair, place in zip(found.unprunable, others, strict=True) if _asked(place, wanted, unwanted)
+    )
+    return Selection(chosen, left_out, meant)
+
+
+def unprunable(model: nn.Module) -> tuple[tuple[str, str], ...]:
+    """Names of matrices that are no parameters of floating-point numbers, each with the reason."""
+    return survey(model).unprunable
+
+
+def _others(model: nn.Module, found: Survey) -> list[Place]:
+    """Where the matrices are that cannot be pruned; what each is for is not known."""
+    modules = dict(model.named_modules())
+    places = (_bare(model, name) for name, _ in found.unprunable)
+    return [
+        replace(
+            place, enclosing=tuple(modules[prefix] for prefix in prefixes(place.path) if prefix != place.path)
+        )
+        for place in places
+    ]
+
+
+def _asked(place: Place, wanted: Iterable[Term] | None, unwanted: Iterable[Term] | None) -> bool:
+    """Whether somebody may expect a matrix that cannot be pruned to be pruned; a role may be its own."""
+    if any(term.match(place) for term in unwanted or ()):
+        return False
+    return wanted is None or any(term.kind == "role" or term.match(place) for term in wanted)
 
 
 def _words(
-    model: nn.Module, found: Survey, tensors: list[_Tensor], only: Only, skip: Only
+    model: nn.Module, found: Survey, tensors: list[_Tensor], others: list[Place], only: Only, skip: Only
 ) -> list[tuple[Term, ...] | None]:
     """`only` and `skip` read as terms.
 
@@ -160,14 +189,15 @@ def _words(
         UsageError: one of them means no layer of this model.
     """
     places = [place for tensor in tensors for place in tensor.places]
-    known = {word for place in places for word in (place.path, place.name)}
+    known = {word for place in (*places, *others) for word in (place.path, place.name)}
     usual = sum(_reason_by_default(tensor) is None for tensor in tensors)
     read: list[tuple[Term, ...] | None] = []
     for argument, given in (("only", only), ("skip", skip)):
         words = terms(argument, given, known)
         read.append(None if words is None else tuple(_meant(term, places) for term in words))
         for term in read[-1] or ():
-            if term.value != "all" and not any(term.match(place) for place in places):
+            there = places if argument == "only" else [*places, *others]
+            if term.value != "all" and not any(term.match(place) for place in there):
                 raise UsageError(no_match(model, found, places, term, usual))
     return read
 

@@ -295,7 +295,8 @@ def _plan_of_nonzero(
     own, others = count_nonzeros(model, places, selection.chosen)
     keep = weights_to_keep(own, others, nonzero)
     sites = tuple(LayerSite(layer, recipe.pattern, shape_of(recipe, layer)) for layer in selection.chosen)
-    return Plan(recipe, selection.chosen, selection.left_out, keep, statistics_of(recipe.score), sites)
+    statistics, computed = statistics_of(recipe.score), selection.unprunable
+    return Plan(recipe, selection.chosen, selection.left_out, keep, statistics, sites, unprunable=computed)
 
 
 def _batches(todo: Plan, names: list[str], data: Iterable[Any] | None) -> list[Any]:

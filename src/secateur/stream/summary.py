@@ -100,6 +100,7 @@ def _layers(work: Work, journal: Journal) -> list[dict[str, Any]]:
         for layer in work.todo.layers
     ]
     left = [{"name": layer.name, "role": layer.role, "left out": why} for layer, why in work.todo.left_out]
+    left += [{"name": name, "left out": why} for name, why in work.todo.unprunable]
     return [*chosen, *left]
 
 
