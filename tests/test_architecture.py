@@ -167,6 +167,14 @@ def test_heavy_packages_are_imported_where_they_are_used(module):
     assert not {name for name in imports(module, on_loading=True) if name.split(".")[0] in HEAVY}
 
 
+def test_one_function_writes_files_of_tensors():
+    """Any other would write them for the owner alone, whatever the umask says."""
+    writers = ("save_file", "serialize_file")
+    assert [module for module, file in FILES.items() if any(word in file.read_text() for word in writers)] == [
+        "secateur.core.stored"
+    ]
+
+
 # the user's own file.py, named on their own command line, is code and is meant to be
 OWN = "secateur.own"
 

@@ -68,7 +68,9 @@ def test_a_computed_weight_is_listed_and_not_warned_of(prune, tmp_path):
         "    return nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 8)), nn.ReLU(), nn.Linear(8, 2))\n"
     )
     out = prune(f"{code}:build", sparsity=0.5, method="magnitude")  # warnings are errors here
-    assert "Left as they are: 0.weight: is computed from other parameters" in (out / "run/report.html").read_text()
+    assert (
+        "Left as they are: 0.weight: is computed from other parameters" in (out / "run/report.html").read_text()
+    )
     assert [each["name"] for each in json.loads((out / "run/layers.json").read_text())] == [
         "2.weight",
         "0.weight",

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from secateur.align import Affine
 from secateur.checkpoint import read_object
 from secateur.core.forward import call, device_of, undisturbed
+from secateur.core.stored import save_tensors
 from secateur.errors import UsageError, nearest
 from secateur.manifest import write_json
 from secateur.measure import Tell
@@ -141,8 +142,6 @@ def write_modules(folder: Path, map: Affine, *, pooling: str, context: int) -> N
     Raises:
         UsageError: an unknown pooling.
     """
-    from safetensors.torch import save_file
-
     if pooling not in _FLAGS:
         raise UsageError(f"pooling {pooling!r} is not known; {nearest(pooling, _FLAGS)}")
     width_in, width_out = map.matrix.shape
@@ -170,7 +169,7 @@ def write_modules(folder: Path, map: Affine, *, pooling: str, context: int) -> N
         },
     )
     dense = {"linear.weight": map.matrix.T.float().contiguous(), "linear.bias": map.shift.float()}
-    save_file(dense, folder / "3_Dense" / "model.safetensors", metadata={"format": "pt"})
+    save_tensors(folder / "3_Dense" / "model.safetensors", dense, {"format": "pt"})
     for path in ("2_Normalize", "4_Normalize"):
         write_json(folder / path / "config.json", {})
 

@@ -224,7 +224,7 @@ def _place(partial: Path, target: Path) -> None:
 
 
 def _open_up(folder: Path) -> None:
-    """Give files the permissions that the umask gave the folder; safetensors writes for the owner alone."""
+    """Give files the permissions that the umask gave the folder; transformers' safetensors are for the owner alone."""
     wanted = folder.stat().st_mode & 0o666
     for path in folder.rglob("*"):
         if path.is_file() and not path.is_symlink():

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from secateur.core.stored import save_tensors
 from secateur.errors import UsageError
 
 __all__ = ["groups", "plain_state", "save_state"]
@@ -29,8 +30,6 @@ def save_state(
     Raises:
         UsageError: the state holds something that is no plain tensor.
     """
-    from safetensors.torch import save_file
-
     state = {**plain_state(model), **(more or {})}
     same = groups(state)
     views = Counter(state[kept].untyped_storage().data_ptr() for kept, *_ in same)
@@ -44,7 +43,7 @@ def save_state(
             tensor = tensor.to(dtype)
         tensors[kept] = tensor.cpu().contiguous()
     # One entry only: safetensors writes several in an order that changes from process to process.
-    save_file(tensors, path, metadata={"tied": json.dumps(tied, sort_keys=True)} if tied else {"format": "pt"})
+    save_tensors(path, tensors, {"tied": json.dumps(tied, sort_keys=True)} if tied else {"format": "pt"})
 
 
 def plain_state(model: nn.Module) -> dict[str, Tensor]:

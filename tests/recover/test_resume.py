@@ -214,14 +214,14 @@ def test_files_that_are_no_checkpoints(tmp_path):
 
 def test_a_place_that_cannot_be_written(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UsageError, match="the checkpoint cannot be written here"):
+    with pytest.raises(UsageError, match=r"c: cannot be written here \(Not a directory\)"):
         finetune_(start()[0], batches(), **HOW, checkpoint=tmp_path / "file" / "c")
 
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("safetensors.torch.save_file", full)
-    with pytest.raises(ResourceError, match="no space left on the disk; the earlier checkpoint is intact"):
+    with pytest.raises(ResourceError, match="no space left on the disk; the earlier file is intact"):
         finetune_(start()[0], batches(), **HOW, checkpoint=tmp_path / "c")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]
 

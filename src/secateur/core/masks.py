@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from secateur.core import native
 from secateur.core.forward import unwrapped
 from secateur.core.sharded import local, shard_like
+from secateur.core.stored import save_tensors
 from secateur.errors import InputError, UsageError, nearest
 
 __all__ = ["Masks", "undo_"]
@@ -145,11 +146,11 @@ class Masks(Mapping[str, Tensor]):
 
         Cost: size / 8 bytes on disk.
         """
-        from safetensors.numpy import save_file
-
-        packed = {name: np.packbits(mask.cpu().numpy().reshape(-1)) for name, mask in self.items()}
+        packed = {
+            name: torch.from_numpy(np.packbits(mask.cpu().numpy().reshape(-1))) for name, mask in self.items()
+        }
         shapes = {name: list(mask.shape) for name, mask in self.items()}
-        save_file(packed, str(path), metadata={"format": FORMAT, "shapes": json.dumps(shapes)})
+        save_tensors(path, packed, {"format": FORMAT, "shapes": json.dumps(shapes)})
 
     @classmethod
     def load(cls, path: str | Path) -> Masks:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import inspect
 import json
-import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 from secateur.core.example import Example, prepared
 from secateur.core.quiet import quiet
+from secateur.core.stored import save_tensors
 from secateur.errors import InputError, NumericError, UsageError
 
 __all__ = ["load_static", "quantize_static", "quantize_static_aware", "save_static"]
@@ -92,8 +92,6 @@ def save_static(model: nn.Module, path: str | Path) -> None:
     Raises:
         UsageError: a model that `quantize_static` did not make.
     """
-    from safetensors.torch import save_file
-
     constants = {node.name: [float(node.args[1]), int(node.args[2])] for node in _constant(model)}
     tensors = {
         name: tensor.detach().clone().contiguous()
@@ -101,15 +99,9 @@ def save_static(model: nn.Module, path: str | Path) -> None:
     }
     if not constants or not any(tensor.dtype == torch.int8 for tensor in tensors.values()):
         raise UsageError("the model holds no static integers; make them with quantize_static")
-    path = Path(path)
-    beside = path.with_name(f".{path.name}.tmp")
     aware = {"aware": True} if getattr(model, "meta", {}).get("secateur.aware") else {}
     header = json.dumps({"format": FORMAT, "constants": constants, **aware}, sort_keys=True)
-    try:
-        save_file(tensors, beside, metadata={"secateur": header})
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+    save_tensors(path, tensors, {"secateur": header})
 
 
 @torch.no_grad()

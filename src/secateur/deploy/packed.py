@@ -7,7 +7,6 @@ runs no code.
 from __future__ import annotations
 
 import json
-import os
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.core.matrix import Layout
+from secateur.core.stored import save_tensors
 from secateur.deploy.grid import Grid, from_grid
 from secateur.deploy.packing import pack, unpack
 from secateur.deploy.quantize import SCHEMES, find_integers, install_, layouts_of
@@ -37,8 +37,6 @@ def save_quantized(model: nn.Module, path: str | Path) -> None:
     Raises:
         UsageError: the model holds no integers.
     """
-    from safetensors.torch import save_file
-
     tensors: dict[str, Tensor] = {}
     weights: dict[str, dict[str, Any]] = {}
     seen: dict[int, str] = {}
@@ -55,13 +53,7 @@ def save_quantized(model: nn.Module, path: str | Path) -> None:
         raise UsageError("the model holds no integers; quantize_ it first, or save it as any other model")
     plain, tied = _plain(model, [name for entry in weights.values() for name in entry["names"]])
     header = json.dumps({"format": FORMAT, "weights": weights, "tied": tied}, sort_keys=True)
-    path = Path(path)
-    beside = path.with_name(f".{path.name}.tmp")
-    try:
-        save_file({**tensors, **plain}, beside, metadata={"secateur": header})
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+    save_tensors(path, {**tensors, **plain}, {"secateur": header})
 
 
 def quantized_header(path: str | Path) -> dict[str, Any] | None:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from secateur.core.masks import Masks
+from secateur.core.stored import save_tensors
 from secateur.errors import InputError, UsageError
 from secateur.folder import write_json, write_text
 from secateur.pipeline.spec import Experiment
@@ -123,13 +124,11 @@ class Journal:
             tensors, masks: after it.
             cuts: as JSON, what was taken out of the model so far; None where nothing.
         """
-        from safetensors.torch import save_file
-
         number = record["stage"]
         own = {
             name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()
         }
-        save_file(own, self._model(number))
+        save_tensors(self._model(number), own)
         if masks:
             masks.save(self._masks(number))
         if cuts is not None:

@@ -6,7 +6,6 @@ One file, written beside and renamed, so that a kill leaves the earlier one; no 
 from __future__ import annotations
 
 import json
-import os
 import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -18,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from secateur.errors import InputError, ResourceError, UsageError
+from secateur.core.stored import save_tensors
+from secateur.errors import InputError, UsageError
 
 __all__ = [
     "as_before",
@@ -43,30 +43,13 @@ def write_state(path: Path, tensors: Mapping[str, Tensor], plain: Mapping[str, A
     """Write tensors and JSON values as one file, whole or not at all.
 
     Raises:
+        UsageError: the file cannot be written there.
         ResourceError: the disk is full; the earlier file is as it was.
     """
-    from safetensors.torch import save_file
-
-    beside = path.with_name(f".{path.name}.tmp")
     header = {"secateur": json.dumps({"format": FORMAT, **plain}, allow_nan=False)}
-    try:
+    with suppress(OSError):  # what is wrong with the place is said below
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({name: _own(tensor) for name, tensor in tensors.items()}, beside, metadata=header)
-        with open(beside, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    except Exception as error:
-        with suppress(OSError):
-            beside.unlink()
-        if "No space left" in str(error):
-            raise ResourceError(
-                f"{path}: no space left on the disk; the earlier checkpoint is intact. Free some and run again"
-            ) from error
-        if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
-            raise UsageError(
-                f"{path}: the checkpoint cannot be written here ({error}); choose another place"
-            ) from error
-        raise
+    save_tensors(path, {name: _own(tensor) for name, tensor in tensors.items()}, header, flush=True)
 
 
 def read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -14,6 +14,7 @@ from secateur.checkpoint import TOKENIZER_FILES, Checkpoint
 from secateur.compact import COMPACT, compact_text
 from secateur.core.axes.program import narrow_tensor
 from secateur.core.masks import Masks
+from secateur.core.stored import save_tensors
 from secateur.deploy.cuts import cut
 from secateur.deploy.describe import describe
 from secateur.deploy.shrunk import Shrunk
@@ -233,15 +234,13 @@ def _tied(
 
 def _apart(small: nn.Module, folder: Path) -> tuple[list[str], dict[str, str]]:
     """Buffers that are in no state, in a file of their own."""
-    from safetensors.torch import save_file
-
     saved = small.state_dict(keep_vars=True)
     found = {
         n: b.contiguous().clone() for n, b in small.named_buffers(remove_duplicate=False) if n not in saved
     }
     if not found:
         return [], {}
-    save_file(found, folder / "buffers.safetensors", metadata={"format": "pt"})
+    save_tensors(folder / "buffers.safetensors", found, {"format": "pt"})
     return sorted(found), {"buffers.safetensors": sha256(folder / "buffers.safetensors")}
 
 

@@ -7,7 +7,6 @@ a kind is a place in a table here; nothing in a file is looked up by name. All i
 from __future__ import annotations
 
 import json
-import os
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.core.matrix import Layout
+from secateur.core.stored import save_tensors
 from secateur.deploy.quantize import layouts_of
 from secateur.deploy.sparse.choice import CACHES, Choice, Kind, choose, kind_of
 from secateur.deploy.sparse.convert import can_hold, can_look_up, install_sparse_, packed_of
@@ -43,8 +43,6 @@ def save_sparse(model: nn.Module, path: str | Path, *, pack_rest: bool = True) -
         path: a file; written beside and renamed.
         pack_rest: also pack floating-point matrices that `sparsify_` left, where that is smaller.
     """
-    from safetensors.torch import save_file
-
     held = packed_of(model)
     inside = {f"{name.removesuffix('weight')}{part}" for name in held for part in _PARTS}
     state = {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if name not in inside}
@@ -66,13 +64,7 @@ def save_sparse(model: nn.Module, path: str | Path, *, pack_rest: bool = True) -
         tied |= dict.fromkeys(aliases, name)
         tensors |= _smallest(name, state[name].detach().cpu(), places.get(name))
     header = json.dumps({"format": FORMAT, "tied": tied}, sort_keys=True)
-    path = Path(path)
-    beside = path.with_name(f".{path.name}.tmp")
-    try:
-        save_file(tensors, beside, metadata={"secateur": header})
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+    save_tensors(path, tensors, {"secateur": header})
 
 
 def named(name: str, packed: Packed) -> dict[str, Tensor]:
