@@ -12,7 +12,8 @@ import torch
 from secateur import Masks, load, prune_, save
 from secateur import model as models
 from secateur.core.example import analysis_of
-from secateur.pattern import Heads, Neurons
+from secateur.folder import new_folder
+from secateur.pattern import Channels, Heads, Neurons
 from secateur.recipes import Recipe, magnitude
 
 from .tiny import OWN, Folders, text
@@ -138,8 +139,6 @@ def test_layers_that_differ_are_padded_to_the_widest(secateur, folders, tmp_path
 
 @pytest.mark.thorough
 def test_a_network_of_ones_own(secateur, own_file: Path, tmp_path: Path) -> None:
-    from secateur.pattern import Channels
-
     spec = f"{own_file}:cnn"
     loaded = models.load(spec)
     images = torch.randn(4, 1, 8, 8)
@@ -165,6 +164,38 @@ def test_a_network_of_ones_own(secateur, own_file: Path, tmp_path: Path) -> None
     assert f"{sum(p.numel() for p in small.parameters()):,}" in measured.out
     assert secateur("verify", tmp_path / "small").code == 0
     assert "of your own code; say what builds it" in secateur.refused(2, "evaluate", tmp_path / "small")
+
+
+@pytest.mark.parametrize("changed", ["run/metrics.json", "run/masks.safetensors", "model.safetensors"])
+@pytest.mark.parametrize("to", ["sparse", "auto"])
+def test_nothing_is_exported_of_a_run_that_was_altered(
+    secateur, own_file: Path, tmp_path: Path, changed, to
+) -> None:
+    spec = f"{own_file}:cnn"
+    loaded = models.load(spec)
+    images = torch.randn(4, 1, 8, 8)
+    masks = prune_(loaded.model, 0.4, Recipe(magnitude.score, pattern=Channels()), example=images)
+    run = tmp_path / "run"
+    with new_folder(run) as folder:
+        (folder / "run").mkdir()
+        models.save(loaded.model, None, folder)
+        masks.save(folder / "run" / "masks.safetensors")
+        (folder / "run" / "metrics.json").write_text("{}")
+        (folder / "run" / "report.html").write_text("")
+    (run / "run" / "report.html").unlink()  # taken away or added is no obstacle
+    (run / "notes.txt").write_text("mine")
+    given = f"{spec}@{run / 'model.safetensors'}"
+    how = ("--data", f"{own_file}:images", "--no-speed") if to == "auto" else ()
+    assert secateur("export", given, "--to", to, *how, "--out", tmp_path / "small").code == 0
+    content = bytearray((run / changed).read_bytes())
+    content[-1] ^= 1
+    (run / changed).write_bytes(content)
+    words = secateur.refused(3, "export", given, "--to", to, *how, "--out", tmp_path / "again")
+    assert words == (
+        f"{run / changed}: is altered since the run wrote it, says MANIFEST.sha256; restore it, or remove "
+        "MANIFEST.sha256 to accept it."
+    )
+    assert not (tmp_path / "again").exists()
 
 
 @pytest.mark.thorough

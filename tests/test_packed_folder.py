@@ -12,6 +12,7 @@ from secateur import prune_
 from secateur.deploy.sparse import choice, table
 from secateur.deploy.sparse.modules import SparseLinear
 from secateur.errors import InputError, UsageError
+from secateur.folder import write_manifest
 from secateur.packed_folder import FILE, load_packed
 
 from .loading import tokenizer
@@ -49,6 +50,19 @@ def folder(tmp_path):
     (tmp_path / "pruned").mkdir()
     models.save(model, None, tmp_path / "pruned")
     return tmp_path / "pruned", model
+
+
+def test_a_folder_whose_masks_were_altered_is_not_packed(folder, command, tmp_path):
+    place, model = folder
+    (place / "run").mkdir()
+    prune_(model, 0.7).save(place / "run" / "masks.safetensors")
+    write_manifest(place)
+    prune_(model, 0.8).save(place / "run" / "masks.safetensors")
+    words = command.refused(3, "export", place, "--to", "sparse", "--out", tmp_path / "packed")
+    assert words.startswith(f"{place / 'run' / 'masks.safetensors'}: is altered since the run wrote it")
+    assert not (tmp_path / "packed").exists()
+    (place / "MANIFEST.sha256").unlink()
+    assert command("export", place, "--to", "sparse", "--out", tmp_path / "packed").code == 0
 
 
 @torch.no_grad()

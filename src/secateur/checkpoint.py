@@ -22,7 +22,7 @@ from torch import Tensor
 
 from secateur import own
 from secateur.errors import InputError, UsageError
-from secateur.manifest import MANIFEST, read_manifest, sha256
+from secateur.manifest import check_listed, sha256
 
 __all__ = [
     "INTEGERS",
@@ -325,14 +325,7 @@ def _refuse_pickle(path: Path, allow_pickle: bool) -> None:
 def _digests(folder: Path, paths: list[Path]) -> dict[str, str]:
     """SHA-256 of each file, compared with the folder's manifest where a run wrote one."""
     found = {path.name: sha256(path) for path in paths}
-    if (folder / MANIFEST).is_file():
-        listed = read_manifest(folder)
-        for name, digest in found.items():
-            if listed.get(name) != digest:
-                what = "is altered since the run wrote it" if name in listed else "was added after the run"
-                raise InputError(
-                    f"{folder / name}: {what}, says {MANIFEST}; restore it, or remove {MANIFEST} to accept it."
-                )
+    check_listed(folder, found)
     return found
 
 

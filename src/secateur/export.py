@@ -22,13 +22,22 @@ from secateur.deploy.slots import ATTRIBUTE
 from secateur.errors import UsageError
 from secateur.evaluate import Measurement
 from secateur.folder import new_folder, write_json, write_text
+from secateur.manifest import check_run
 from secateur.measure import Tell, Yardstick
 from secateur.request import spec_name
 from secateur.run import check_apart
 from secateur.shrunken import check_form
 from secateur.sources import input_of
 
-__all__ = ["Exported", "example_inputs", "export_plain", "export_to", "is_compressed", "write_shrunk"]
+__all__ = [
+    "Exported",
+    "check_source",
+    "example_inputs",
+    "export_plain",
+    "export_to",
+    "is_compressed",
+    "write_shrunk",
+]
 
 LENGTH = 13  # tokens of a made-up example: no width of a model
 
@@ -78,6 +87,7 @@ def export_to(
 
     Raises:
         UsageError: no masks, masks that are not whole units, or a form that cannot say the result.
+        InputError: a file of the run is altered.
     """
     check_form(to)
     check_apart(spec.partition("@")[2] if own.is_own(spec) else spec, out)
@@ -87,6 +97,7 @@ def export_to(
             spec, dtype=None if own.is_own(spec) else "auto", device=device, seed=seed, **loading
         )
         tell("loading the model", 1, 1)
+        check_source(loaded)
         before = vars(loaded.model).get(ATTRIBUTE)
         path = _masks_of(loaded)
         if path is None and isinstance(before, Shrunk):
@@ -152,13 +163,29 @@ def write_shrunk(
     return Exported(form, note, found)
 
 
+def check_source(loaded: models.Loaded) -> None:
+    """Refuse to export what is no longer what its run wrote: weights, masks, metrics, anything that it lists.
+
+    Raises:
+        InputError: a file is altered, by name.
+    """
+    folder = _folder_of(loaded)
+    if folder is not None:
+        check_run(folder, loaded.files)
+
+
+def _folder_of(loaded: models.Loaded) -> Path | None:
+    """The folder in which the weights lie; None where a function made them."""
+    if loaded.folder is not None:
+        return loaded.folder
+    weights = own.split(loaded.spec)[2]
+    place = Path(weights).expanduser() if weights else None
+    return place if place is None or place.is_dir() else place.parent
+
+
 def _masks_of(loaded: models.Loaded) -> Path | None:
     """The masks of the run that wrote the weights."""
-    folder = loaded.folder
-    if folder is None:
-        weights = own.split(loaded.spec)[2]
-        place = Path(weights).expanduser() if weights else None
-        folder = place if place is None or place.is_dir() else place.parent
+    folder = _folder_of(loaded)
     path = None if folder is None else folder / "run" / "masks.safetensors"
     return path if path is not None and path.is_file() else None
 
@@ -176,6 +203,7 @@ def export_plain(spec: str, out: str | Path, *, if_exists: str = "fail", tell: T
         tell("loading the model", 0, 1)
         loaded = models.load(spec, dtype="auto", **loading)
         tell("loading the model", 1, 1)
+        check_source(loaded)
         models.save(loaded.model, loaded.tokenizer, folder, source=loaded.folder)
 
 

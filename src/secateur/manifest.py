@@ -12,7 +12,7 @@ import json
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Container, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -21,6 +21,8 @@ from secateur.errors import InputError, NumericError, ResourceError, UsageError
 __all__ = [
     "MANIFEST",
     "STATE",
+    "check_listed",
+    "check_run",
     "full_disk",
     "read_manifest",
     "sha256",
@@ -77,6 +79,49 @@ def read_manifest(folder: str | Path) -> dict[str, str]:
     if problems:
         raise InputError(f"{Path(folder) / MANIFEST} {problems[0]}.")
     return entries
+
+
+def check_listed(folder: str | Path, found: Mapping[str, str]) -> None:
+    """Compare files with the manifest of the run that wrote the folder; without a manifest there is nothing to compare.
+
+    Args:
+        folder: where they lie.
+        found: relative path -> SHA-256 in hexadecimal.
+
+    Raises:
+        InputError: a file is altered or was added after the run, or the manifest is unsound.
+    """
+    root = Path(folder)
+    if not found or not (root / MANIFEST).is_file():
+        return
+    listed = read_manifest(root)
+    for name, digest in found.items():
+        if listed.get(name) != digest:
+            what = "is altered since the run wrote it" if name in listed else "was added after the run"
+            raise InputError(
+                f"{root / name}: {what}, says {MANIFEST}; restore it, or remove {MANIFEST} to accept it."
+            )
+
+
+def check_run(folder: str | Path, known: Container[str] = ()) -> None:
+    """Refuse a run's folder of which a file is altered: what is made of it would stand for a run that never was.
+
+    Files that were taken away or added are no obstacle; a folder without a manifest is none of a run.
+
+    Args:
+        folder: a run's folder.
+        known: relative paths that have been compared.
+
+    Raises:
+        InputError: a file is altered, or the manifest is unsound.
+
+    Cost:
+        One read of all other files.
+    """
+    root = Path(folder)
+    if (root / MANIFEST).is_file():
+        names = [name for name in read_manifest(root) if name not in known and (root / name).is_file()]
+        check_listed(root, {name: sha256(root / name) for name in names})
 
 
 def verify(folder: str | Path) -> list[str]:

@@ -26,7 +26,7 @@ from secateur.deploy.packed import quantized_header
 from secateur.deploy.slots import ATTRIBUTE
 from secateur.errors import InputError, ResourceError, UsageError, nearest
 from secateur.hub import fetch
-from secateur.manifest import sha256
+from secateur.manifest import check_listed, sha256
 from secateur.shrunken import save_shrunk
 from secateur.state import groups, plain_state, save_state
 
@@ -289,6 +289,7 @@ def _load_own(spec: str, dtype: torch.dtype | str | None, allow_pickle: bool, se
         file = weight_file(Path(weights).expanduser())
         state = _filled_from(model, file, allow_pickle=allow_pickle)
         files[file.name] = sha256(file)
+        check_listed(file.parent, {file.name: files[file.name]})
         sizes: dict[torch.dtype, int] = defaultdict(int)
         for tensor in state.values():
             sizes[tensor.dtype] += tensor.numel() * tensor.is_floating_point()

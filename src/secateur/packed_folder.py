@@ -19,6 +19,7 @@ from secateur.deploy.sparse import Sparsified, load_sparse_, save_sparse, sparsi
 from secateur.deploy.sparse.packed import Block
 from secateur.deploy.twin import configuration
 from secateur.errors import UsageError
+from secateur.export import check_source
 from secateur.folder import new_folder, write_json, write_text
 from secateur.measure import Tell
 from secateur.request import spec_name
@@ -59,11 +60,13 @@ def export_packed(
 
     Raises:
         UsageError: nothing to pack.
+        InputError: a file of the run is altered.
     """
     check_apart(spec.partition("@")[2] if own.is_own(spec) else spec, out)
     with new_folder(out, if_exists) as folder:
         tell("loading the model", 0, 1)
         loaded = models.load(spec, dtype=None if own.is_own(spec) else "auto", seed=seed, **loading)
+        check_source(loaded)
         tell("packing", 0, 1)
         before = sum(tensor.nbytes for tensor in {id(p): p for p in loaded.model.parameters()}.values())
         config = configuration(loaded.model)

@@ -94,6 +94,7 @@ def shrink_streamed(
 def export_streamed(folder: str, out: Path, *, to: str, if_exists: str, as_json: bool) -> None:
     """Take the units out that a run's masks prune, tensor by tensor."""
     from secateur.core.masks import Masks
+    from secateur.manifest import check_run
     from secateur.own import is_own
     from secateur.stream.shrinking import check_streamed_form, shrink_checkpoint
     from secateur.terminal import progress
@@ -107,6 +108,10 @@ def export_streamed(folder: str, out: Path, *, to: str, if_exists: str, as_json:
             f"{folder}: no run/masks.safetensors beside the weights, so nothing says which units go. Give the folder "
             "of a run that cut whole units, such as secateur prune --pattern heads,neurons"
         )
+    place = path.parents[1]
+    check_run(
+        place, [file.name for file in place.glob("*.safetensors")]
+    )  # these are compared when they are opened
     with progress() as tell:
         form = shrink_checkpoint(folder, Masks.load(path), out, to=to, if_exists=if_exists, tell=tell)
     typer.echo(json.dumps({"out": str(out), "form": form}) if as_json else _written(out, form))
