@@ -8,10 +8,13 @@ from safetensors.torch import save_file
 from torch import nn
 
 from secateur import peers, prune_
+from secateur.bench import Bench
 from secateur.deploy.sparse import choice, table
+from secateur.measurement import Measurement, Spread
 
 from .tiny import Secateur
 
+EVEN, NOWHERE = "no difference seen", "nowhere seen to be slower than dense"
 OWN = """
 import torch
 from torch import nn
@@ -54,8 +57,10 @@ def test_a_module_of_ones_own_before_and_after_packing(net, command):
         (f"batch {rows}", threads) for rows in (1, 5) for threads in (1, 2)
     }
     assert all(m["value"] > 0 and m["spread"]["repeats"] == 2 for m in said["latency"] + said["speedup"])
-    over = [m for m in said["speedup"] if m["value"] < 1]
+    over = [m for m in said["speedup"] if m["spread"]["high"] < 1]
     assert said["slower"] == [f"{m['conditions']['what']} over {m['conditions']['over']}" for m in over]
+    even = [m for m in said["speedup"] if m["spread"]["low"] <= 1 <= m["spread"]["high"]]
+    assert said["alike"] == [f"{m['conditions']['what']} over {m['conditions']['over']}" for m in even]
     memory = {m["conditions"]["model"]: m["value"] for m in said["sizes"] if m["name"] == "state_bytes"}
     assert memory["packed"] < 0.5 * memory["dense"]
     command("export", spec, "--to", "sparse", "--out", net / "packed")
@@ -64,7 +69,34 @@ def test_a_module_of_ones_own_before_and_after_packing(net, command):
     assert sizes["disk_bytes"] == (net / "packed" / "model.sparse.safetensors").stat().st_size
     shown = command("bench", spec, "--threads", "1", "--rounds", "2").out
     assert "batch 16, 1 thread, packed" in shown
-    assert "slower than" in shown or "nowhere slower than dense" in shown
+    assert "slower than" in shown or "nowhere seen to be slower than dense" in shown
+
+
+@pytest.mark.parametrize(
+    ("ratio", "low", "high", "column", "last"),
+    [
+        (0.98, 0.95, 1.01, EVEN, f"{EVEN} from dense at batch 1 with 2 threads: 0.98 (0.95 to 1.01)\n{NOWHERE}"),
+        (1.02, 1.0, 1.05, EVEN, f"{EVEN} from dense at batch 1 with 2 threads: 1.02 (1.00 to 1.05)\n{NOWHERE}"),
+        (0.98, 0.96, 0.99, "0.98", "slower than dense at batch 1 with 2 threads: 0.98 (0.96 to 0.99)"),
+        (1.5, 1.4, 1.6, "1.50", NOWHERE),
+    ],
+)  # fmt: skip
+def test_a_difference_is_told_where_the_rounds_agree_on_it(
+    command, monkeypatch, ratio, low, high, column, last
+):
+    said = {"what": "batch 1", "threads": 2}
+    found = Bench(
+        [Measurement("latency", 2.0, "ms", {**said, "model": name}, Spread(1.0, 3.0, "interquartile", 9))
+         for name in ("packed", "dense")],
+        [Measurement("speedup", ratio, "1", {**said, "over": "dense"}, Spread(low, high, "interquartile", 9))],
+        [],
+    )  # fmt: skip
+    monkeypatch.setattr("secateur.bench.bench", lambda *_, **__: found)
+    shown = command("bench", "folder").out
+    lines = shown.splitlines()
+    assert lines[1].rstrip().endswith("1 to 3")
+    assert lines[2].endswith(f"1 to 3              {column}")
+    assert shown.endswith(f"{lines[2]}\n{last}\n")
 
 
 def test_a_language_model_also_decodes(tmp_path, command):

@@ -25,7 +25,7 @@ from secateur.packed_folder import FILE, is_packed, load_packed, source_of
 from secateur.peers import dynamic_int8, prepared
 from secateur.sources import writes_text
 
-__all__ = ["PACKED", "Asked", "Bench", "bench"]
+__all__ = ["PACKED", "Asked", "Bench", "bench", "undecided"]
 
 PACKED, TORCH, PREPARED, EIGHT = "packed", "dense", "dense, oneDNN", "dense int8"
 PROMPT = 16
@@ -77,7 +77,17 @@ class Bench:
     @property
     def slower(self) -> list[Measurement]:
         """Where the packed model is slower than another."""
-        return [each for each in self.speedup if each.value < 1]
+        return [each for each in self.speedup if each.value < 1 and not undecided(each)]
+
+    @property
+    def alike(self) -> list[Measurement]:
+        """Where no difference is seen between the packed model and another."""
+        return [each for each in self.speedup if undecided(each)]
+
+
+def undecided(speedup: Measurement) -> bool:
+    """Whether the rounds leave open which of two models is faster: the quartiles of their ratios enclose 1."""
+    return speedup.spread is not None and 1 in speedup.spread
 
 
 @torch.inference_mode()

@@ -74,6 +74,15 @@ class Spread:
         object.__setattr__(self, "low", low)
         object.__setattr__(self, "high", high)
 
+    def __contains__(self, value: float) -> bool:
+        """Whether a value lies within: repeats that lie on both sides of it do not say on which side it is.
+
+        Example:
+            >>> 1 in Spread(0.97, 1.04, "interquartile", repeats=10)
+            True
+        """
+        return self.low <= value <= self.high
+
     def __str__(self) -> str:
         return f"{self.kind} {_digits(self.low)} to {_digits(self.high)} of {self.repeats:,}"
 

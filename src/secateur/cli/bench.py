@@ -12,6 +12,7 @@ from secateur.errors import UsageError
 
 if TYPE_CHECKING:
     from secateur.bench import Bench
+    from secateur.measurement import Measurement
 
 __all__ = ["bench"]
 
@@ -66,14 +67,19 @@ def bench(
         )
     if json_:
         plain = {name: [m.to_dict() for m in getattr(found, name)] for name in ("latency", "speedup", "sizes")}
-        slower = [f"{m.conditions['what']} over {m.conditions['over']}" for m in found.slower]
-        typer.echo(json.dumps({"folder": folder, **plain, "slower": slower, "notes": found.notes}))
+        verdicts = {
+            name: [f"{m.conditions['what']} over {m.conditions['over']}" for m in getattr(found, name)]
+            for name in ("slower", "alike")
+        }
+        typer.echo(json.dumps({"folder": folder, **plain, **verdicts, "notes": found.notes}))
     else:
         _show(found)
 
 
 def _show(found: Bench) -> None:
-    """One line a time, then bytes, then where the packed model loses."""
+    """One line a time, then bytes, then where the packed model loses, and where that cannot be told."""
+    from secateur.bench import undecided
+
     ratios = {(m.conditions["what"], m.conditions["threads"], m.conditions["over"]): m for m in found.speedup}
     typer.echo(f"{'':44}{'ms':>10}  {'quartiles':<20}packed is faster by")
     for m in found.latency:
@@ -81,7 +87,7 @@ def _show(found: Bench) -> None:
         ratio = ratios.get((what, threads, name))
         spread = f"{m.spread.low:.3g} to {m.spread.high:.3g}" if m.spread else ""
         rate = f"  {1e3 / m.value:,.1f} tokens/s" if "token" in str(what) else ""
-        times = "" if ratio is None else f"{ratio.value:.2f}"
+        times = "" if ratio is None else "no difference seen" if undecided(ratio) else f"{ratio.value:.2f}"
         typer.echo(
             f"{what}, {threads} thread{'s' * (threads != 1)}, {name:<14}".ljust(44)
             + f"{m.value:>10.4g}  {spread:<20}{times}{rate}"
@@ -91,10 +97,19 @@ def _show(found: Bench) -> None:
         typer.echo(f"{where:<44}{int(m.value):>14,} bytes")
     for note in found.notes:
         typer.echo(note)
+    for m in found.alike:
+        typer.echo(f"no difference seen from {_where(m)}")
     for m in found.slower:
-        typer.echo(
-            f"slower than {m.conditions['over']} at {m.conditions['what']} with {m.conditions['threads']} thread"
-            f"{'s' * (m.conditions['threads'] != 1)}: {m.value:.2f}"
-        )
+        typer.echo(f"slower than {_where(m)}")
     if not found.slower:
-        typer.echo("nowhere slower than dense")
+        typer.echo("nowhere seen to be slower than dense")
+
+
+def _where(m: Measurement) -> str:
+    """Over which model, at what, and the ratio of the times with its quartiles."""
+    threads = m.conditions["threads"]
+    spread = f" ({m.spread.low:.2f} to {m.spread.high:.2f})" if m.spread else ""
+    return (
+        f"{m.conditions['over']} at {m.conditions['what']} with {threads} thread{'s' * (threads != 1)}: "
+        f"{m.value:.2f}{spread}"
+    )
