@@ -333,6 +333,12 @@ def test_downloads_that_fail_give_one_line(monkeypatch: pytest.MonkeyPatch, tmp_
     assert "is neither a folder nor a Hugging Face name" in said(invalid, UsageError)
     absent = errors.LocalEntryNotFoundError("x")
     assert "nothing is downloaded offline. Nearest there: gpt2-mine." in said(absent, UsageError, offline=True)
+    unreached = errors.LocalEntryNotFoundError("x")
+    unreached.__cause__ = broken
+    assert said(unreached, UsageError) == (
+        '"gpt2-min" is no folder here and not in the cache, and the hub, where it may be a name, cannot be reached '
+        "(Name or service not known); check the spelling, or the network. Nearest there: gpt2-mine."
+    )
     assert "no space left on the disk" in said(OSError(28, "No space left on device"), ResourceError)
 
 

@@ -15,8 +15,9 @@ def fetch(name: str, *, offline: bool, allow_pickle: bool, trust_remote_code: bo
     """The folder of a model on the Hugging Face hub: from the cache, or downloaded unless `offline`.
 
     Raises:
-        UsageError: there is no such name, or `offline` and it is not in the cache.
-        InputError: the download failed.
+        UsageError: there is no such name, as far as can be told without the network where it is not to be used or
+            cannot be reached.
+        InputError: a download that had begun failed.
     """
     try:
         import huggingface_hub
@@ -54,6 +55,11 @@ def fetch(name: str, *, offline: bool, allow_pickle: bool, trust_remote_code: bo
         if offline or huggingface_hub.constants.HF_HUB_OFFLINE:
             raise UsageError(
                 f'"{name}" is no folder here and not in the cache, and nothing is downloaded offline.{local}'
+            ) from error
+        if isinstance(error, errors.LocalEntryNotFoundError):
+            raise UsageError(
+                f'"{name}" is no folder here and not in the cache, and the hub, where it may be a name, cannot be '
+                f"reached ({one_line(error.__cause__ or error)}); check the spelling, or the network.{local}"
             ) from error
         raise InputError(
             f'"{name}" is no folder here, and as a name on the hub its download failed ({one_line(error)}).{local}'

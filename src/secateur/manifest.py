@@ -135,7 +135,7 @@ def verify(folder: str | Path) -> list[str]:
 
     Returns:
         One line per problem: missing, altered, extra or unreadable files, links, and what is wrong in the
-        manifest itself.
+        manifest itself; a single line where there is no manifest.
 
     Raises:
         UsageError: `folder` is no folder.
@@ -146,6 +146,10 @@ def verify(folder: str | Path) -> list[str]:
     root = _folder(folder)
     entries, wrong = _parse(root)
     problems = [f"{MANIFEST} {problem}" for problem in wrong]
+    if not os.path.lexists(root / MANIFEST):
+        return [
+            f"{problems[0]}, so nothing says which files belong here and whether they are as they were written"
+        ]
     present = dict(_walk(root))
     for name, expected in entries.items():
         if (kind := present.get(name)) is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -12,8 +13,8 @@ from secateur.checkpoint import headers
 from secateur.compact import is_compact, open_compact, read_compact
 from secateur.core.masks import Masks, named_parameters
 from secateur.deploy.packed import dense_weights, quantized_header
-from secateur.errors import SecateurError
-from secateur.folder import verify
+from secateur.errors import SecateurError, UsageError
+from secateur.folder import MANIFEST, verify
 
 __all__ = ["problems"]
 
@@ -26,13 +27,15 @@ def problems(folder: str | Path) -> list[str]:
     form that only transformers can put together.
 
     Raises:
-        UsageError: this is no folder.
+        UsageError: this is no folder, or none that secateur wrote.
     """
     folder = Path(folder)
     found = verify(folder)
+    path = folder / "run" / "masks.safetensors"
+    if not (os.path.lexists(folder / MANIFEST) or is_compact(folder) or path.is_file()):
+        raise UsageError(_strange(folder))
     if is_compact(folder):
         return found + _misfits(folder)
-    path = folder / "run" / "masks.safetensors"
     if not path.is_file():
         return found
     try:
@@ -54,6 +57,16 @@ def problems(folder: str | Path) -> list[str]:
         return [*found, str(error)]
     lost = [f"run/masks.safetensors: {name} has a mask, but no file holds its weight" for name in missing]
     return [*found, *wrong, *lost]
+
+
+def _strange(folder: Path) -> str:
+    """What to say of a folder that holds nothing of ours."""
+    inside = sorted(path.parent.name for path in folder.glob(f"*/{MANIFEST}"))
+    more = f"; in it are {', '.join(inside[:5])}{' and more' if len(inside) > 5 else ''}" if inside else ""
+    return (
+        f"{folder} is no folder that secateur wrote: {MANIFEST}, the list of its files, is not in it. Give the folder "
+        f"that --out named{more}"
+    )
 
 
 def _misfits(folder: Path) -> list[str]:
