@@ -272,7 +272,7 @@ def reordered(
 
 def _answer(model: nn.Module, inputs: Example) -> list[Tensor]:
     with undisturbed(model):
-        answer = main_output(model(*inputs.args, **inputs.kwargs))
+        answer = main_output(inputs.run(model))
     return [leaf for leaf in torch.utils._pytree.tree_leaves(answer) if isinstance(leaf, Tensor)]
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from secateur import evaluate
+from secateur.core.misfit import MisfitError
 from secateur.errors import ResourceError, SecateurError, UsageError
 from secateur.evaluate import Measurement, Predictions
 
@@ -68,6 +69,10 @@ def running_on(what: str) -> Iterator[None]:
     """
     try:
         yield
+    except MisfitError as error:
+        raise UsageError(
+            f"the model cannot be run on {what} ({error.reason}); do they fit together?"
+        ) from error
     except (SecateurError, MemoryError):
         raise
     except Exception as error:

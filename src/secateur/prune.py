@@ -24,7 +24,7 @@ from secateur.core.example import Example
 from secateur.core.forward import uncompiled, unwrapped
 from secateur.core.gradients import GRADIENTS, gather_all
 from secateur.core.loss import Loss
-from secateur.core.masks import Masks, named_parameters
+from secateur.core.masks import Masks, check_apart, named_parameters
 from secateur.core.site import Site
 from secateur.core.statistics import STATISTICS
 from secateur.core.units import Analysis
@@ -121,7 +121,7 @@ def plan(
 
     Raises:
         UsageError: a sparsity out of range, a pattern that does not fit a layer, nothing to prune, a tied
-            tensor, an unknown statistic, a target that is not understood.
+            tensor, elements that share memory, an unknown statistic, a target that is not understood.
     """
     model = unwrapped(model)
     check_arguments(sparsity, recipe, nonzero)
@@ -131,6 +131,9 @@ def plan(
     update_statistics(recipe)
     keep = None if wanted else weights_to_keep(model, found.sites, recipe, sparsity, nonzero)
     names = {name for site in found.sites for name in site.parameters}
+    parameters = named_parameters(model)
+    for name in sorted(names):
+        check_apart(name, parameters[name])
     touched = found.layers
     if found.analysis is not None:
         touched = tuple(layer for layer in layers(model) if names & {layer.name, *layer.tied})

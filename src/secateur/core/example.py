@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from secateur.core.forward import accepts, device_of
+from secateur.core.misfit import run
 from secateur.core.units import Analysis, analyse
 from secateur.errors import UsageError
 
@@ -38,6 +39,10 @@ class Example:
     def tensors(self) -> list[Tensor]:
         """All tensors, in order."""
         return [leaf for leaf in pytree.tree_leaves((self.args, dict(self.kwargs))) if isinstance(leaf, Tensor)]
+
+    def run(self, model: nn.Module) -> Any:
+        """The model's answer; MisfitError where it refuses these inputs."""
+        return run(model, self.args, self.kwargs)
 
     @property
     def rows(self) -> int:

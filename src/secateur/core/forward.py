@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from secateur.core.misfit import run
 from secateur.errors import UsageError
 
 __all__ = [
@@ -97,12 +98,14 @@ def move(example: Any, device: torch.device) -> Any:
 
 
 def call(model: nn.Module, example: Any) -> Any:
-    """The model applied to a tensor, a tuple or list of arguments, or a mapping of named arguments."""
+    """The model applied to a tensor, a tuple or list of arguments, or a mapping of named arguments.
+
+    Raises:
+        MisfitError: the model refuses them.
+    """
     if isinstance(example, Mapping):
-        return model(**example)
-    if isinstance(example, tuple | list):
-        return model(*example)
-    return model(example)
+        return run(model, (), example)
+    return run(model, tuple(example) if isinstance(example, tuple | list) else (example,), {})
 
 
 def accepts(model: nn.Module, name: str) -> bool:

@@ -9,9 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from secateur.core.forward import call
 from secateur.errors import NumericError, UsageError
 
-__all__ = ["Loss", "loss_of"]
+__all__ = ["Loss", "check_classes", "loss_of"]
+
+IGNORED = -100  # torch's word for a target that does not count
 
 Loss = Callable[[Any, Any], Tensor]  # (what the model returns, the target) -> one number
 
@@ -66,11 +69,11 @@ def _apart(batch: Any) -> tuple[Any, Any]:
 
 
 def _call(model: nn.Module, inputs: Any) -> Any:
-    return model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
+    return call(model, inputs if isinstance(inputs, Mapping) else (inputs,))
 
 
 def _own_loss(model: nn.Module, batch: Mapping[str, Any], labels: Any) -> tuple[Tensor, int]:
-    output = model(**batch)
+    output = call(model, batch)
     value = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
     if value is None:
         raise UsageError(
@@ -90,6 +93,7 @@ def _implied(output: Any, inputs: Any, target: Any) -> tuple[Tensor, int]:
             if logits.shape[:-1] == target.shape:
                 logits, target = logits.reshape(-1, logits.shape[-1]), target.reshape(-1)
             if logits.dim() == target.dim() + 1:
+                check_classes(logits, target)
                 return F.cross_entropy(logits.float(), target), int(torch.count_nonzero(target != -100))
         ids = inputs.get("input_ids") if isinstance(inputs, Mapping) else inputs
         if target is None and isinstance(ids, Tensor) and _speaks_of_tokens(logits, ids):
@@ -98,6 +102,28 @@ def _implied(output: Any, inputs: Any, target: Any) -> tuple[Tensor, int]:
         "what the model is trained for cannot be told from this batch; pass loss=, a function of (output, target), "
         "and batches of (inputs, target), or mappings with labels"
     )
+
+
+def check_classes(logits: Tensor, target: Tensor) -> None:
+    """Targets are classes that the logits, (N, classes, ...), speak of.
+
+    Raises:
+        UsageError: another number of targets, or a class that is none; on an accelerator such a one ends the process.
+    """
+    expected = logits.shape[:1] + logits.shape[2:]
+    if expected != target.shape:
+        raise UsageError(
+            f"targets of shape {tuple(target.shape)} do not fit logits of shape {tuple(logits.shape)}; expected "
+            f"{tuple(expected)}, one class for each"
+        )
+    kept = target[target != IGNORED]
+    low, high = (int(end) for end in kept.aminmax()) if kept.numel() else (0, 0)
+    classes = logits.shape[1]
+    if low < 0 or high >= classes:
+        raise UsageError(
+            f"targets from {low} to {high} where the model tells {classes} classes apart; expected whole numbers from "
+            f"0 to {classes - 1}, or {IGNORED} to skip"
+        )
 
 
 def _speaks_of_tokens(logits: Tensor, ids: Tensor) -> bool:

@@ -216,6 +216,18 @@ def check_fits(name: str, mask: Tensor, parameters: Mapping[str, Tensor]) -> Non
         raise UsageError(
             f"mask of {name}: expected shape {expected}, got {got}; these masks belong to another model"
         )
+    check_apart(name, parameters[name])
+
+
+def check_apart(name: str, parameter: Tensor) -> None:
+    """Raise where elements of a parameter lie in one place: none of them could be changed alone."""
+    strides = zip(parameter.shape, parameter.stride(), strict=True) if parameter.layout == torch.strided else ()
+    if any(size > 1 and not stride for size, stride in strides):
+        raise UsageError(
+            f"{name}: its {parameter.numel():,} elements, shape {tuple(parameter.shape)}, share places in memory "
+            f"(strides {tuple(parameter.stride())}, as expand gives), so none can be changed alone; give it memory "
+            "of its own: nn.Parameter(weight.detach().clone())"
+        )
 
 
 def zero_(values: Tensor, mask: Tensor) -> None:

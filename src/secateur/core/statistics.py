@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from secateur.core.forward import call
 from secateur.core.matrix import Layout
 from secateur.core.met import Met
 from secateur.core.padding import Padding
@@ -255,13 +256,25 @@ def observe(layer: LayerLike, padding: Padding, receive: Receive, stack: ExitSta
 
     def see(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         inputs = args[0] if args else next(iter(kwargs.values()))
-        receive(inputs, lambda: rows(args, kwargs, padding.real(layer, inputs)))
+        receive(inputs, lambda: _of_width(layer, inputs, rows(args, kwargs, padding.real(layer, inputs))))
 
     if type(layer.module) is nn.modules.linear.NonDynamicallyQuantizableLinear:
         stack.enter_context(_seen_as_function(layer, padding, receive))
         return
     handle = layer.module.register_forward_pre_hook(see, with_kwargs=True)
     stack.callback(handle.remove)
+
+
+def _of_width(layer: LayerLike, inputs: Tensor, rows: list[Tensor]) -> list[Tensor]:
+    """The rows, if they are as wide as the layer; other ones would be counted before the layer itself refuses them."""
+    width = layer.layout.shape[2]
+    for part in rows:
+        if part.shape[-1] != width:
+            raise UsageError(
+                f"{layer.name}: takes inputs of width {width}, and calibration data bring it {part.shape[-1]} (input "
+                f"of shape {tuple(inputs.shape)}); give batches that the model takes"
+            )
+    return rows
 
 
 @contextmanager
@@ -293,13 +306,13 @@ def forward(model: nn.Module, batch: Any) -> Any:
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     if isinstance(batch, Mapping):
         inputs = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items() if k != "labels"}
-        return model(**inputs)
+        return call(model, inputs)
     first = batch[0] if isinstance(batch, tuple | list) else batch
     if not isinstance(first, Tensor):
         raise UsageError(
             f"a batch is a tensor, a mapping of keyword arguments or (inputs, ...); got {type(batch).__name__}"
         )
-    return model(first.to(device))
+    return call(model, first.to(device))
 
 
 @contextmanager

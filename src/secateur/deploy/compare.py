@@ -25,7 +25,7 @@ Print = tuple[tuple[int, ...], float, float]  # shape, sum, sum of absolute valu
 def answer(model: nn.Module, example: Example, output: Output = None) -> list[Tensor]:
     """The tensors of a model's output, in evaluation mode."""
     with evaluating(model), returning(model, output):
-        found = model(*example.args, **example.kwargs)
+        found = example.run(model)
     return [leaf for leaf in pytree.tree_leaves(found) if isinstance(leaf, Tensor)]
 
 

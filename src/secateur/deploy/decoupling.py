@@ -318,7 +318,7 @@ def _calls(model: nn.Module, example: Example) -> dict[str, _Call]:
         handles.append(module.register_forward_hook(met(path, module), with_kwargs=True))
     try:
         with evaluating(model):
-            model(*example.args, **example.kwargs)
+            example.run(model)
     finally:
         for handle in handles:
             handle.remove()

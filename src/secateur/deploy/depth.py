@@ -118,7 +118,7 @@ def _outputs(model: nn.Module, example: Any) -> list[Tensor]:
     """The floating-point tensors of what matters in the model's answer."""
     given = example_of(model, example)
     with evaluating(model):
-        leaves = pytree.tree_leaves(main_output(model(*given.args, **given.kwargs)))
+        leaves = pytree.tree_leaves(main_output(given.run(model)))
     return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from secateur.core.digest import digest
 from secateur.core.forward import device_of
 from secateur.core.hold import hold_
-from secateur.core.masks import Masks
+from secateur.core.masks import Masks, check_apart
 from secateur.errors import InputError, NumericError, UsageError
 from secateur.measurement import Measurement
 from secateur.recover import state as states
@@ -323,7 +323,10 @@ def _epoch(entry: Mapping[str, Any]) -> Epoch:
 
 
 def _optimizer(whole: nn.Module, how: Training) -> torch.optim.Optimizer:
-    trained = [p for p in whole.parameters() if p.requires_grad and p.is_floating_point()]
+    named = {n: p for n, p in whole.named_parameters() if p.requires_grad and p.is_floating_point()}
+    for name, parameter in named.items():
+        check_apart(name, parameter)
+    trained = list(named.values())
     if not trained:
         raise UsageError(
             "no parameter needs a gradient, so there is nothing to train; call requires_grad_(True)"

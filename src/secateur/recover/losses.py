@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from secateur.core.forward import call, device_of, logits_of, move
-from secateur.core.loss import Loss
+from secateur.core.loss import IGNORED, Loss, check_classes
 from secateur.errors import UsageError, nearest
 
 __all__ = [
@@ -32,9 +32,6 @@ __all__ = [
     "regression",
     "single_label",
 ]
-
-IGNORED = -100
-"""A label that asks not to be learned."""
 
 
 def language_model(logits: Tensor, labels: Tensor) -> Tensor:
@@ -68,8 +65,9 @@ def single_label(logits: Tensor, labels: Tensor) -> Tensor:
         logits = logits.movedim(1, -1)  # torch's layout for images: classes come second
     if logits.shape[:-1] != labels.shape:
         raise _misfit("single-label", logits, labels, "(N, classes) with (N,)")
-    labels = labels.flatten().long()
-    total = F.cross_entropy(logits.flatten(0, -2).float(), labels, ignore_index=IGNORED, reduction="sum")
+    labels, logits = labels.flatten().long(), logits.flatten(0, -2)
+    check_classes(logits, labels)
+    total = F.cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="sum")
     return total / (labels != IGNORED).sum().clamp(min=1)
 
 

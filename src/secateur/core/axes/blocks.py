@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from secateur.core.axes.trace import evaluating, tied
+from secateur.core.misfit import run
 from secateur.core.units import Analysis, analyse
 from secateur.errors import UsageError
 
@@ -46,7 +47,7 @@ def _calls(
         handles.append(module.register_forward_pre_hook(record, with_kwargs=True))
     try:
         with evaluating(model):
-            model(*args, **kwargs)
+            run(model, args, kwargs)
     finally:
         for handle in handles:
             handle.remove()

@@ -18,6 +18,7 @@ from secateur.core.axes.atoms import Reason
 from secateur.core.axes.rules import visit
 from secateur.core.axes.step import Trace, sizes_of
 from secateur.core.axes.tables import shared_tables
+from secateur.core.misfit import run
 from secateur.core.taps import selections
 from secateur.errors import UsageError
 
@@ -52,6 +53,7 @@ def export(
 
     Raises:
         UsageError: a module is quantized, or the model cannot be exported (with the tracer's own words).
+        MisfitError: the model cannot be run on the example.
     """
     for path, part in model.named_modules():
         if ".quantized" in type(part).__module__:
@@ -69,6 +71,9 @@ def export(
     except UsageError:
         raise
     except Exception as error:
+        if not any(parameter.is_meta for parameter in model.parameters()):
+            with torch.no_grad(), evaluating(model):
+                run(model, args, kwargs)  # where the model itself refuses the example, that is what to say
         words = str(error).strip().split("\n")[0][:300] or type(error).__name__
         raise UsageError(
             f"{type(model).__name__}: torch.export cannot trace the forward with this example: {words}. "
