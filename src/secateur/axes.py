@@ -12,6 +12,7 @@ from torch import nn
 from secateur import data, own
 from secateur.core.axes.blocks import analyse_blocks
 from secateur.core.example import analysis_of, prepared
+from secateur.core.misfit import MisfitError
 from secateur.core.units import Analysis, Units
 from secateur.deploy.decoupling import Decoupling, decouple_, decoupling, entries_of
 from secateur.errors import UsageError
@@ -123,6 +124,8 @@ def axes_of(loaded: Loaded, batches: str | None, tell: Tell, decouple: Sequence[
         decouple_(loaded.model, made, given)
     try:
         found = Axes({"": analysis_of(loaded.model, given)[0]})
+    except MisfitError:
+        raise
     except UsageError as error:
         example = prepared(loaded.model, given)
         try:

@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 
 from secateur.core.depth import Edits, Which, chosen, take_out_
 from secateur.core.example import example_of, main_output
+from secateur.core.misfit import MisfitError
 from secateur.core.passage import hidden
 from secateur.core.stacks import Block, Stack
 from secateur.core.statistics import evaluating
@@ -125,8 +126,8 @@ def _outputs(model: nn.Module, example: Any) -> list[Tensor]:
 def _run(model: nn.Module, blocks: Sequence[Block], example: Any) -> list[Tensor]:
     try:
         return _outputs(model, example)
-    except (RuntimeError, IndexError, KeyError, TypeError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:200]
+    except (MisfitError, RuntimeError, IndexError, KeyError, TypeError, AttributeError) as error:
+        reason = error.reason if isinstance(error, MisfitError) else " ".join(str(error).split())[:200]
         raise UsageError(
             f"without {_names(blocks)} the model does not run ({reason}): one of them changes the shape of the stream, "
             "or others need it. Choose other blocks"
