@@ -59,53 +59,64 @@ def export(
     if if_exists not in ("fail", "overwrite"):
         raise UsageError(f"--if-exists {if_exists!r} is not known; expected fail or overwrite")
     use_threads(threads)
+    from secateur.export import is_compressed
+
+    loading = {
+        "offline": offline, "trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle,
+        "if_exists": if_exists,
+    }  # fmt: skip
     if stream:
-        if to == "sparse" or data is not None or device != "cpu":
-            given = "--to sparse" if to == "sparse" else "--data" if data is not None else f"--device {device}"
-            raise UsageError(f"{given} does not go with --stream; leave one of them out")
+        _check_streamed(to, data, device)
         from secateur.cli.streaming import export_streamed
 
         export_streamed(folder, out, to=to, if_exists=if_exists, as_json=json_)
-        return
-    if to == "sparse":
-        how: dict[str, Any] = {
-            "kind": kind,
-            "outer": outer,
-            "block": read_block(block),
-            "if_exists": if_exists,
-            "seed": seed,
-        }
-        how |= {"offline": offline, "trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle}
-        _pack(folder, out, json_, how)
-        return
-    if kind is not None or outer is not None or block != "1":
+    elif to == "sparse":
+        how = {"kind": kind, "outer": outer, "block": read_block(block), "seed": seed}
+        _pack(folder, out, json_, {**how, **loading})
+    elif kind is not None or outer is not None or block != "1":
         raise UsageError("--kind, --outer and --block belong to --to sparse")
-    from secateur.export import export_plain, export_to, is_compressed
+    elif to in ("auto", "hf") and is_compressed(folder):
+        _plain(folder, out, json_, loading)
+    else:
+        how = {"to": to, "data": data, "device": device, "seed": seed, "speed": speed}
+        _shrink(folder, out, json_, {**how, **loading})
+
+
+def _check_streamed(to: str, data: str | None, device: str) -> None:
+    if to == "sparse" or data is not None or device != "cpu":
+        given = "--to sparse" if to == "sparse" else "--data" if data is not None else f"--device {device}"
+        raise UsageError(f"{given} does not go with --stream; leave one of them out")
+
+
+def _plain(folder: str, out: Path, json_: bool, how: dict[str, Any]) -> None:
+    """Zeros that were left out, as ordinary numbers again."""
+    from secateur.export import export_plain
+    from secateur.terminal import progress
+
+    with progress() as tell:
+        export_plain(folder, out, tell=tell, **how)
+    said = json.dumps({"out": str(out), "form": "hf"})
+    typer.echo(said if json_ else f"written  {out} (plain: zeros as ordinary numbers)")
+
+
+def _shrink(folder: str, out: Path, json_: bool, how: dict[str, Any]) -> None:
+    """Whole units taken out."""
+    from secateur.export import export_to
     from secateur.terminal import progress, show_measurements
 
-    options: dict[str, Any] = {"to": to, "data": data, "if_exists": if_exists, "device": device, "seed": seed}
-    options["speed"] = speed
-    loading: dict[str, Any] = {
-        "offline": offline,
-        "trust_remote_code": trust_remote_code,
-        "allow_pickle": allow_pickle,
-    }
-    if to in ("auto", "hf") and is_compressed(folder):
-        with progress() as tell:
-            export_plain(folder, out, if_exists=if_exists, tell=tell, **loading)
-        said = json.dumps({"out": str(out), "form": "hf"})
-        typer.echo(said if json_ else f"written  {out} (plain: zeros as ordinary numbers)")
-        return
     with progress() as tell:
-        found = export_to(folder, out, tell=tell, **options, **loading)
+        found = export_to(folder, out, tell=tell, **how)
     if json_:
         plain = {name: [m.to_dict() for m in each] for name, each in found.measurements.items()}
         typer.echo(json.dumps({"out": str(out), "form": found.form, "measurements": plain}))
         return
     typer.echo(str(found.note))
     show_measurements(found.measurements)
-    how = {"hf": "plain", "padded": "padded: a plain checkpoint with zeros up to sizes that its config can say"}
-    typer.echo(f"written  {out} ({how.get(found.form, 'compact: secateur.load reads it')})")
+    forms = {
+        "hf": "plain",
+        "padded": "padded: a plain checkpoint with zeros up to sizes that its config can say",
+    }
+    typer.echo(f"written  {out} ({forms.get(found.form, 'compact: secateur.load reads it')})")
 
 
 def _pack(folder: str, out: Path, json_: bool, how: dict[str, Any]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -28,6 +28,11 @@ from secateur.cli.options import (
 from secateur.cli.stages import FineTuneEpochs, LearningRate, Quantize, Schedule, Train, prune_in_stages
 from secateur.cli.writing import opened, plan_alone
 from secateur.errors import UsageError
+
+if TYPE_CHECKING:
+    from secateur.request import PruneRequest
+
+Loading = tuple[bool, bool, bool]  # offline, code of the checkpoint's own, pickle
 
 __all__ = ["prune"]
 
@@ -172,39 +177,66 @@ def prune(
     }  # fmt: skip
     given = {key: value for key, value in given.items() if value is not None and value != ()}
     more = {"schedule": schedule, "epochs": fine_tune_epochs, "lr": lr, "scheme": quantize, "train": train}
+    loading = (offline, trust_remote_code, allow_pickle)
     if method == "gradual" or any(value is not None for value in more.values()):
         use_threads(threads)
-        loading = (offline, trust_remote_code, allow_pickle)
         prune_in_stages(given, more, out, loading, if_exists=if_exists, dry_run=dry_run, as_json=json_)
         return
     asked = request(given)
+    _check_place(out, if_exists, dry_run, stream)
+    use_threads(threads)
+    place = None if dry_run else out
+    if stream:
+        _from_file_to_file(asked, place, loading, max_ram=max_ram, if_exists=if_exists, as_json=json_)
+    else:
+        _in_memory(asked, place, loading, if_exists=if_exists, as_json=json_)
+
+
+def _check_place(out: Path | None, if_exists: str, dry_run: bool, stream: bool) -> None:
     if out is None and not dry_run:
         raise UsageError("--out FOLDER is missing; say where the result goes, or ask for --dry-run")
     known = ("fail", "overwrite", *(["resume"] if stream else []))
     if if_exists not in known:
         raise UsageError(f"--if-exists {if_exists!r} is not known; expected {' or '.join(known)}")
-    use_threads(threads)
-    if stream:
-        from secateur.cli.streaming import prune_streamed, shrink_streamed
-        from secateur.request import cuts_units
 
-        run_streamed = shrink_streamed if cuts_units(asked) else prune_streamed
-        run_streamed(
-            asked, None if dry_run else out, max_ram=max_ram, if_exists=if_exists, as_json=json_, offline=offline,
-            trust_remote_code=trust_remote_code,
-        )  # fmt: skip
-        return
+
+def _from_file_to_file(
+    asked: PruneRequest,
+    out: Path | None,
+    loading: Loading,
+    *,
+    max_ram: str | None,
+    if_exists: str,
+    as_json: bool,
+) -> None:
+    """With --stream: weights become zero, or whole units are taken out."""
+    from secateur.cli.streaming import prune_streamed, shrink_streamed
+    from secateur.request import cuts_units
+
+    offline, trust_remote_code, _ = loading
+    carry_out = shrink_streamed if cuts_units(asked) else prune_streamed
+    carry_out(
+        asked, out, max_ram=max_ram, if_exists=if_exists, as_json=as_json, offline=offline,
+        trust_remote_code=trust_remote_code,
+    )  # fmt: skip
+
+
+def _in_memory(
+    asked: PruneRequest, out: Path | None, loading: Loading, *, if_exists: str, as_json: bool
+) -> None:
+    """Say what will be done, do it and show what was measured; without `out` only the first."""
     from secateur.run import carry_out, prepare
     from secateur.terminal import show_measurements
 
-    with opened(model, None if dry_run else out, if_exists) as (folder, tell):
+    offline, trust_remote_code, allow_pickle = loading
+    with opened(asked.model, out, if_exists) as (folder, tell):
         run = prepare(
             asked, offline=offline, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle, tell=tell
         )
-        if plan_alone(run, folder, json_) or folder is None:
+        if plan_alone(run, folder, as_json) or folder is None:
             return
         result = carry_out(run, folder, tell)
-    if json_:
+    if as_json:
         plain = {name: [m.to_dict() for m in found] for name, found in result.measurements.items()}
         typer.echo(json.dumps({"out": str(out), "sparsity": result.masks.sparsity, "measurements": plain}))
         return
