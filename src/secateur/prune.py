@@ -25,6 +25,7 @@ from secateur.core.forward import uncompiled, unwrapped
 from secateur.core.gradients import GRADIENTS, gather_all
 from secateur.core.loss import Loss
 from secateur.core.masks import Masks, check_apart, named_parameters
+from secateur.core.select import Candidates
 from secateur.core.site import Site
 from secateur.core.statistics import STATISTICS
 from secateur.core.units import Analysis
@@ -232,10 +233,7 @@ def prune_(
     check_total(todo, candidates, counts)
     if recipe.update is not None and not whole:
         return _mended(model, todo, counts, data or (), loss, seed, keep_originals, nonzero)
-    kept: dict[str, Tensor] = {}
-    for name, site in sites.items():
-        for parameter, mask in mask_of(site, candidates[name], counts[name]).items():
-            kept[parameter] = kept[parameter] & mask if parameter in kept else mask
+    kept = _kept(todo.sites, candidates, counts)
     check_stays_pruned(kept, masks)
     if nonzero is not None:
         check_nonzero(parameters, kept, nonzero)
@@ -245,6 +243,17 @@ def prune_(
     result = Masks(kept, originals)
     result.apply_(model)
     return result
+
+
+def _kept(
+    sites: Iterable[Site], candidates: Mapping[str, Candidates], counts: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """One mask for each parameter: where axes cross, what all of them keep."""
+    kept: dict[str, Tensor] = {}
+    for site in sites:
+        for parameter, mask in mask_of(site, candidates[site.name], counts[site.name]).items():
+            kept[parameter] = kept[parameter] & mask if parameter in kept else mask
+    return kept
 
 
 def _left_dense(unprunable: tuple[tuple[str, str], ...]) -> str:
