@@ -156,14 +156,35 @@ def test_a_network_of_ones_own(secateur, own_file: Path, tmp_path: Path) -> None
     assert said.code == 0, said.err
     small = load(tmp_path / "small", spec)
     assert small[0].out_channels < 8
+    again = models.load(f"{spec}@{tmp_path / 'small' / 'model.safetensors'}")  # the file stands for its folder
+    assert again.model[0].out_channels == small[0].out_channels
+    assert again.weights == tmp_path / "small"
+    verified = secateur("verify", tmp_path / "small").out
+    assert verified.endswith(": every file is as it was written, and its parts belong together\n")
     assert torch.allclose(small(images), loaded.model(images), atol=1e-5)
     measured = secateur(
         "evaluate", f"{spec}@{tmp_path / 'small'}", "--labelled", f"{own_file}:images", "--no-speed"
     )
     assert measured.code == 0, measured.err
     assert f"{sum(p.numel() for p in small.parameters()):,}" in measured.out
+    assert f"{(tmp_path / 'small' / 'model.safetensors').stat().st_size:,}" in measured.out
     assert secateur("verify", tmp_path / "small").code == 0
     assert "of your own code; say what builds it" in secateur.refused(2, "evaluate", tmp_path / "small")
+
+
+def test_single_zeros_are_for_the_form_sparse(secateur, own_file: Path, tmp_path: Path) -> None:
+    spec = f"{own_file}:cnn"
+    loaded = models.load(spec)
+    masks = prune_(loaded.model, 0.5)
+    (tmp_path / "out" / "run").mkdir(parents=True)
+    models.save(loaded.model, None, tmp_path / "out")
+    masks.save(tmp_path / "out" / "run" / "masks.safetensors")
+    given = (f"{spec}@{tmp_path / 'out'}", "--data", f"{own_file}:images", "--out", tmp_path / "small")
+    words = secateur.refused(2, "export", *given)
+    assert "are no whole units; nearest is unit" in words
+    assert words.endswith("Single zeros are left out by --to sparse")
+    assert models.load(spec).weights is None
+    assert loaded.weights is None
 
 
 @pytest.mark.parametrize("changed", ["run/metrics.json", "run/masks.safetensors", "model.safetensors"])

@@ -70,6 +70,8 @@ def test_export_and_load(folder, command, tmp_path):
     place, model = folder
     said = command("export", place, "--to", "sparse", "--out", tmp_path / "packed", "--json").json
     assert said["form"] == "sparse"
+    verified = command("verify", tmp_path / "packed").out
+    assert verified == f"{tmp_path / 'packed'}: every file is as it was written; it holds no masks to compare\n"
     assert said["bytes"][1] < 0.8 * said["bytes"][0]
     again = secateur.load(tmp_path / "packed")
     ids = torch.randint(0, 211, (2, 9))
@@ -141,6 +143,8 @@ def test_a_packed_module_of_ones_own_is_measured_with_its_function(tmp_path, com
     assert found["nonzeros"] == sum(int((p != 0).sum()) for p in model.parameters())
     assert found["macs"] == 2 * 64 * 48
     assert found["latency"] > 0
+    given = f"{tmp_path / 'own.py'}:build@{tmp_path / 'packed' / FILE}"  # the file stands for its folder
+    assert measured(command("evaluate", given, "--json", "--no-speed").json)["nonzeros"] == found["nonzeros"]
     said = command.refused(2, "evaluate", tmp_path / "packed")
     assert "holds a model of your own code" in said
 

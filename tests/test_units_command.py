@@ -47,6 +47,12 @@ class Whim(nn.Module):
 
 def whim():
     return Whim(), torch.randn(4, 16)
+
+def normed():
+    return nn.Sequential(
+        nn.Conv2d(1, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 16, 3, bias=False),
+        nn.BatchNorm2d(16), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10),
+    )
 """
 
 
@@ -91,6 +97,28 @@ def test_heads_and_neurons_go_whole_and_the_smaller_model_is_measured(models, st
     report = (out / "run/report.html").read_text()
     assert "is the default for whole units" in report
     assert "Taken out: " in report
+
+
+def test_what_a_cnn_is_not_told_by_its_plan_alone(own, secateur, tmp_path):
+    given = ("--pattern", "channels", "--data", f"{own}:images", "--labelled", f"{own}:images", "--out")
+    said = secateur("prune", f"{own}:normed", "--sparsity", 0.5, *given, tmp_path / "out")
+    assert said.code == 0, said.err
+    assert said.out.count("No --method was given") == 1
+    crossing = (
+        "note     Axes cross, and a weight counts on each that it lies on: at sparsity 0.5 of these weights"
+    )
+    assert said.out.count(crossing) == 1
+    assert "--target says what is to be left, as in '0.5 parameters'" in said.out
+    idle = (
+        "note     Mending by biases: 1 of 2 layers that lost inputs have no bias to take their means, 3.weight first, "
+        "and stay as they were; --mend least-squares refits their weights."
+    )
+    assert said.out.count(idle) == 1
+    assert said.out.count("disk bytes") == 1
+    more = ("--mend", "least-squares", *given)
+    said = secateur("prune", f"{own}:normed", "--target", "0.7 parameters", *more, tmp_path / "better")
+    assert "Axes cross" not in said.out
+    assert "Mending by" not in said.out
 
 
 @pytest.mark.thorough

@@ -42,6 +42,8 @@ def test_a_folder_of_somebody_else_is_named_as_such(command, tmp_path):
 def test_a_run_that_lost_its_manifest_is_still_read(command, tmp_path):
     place = run(tmp_path / "out")
     assert problems(place) == []
+    whole = f"{place}: every file is as it was written, and every pruned weight is zero\n"
+    assert command("verify", place).out == whole
     (place / "MANIFEST.sha256").unlink()
     (line,) = problems(place)
     assert line.startswith("MANIFEST.sha256 is missing, so nothing says which files belong here")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -112,7 +113,22 @@ def _units(
         kinds[kind] = (before[0] + size - kept, before[1] + size)
     gone = ", ".join(f"{out:,} of {of:,} units of kind {kind}" for kind, (out, of) in kinds.items())
     details = {"units left": {name: list(pair) for name, pair in left.items()}}
-    return Applied(found, todo.recipe, str(todo.recipe), details, (f"Taken out: {gone}.",))
+    notes = (f"Taken out: {gone}.", *_unmended(todo.recipe, model, found))
+    return Applied(found, todo.recipe, str(todo.recipe), details, notes)
+
+
+def _unmended(recipe: Recipe, model: nn.Module, masks: Masks) -> tuple[str, ...]:
+    """What is to be known of an update that had nowhere to put what units did, as in front of batch norms."""
+    idle = getattr(recipe.update, "idle", None)
+    if idle is None:
+        return ()
+    without, count = idle(model, masks)
+    if not without:
+        return ()
+    return (
+        f"Mending by biases: {len(without)} of {count} layers that lost inputs have no bias to take their means, "
+        f"{without[0]} first, and stay as they were; --mend least-squares refits their weights.",
+    )
 
 
 def needs_calibration(recipe: Recipe) -> bool:
@@ -168,15 +184,28 @@ def _best(asked: PruneRequest, todo: Plan, model: nn.Module, given: dict[str, An
     return Applied(found.masks, found.recipe, f"best: {found.picked}", details, (note,))
 
 
-def intention(asked: PruneRequest, typed: PruneRequest) -> tuple[str, ...]:
+def _crossing(todo: Plan) -> tuple[str, ...]:
+    """Where axes cross, a sparsity of what competes is no share of the parameters."""
+    times = Counter(name for site in todo.sites for name in site.parameters)
+    if todo.sparsity is None or max(times.values()) < 2:
+        return ()
+    return (
+        f"Axes cross, and a weight counts on each that it lies on: at sparsity {todo.sparsity:g} of these weights more "
+        f"than {todo.sparsity:.0%} of the parameters may go; --target says what is to be left, as in "
+        f"'{1 - todo.sparsity:.2g} parameters'.",
+    )
+
+
+def intention(asked: PruneRequest, typed: PruneRequest, todo: Plan) -> tuple[str, ...]:
     """What a reader of the plan needs to know of the method beyond the recipe.
 
     Args:
         asked: with its method settled.
         typed: as it was given.
+        todo: the plan.
     """
     if cuts_units(asked):
-        return _of_units(asked, typed)
+        return (*_of_units(asked, typed), *_crossing(todo))
     if asked.method != "best":
         return ()
     tries = (

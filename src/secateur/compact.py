@@ -36,6 +36,7 @@ __all__ = [
     "FORMAT",
     "Compact",
     "cast_",
+    "compact_at",
     "compact_text",
     "is_compact",
     "open_compact",
@@ -74,6 +75,16 @@ class Compact:
 def is_compact(folder: Path) -> bool:
     """Whether this is a folder that `write_compact` wrote."""
     return (folder / COMPACT).is_file()
+
+
+def compact_at(place: Path) -> Path | None:
+    """The compact folder that a place is, or whose weights it is; None for any other place."""
+    if is_compact(place):
+        return place
+    if not place.is_file() or not is_compact(place.parent):
+        return None
+    weights = read_object(place.parent / COMPACT).get("weights")
+    return place.parent if isinstance(weights, dict) and place.name in weights else None
 
 
 def write_compact(

@@ -17,6 +17,7 @@ from secateur.card import shrunk_card
 from secateur.checkpoint import read_object
 from secateur.compressed import layout_of
 from secateur.core.masks import Masks
+from secateur.core.unit_masks import PartialUnitsError
 from secateur.deploy import Shrunk, shrink, shrunk
 from secateur.deploy.slots import ATTRIBUTE
 from secateur.errors import UsageError
@@ -111,7 +112,10 @@ def export_to(
             masks = Masks.load(path)
             example = example_inputs(loaded, data, seed=seed)
             tell("taking units out", 0, 1)
-            small = shrink(loaded.model, masks, example, homogeneous=to == "padded")
+            try:
+                small = shrink(loaded.model, masks, example, homogeneous=to == "padded")
+            except PartialUnitsError as error:
+                raise UsageError(f"{error} Single zeros are left out by --to sparse") from error
             tell("taking units out", 1, 1)
         return write_shrunk(loaded, small, example, folder, to=to, speed=speed, tell=tell)
 
@@ -176,10 +180,7 @@ def check_source(loaded: models.Loaded) -> None:
 
 def _folder_of(loaded: models.Loaded) -> Path | None:
     """The folder in which the weights lie; None where a function made them."""
-    if loaded.folder is not None:
-        return loaded.folder
-    weights = own.split(loaded.spec)[2]
-    place = Path(weights).expanduser() if weights else None
+    place = loaded.weights
     return place if place is None or place.is_dir() else place.parent
 
 

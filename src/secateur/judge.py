@@ -102,7 +102,7 @@ def judge(loaded: Loaded, dense: Loaded | None, wanted: Wanted, tell: Tell) -> l
         found += [evaluate.state_bytes(loaded.model) if m.name == "state_bytes" else m for m in counted]
     if dense is not None and not reads:
         found += same_answers(said, answers(dense.model, by))
-    found += weight_files(loaded.folder) if loaded.folder is not None else []
+    found += weight_files(loaded.weights) if loaded.weights is not None else []
     if wanted.speed and example is not None:
         found += _speed(loaded, example, tell)
     if pairs is not None:

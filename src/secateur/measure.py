@@ -175,10 +175,12 @@ def compare_speed(
     return found
 
 
-def weight_files(folder: Path) -> list[Measurement]:
-    """Bytes of the weight files that lie in a checkpoint's folder itself; masks lie below and do not count."""
+def weight_files(place: Path) -> list[Measurement]:
+    """Bytes of a weight file, or of all that lie in a checkpoint's folder itself; masks below do not count."""
+    if place.is_file():
+        return [Measurement("disk_bytes", place.stat().st_size, "bytes", {"files": 1, "pattern": place.name})]
     for pattern in ("*.safetensors", "*.bin"):
-        files = sorted(path for path in folder.glob(pattern) if path.is_file())
+        files = sorted(path for path in place.glob(pattern) if path.is_file())
         if files:
             size = sum(path.stat().st_size for path in files)
             return [Measurement("disk_bytes", size, "bytes", {"files": len(files), "pattern": pattern})]

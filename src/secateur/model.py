@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from secateur import own, pretrained
 from secateur.checkpoint import INTEGERS, read_checkpoint, read_state, weight_file
-from secateur.compact import cast_, is_compact, open_compact, read_compact
+from secateur.compact import cast_, compact_at, is_compact, open_compact, read_compact
 from secateur.deploy import Shrunk, load_quantized_
 from secateur.deploy.packed import quantized_header
 from secateur.deploy.slots import ATTRIBUTE
@@ -66,6 +66,7 @@ class Loaded:
         stored_dtype: floating-point type of most of the numbers in the files, None where nothing says it.
         example: inputs that the function gave beside the model, None otherwise.
         dense: of a packed model the same numbers as ordinary weights, by which it is counted; None otherwise.
+        place: of a function the file or the compact folder that its weights came from, None where it made them.
     """
 
     model: nn.Module
@@ -78,6 +79,12 @@ class Loaded:
     stored_dtype: torch.dtype | None = None
     example: Any = None
     dense: nn.Module | None = None
+    place: Path | None = None
+
+    @property
+    def weights(self) -> Path | None:
+        """The folder, or the file, in which the weights lie."""
+        return self.place if self.folder is None else self.folder
 
 
 def load(
@@ -279,14 +286,17 @@ def _load_own(spec: str, dtype: torch.dtype | str | None, allow_pickle: bool, se
         )
     files = {path.name: sha256(path)}
     stored = None
-    if weights is not None and is_compact(Path(weights).expanduser()):
-        opened = open_compact(Path(weights).expanduser())
+    place = None if weights is None else Path(weights).expanduser()
+    small = None if place is None else compact_at(place)
+    if small is not None:
+        opened = open_compact(small)
         model = read_compact(opened, lambda: own.call(spec, seed=seed))
         cast_(model, dtype)
         known, mark = {**files, **opened.checkpoint.files}, opened.checkpoint.fingerprint
-        return Loaded(model, None, spec, "python", mark, None, known, opened.checkpoint.dtype, example)
-    if weights is not None:
-        file = weight_file(Path(weights).expanduser())
+        stored = opened.checkpoint.dtype
+        return Loaded(model, None, spec, "python", mark, None, known, stored, example, place=small)
+    if place is not None:
+        place = file = weight_file(place)
         state = _filled_from(model, file, allow_pickle=allow_pickle)
         files[file.name] = sha256(file)
         check_listed(file.parent, {file.name: files[file.name]})
@@ -294,10 +304,10 @@ def _load_own(spec: str, dtype: torch.dtype | str | None, allow_pickle: bool, se
         for tensor in state.values():
             sizes[tensor.dtype] += tensor.numel() * tensor.is_floating_point()
         stored = max((key for key, size in sizes.items() if size), key=lambda key: sizes[key], default=None)
-    mark = files[file.name] if weights is not None else fingerprint(model)
+    mark = files[place.name] if place is not None else fingerprint(model)
     if isinstance(dtype, torch.dtype):
         model.to(dtype)
-    return Loaded(model.eval(), None, spec, "python", mark, None, files, stored, example)
+    return Loaded(model.eval(), None, spec, "python", mark, None, files, stored, example, place=place)
 
 
 def _filled_from(model: nn.Module, file: Path, *, allow_pickle: bool = False) -> dict[str, Tensor]:

@@ -149,11 +149,16 @@ def opened(
 
 
 def source_of(spec: str, seed: int) -> tuple[Path | None, Callable[[], Any] | None]:
-    """The folder of `FOLDER` or `file.py:function@FOLDER`, None where there is none; what builds one's own module."""
+    """The folder of `FOLDER` or `file.py:function@FOLDER`, None where there is none; what builds one's own module.
+
+    The file of packed weights stands for the folder in which it lies.
+    """
     if not own.is_own(spec):
         return Path(spec).expanduser(), None
     path, function, weights = own.split(spec)
     place = Path(weights).expanduser() if weights else None
+    if place is not None and place.name == FILE and place.is_file():
+        place = place.parent
     return place, lambda: own.call(f"{path}:{function}", seed=seed)
 
 

@@ -117,7 +117,7 @@ def prepare(
     check_weights(todo.touched)
     notes = [
         *said,
-        *intention(asked, typed),
+        *intention(asked, typed, todo),
         *_long(asked, loaded, todo, given, tell),
         *given.notes,
         *_rounding(loaded),
@@ -179,8 +179,8 @@ def carry_out(run: Run, folder: Path, tell: Tell = _silent) -> Result:
     else:
         models.save(loaded.model, loaded.tokenizer, folder, source=loaded.folder, dtype=stored_dtype(loaded))
         result.measurements["pruned"] += measuring.weight_files(folder)
-    if loaded.folder is not None:
-        result.measurements["dense"] += measuring.weight_files(loaded.folder)
+    if loaded.weights is not None:
+        result.measurements["dense"] += measuring.weight_files(loaded.weights)
     write_results(run.asked, loaded, run.plan, result, folder)
     tell("writing", 1, 1)
     return result

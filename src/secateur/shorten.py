@@ -123,8 +123,8 @@ def shorten_to(
         found = _measured(dense, loaded.model, given)
         models.save(loaded.model, loaded.tokenizer, folder, source=loaded.folder, dtype=loaded.stored_dtype)
         found["short"] += measuring.weight_files(folder)
-        if loaded.folder is not None:
-            found["dense"] += measuring.weight_files(loaded.folder)
+        if loaded.weights is not None:
+            found["dense"] += measuring.weight_files(loaded.weights)
         _write(asked, loaded, said, found, given, inputs, seconds, folder)
     return found
 

@@ -16,7 +16,9 @@ from secateur.deploy.packed import dense_weights, quantized_header
 from secateur.errors import SecateurError, UsageError
 from secateur.folder import MANIFEST, verify
 
-__all__ = ["problems"]
+__all__ = ["checked", "problems"]
+
+MASKS = Path("run", "masks.safetensors")
 
 
 def problems(folder: str | Path) -> list[str]:
@@ -31,7 +33,7 @@ def problems(folder: str | Path) -> list[str]:
     """
     folder = Path(folder)
     found = verify(folder)
-    path = folder / "run" / "masks.safetensors"
+    path = folder / MASKS
     if not (os.path.lexists(folder / MANIFEST) or is_compact(folder) or path.is_file()):
         raise UsageError(_strange(folder))
     if is_compact(folder):
@@ -57,6 +59,15 @@ def problems(folder: str | Path) -> list[str]:
         return [*found, str(error)]
     lost = [f"run/masks.safetensors: {name} has a mask, but no file holds its weight" for name in missing]
     return [*found, *wrong, *lost]
+
+
+def checked(folder: Path) -> str:
+    """What was found in order beside the files of a folder without problems."""
+    if is_compact(folder):
+        return ", and its parts belong together"
+    return (
+        ", and every pruned weight is zero" if (folder / MASKS).is_file() else "; it holds no masks to compare"
+    )
 
 
 def _strange(folder: Path) -> str:

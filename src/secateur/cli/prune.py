@@ -242,6 +242,7 @@ def _in_memory(
         return
     show_measurements(result.measurements)
     for note in (*result.notes, *result.applied.notes) if run.plan.analysis is not None else ():
-        typer.echo(f"note     {note}")
+        if note not in run.notes:  # the plan has said those
+            typer.echo(f"note     {note}")
     form = {"compact": " (compact: secateur.load reads it)", "hf": " (smaller, plain)"}.get(result.form, "")
     typer.echo(f"written  {out}{form}\nreport   {out}/run/report.html")

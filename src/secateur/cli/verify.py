@@ -16,16 +16,12 @@ __all__ = ["verify"]
 @app.command()
 def verify(folder: Annotated[Path, typer.Argument(help="a run's folder")], json_: Json = False) -> None:
     """Check a run's folder: every file as it was written, masks readable, zeros really zero."""
-    from secateur.verification import problems
+    from secateur.verification import checked, problems
 
     found = problems(folder)
     if json_:
         typer.echo(json.dumps({"folder": str(folder), "problems": found}))
     else:
-        typer.echo(
-            "\n".join(found)
-            if found
-            else f"{folder}: every file is as it was written, and every pruned weight is zero"
-        )
+        typer.echo("\n".join(found) if found else f"{folder}: every file is as it was written{checked(folder)}")
     if found:
         raise typer.Exit(3)

@@ -14,7 +14,11 @@ from secateur.core.masks import Masks
 from secateur.core.units import Analysis, outer
 from secateur.errors import UsageError, nearest
 
-__all__ = ["keep_of", "whole_units"]
+__all__ = ["PartialUnitsError", "keep_of", "whole_units"]
+
+
+class PartialUnitsError(UsageError):
+    """Masks prune single weights of units, or some of the slices that belong together."""
 
 
 def whole_units(analysis: Analysis, masks: Masks) -> dict[str, Tensor]:
@@ -81,7 +85,7 @@ def keep_of(analysis: Analysis, masks: Masks) -> dict[str, Tensor]:
     for name, mask in given.items():
         meant = outer(tuple(mask.shape), index.get(name, ()))
         if not torch.equal(mask, meant):
-            raise UsageError(_broken(analysis, alive, name, mask, meant))
+            raise PartialUnitsError(_broken(analysis, alive, name, mask, meant))
     return keep
 
 

@@ -74,7 +74,7 @@ def prune(subject: Subject, settings: Pruning, work: Work) -> Done:
     applied = apply_(asked, todo, subject.model, batches, work.tell, masks=before or None)
     subject.masks = Masks({**subject.masks, **applied.masks})
     details = {"recipe": applied.recipe.describe(), **applied.details}
-    notes = (*intention(asked, asked), *applied.notes)
+    notes = (*intention(asked, asked, todo), *applied.notes)
     if asked.shrink:
         facts, said = shrink_(subject)
         details, notes = details | {"shrunk": facts}, (*notes, *said)

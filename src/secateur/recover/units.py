@@ -49,6 +49,12 @@ class TakeOver:
         if not self.damping >= 0:
             raise UsageError(f"TakeOver: damping is {self.damping}; expected at least 0")
 
+    def idle(self, model: nn.Module, masks: Masks) -> tuple[tuple[str, ...], int]:
+        """Layers that units went from and that stay as they are, for they have no bias to take means; of how many."""
+        found = [layer for layer in layers(model) if _gone(layer, masks) is not None]
+        without = tuple(layer.name for layer in found if _bias(layer) is None)
+        return (without if self.how == "bias" else ()), len(found)
+
     def units_(self, model: nn.Module, masks: Masks, data: Iterable[Any]) -> MendedUnits:
         """Apply the masks of whole units and mend; see `mend_units_`."""
         return mend_units_(model, masks, data, how=self.how, damping=self.damping)
