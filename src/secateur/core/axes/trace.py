@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-import warnings
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -19,6 +19,7 @@ from secateur.core.axes.rules import visit
 from secateur.core.axes.step import Trace, sizes_of
 from secateur.core.axes.tables import shared_tables
 from secateur.core.misfit import run
+from secateur.core.quiet import quiet
 from secateur.core.taps import selections
 from secateur.errors import UsageError
 
@@ -62,8 +63,7 @@ def export(
                 "Prune the float model first, then quantize."
             )
     try:
-        with torch.no_grad(), evaluating(model), returning(model, output), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with torch.no_grad(), evaluating(model), returning(model, output), quiet(logging.ERROR):
             shapes = _varying(args, kwargs).dynamic_shapes(model, args, dict(kwargs)) if dynamic else None
             program = torch.export.export(model, args, dict(kwargs), dynamic_shapes=shapes, strict=False)
             module: fx.GraphModule = program.module(check_guards=False)
