@@ -136,6 +136,10 @@ def test_a_packed_module_of_ones_own_is_measured_with_its_function(tmp_path, com
     )
     model = build()[:2]
     prune_(model, 0.6, only="all")
+    models.save(model, None, tmp_path)
+    command("export", f"{tmp_path / 'own.py'}:build@{tmp_path}", "--to", "sparse", "--out", tmp_path / "whole")
+    card = (tmp_path / "whole" / "README.md").read_text()
+    assert "\nmodel = secateur.load('THIS FOLDER', 'own.py:build')\n" in card
     (tmp_path / "packed").mkdir()
     save_sparse(model, tmp_path / "packed" / FILE)
     found = measured(command("evaluate", f"{tmp_path / 'own.py'}:build@{tmp_path / 'packed'}", "--json").json)

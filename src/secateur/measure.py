@@ -178,7 +178,11 @@ def compare_speed(
 def weight_files(place: Path) -> list[Measurement]:
     """Bytes of a weight file, or of all that lie in a checkpoint's folder itself; masks below do not count."""
     if place.is_file():
-        return [Measurement("disk_bytes", place.stat().st_size, "bytes", {"files": 1, "pattern": place.name})]
+        return [
+            Measurement(
+                "disk_bytes", place.stat().st_size, "bytes", {"files": 1, "pattern": f"*{place.suffix}"}
+            )
+        ]
     for pattern in ("*.safetensors", "*.bin"):
         files = sorted(path for path in place.glob(pattern) if path.is_file())
         if files:

@@ -14,6 +14,7 @@ from torch import nn
 
 from secateur import model as models
 from secateur import named_class, own, pretrained
+from secateur.card import plain
 from secateur.checkpoint import TOKENIZER_FILES, Checkpoint, look_through, read_object
 from secateur.deploy.sparse import Sparsified, load_sparse_, save_sparse, sparsify_
 from secateur.deploy.sparse.packed import Block
@@ -192,13 +193,17 @@ def _of_config(checkpoint: Checkpoint) -> nn.Module:
 
 
 def _card(name: str, done: Sparsified, before: int, after: int) -> str:
+    """How to load it, and a table of its weights; names from outside can neither leave their place nor be code."""
+    build = f", {name.partition('@')[0]!r}" if own.is_own(name) else ""
+    call = " ".join(f"model = secateur.load('THIS FOLDER'{build})".replace("`", "'").split())
+    name = plain(name)
     rows = "\n".join(
-        f"| {layer.name} | {layer.kind} {layer.form} | {layer.sparsity:.1%} | {layer.dense_bytes:,} | "
+        f"| {plain(layer.name)} | {layer.kind} {layer.form} | {layer.sparsity:.1%} | {layer.dense_bytes:,} | "
         f"{layer.packed_bytes:,} |"
         for layer in done.layers
     )
     return (
         f"# {name}, packed\n\nThe weights of {name} without their zeros, written by secateur: {before:,} bytes are "
-        f"{after:,}.\n\n```python\nimport secateur\n\nmodel = secateur.load('THIS FOLDER')\n```\n\n"
+        f"{after:,}.\n\n```python\nimport secateur\n\n{call}\n```\n\n"
         f"| weight | held as | zeros | bytes | packed |\n|---|---|---|---|---|\n{rows}\n"
     )
