@@ -7,13 +7,14 @@ import torch
 from torch import nn
 
 import secateur
+from secateur import Recipe, prune_, score
 from secateur import model as models
-from secateur import prune_
 from secateur.deploy.sparse import choice, table
-from secateur.deploy.sparse.modules import SparseLinear
+from secateur.deploy.sparse.modules import SparseConv2d, SparseLinear
 from secateur.errors import InputError, UsageError
 from secateur.folder import write_manifest
 from secateur.packed_folder import FILE, load_packed
+from secateur.pattern import Channels, Heads, Neurons
 
 from .loading import tokenizer
 from .tiny import Secateur
@@ -136,8 +137,10 @@ def test_a_packed_module_of_ones_own_is_measured_with_its_function(tmp_path, com
     )
     model = build()[:2]
     prune_(model, 0.6, only="all")
-    models.save(model, None, tmp_path)
-    command("export", f"{tmp_path / 'own.py'}:build@{tmp_path}", "--to", "sparse", "--out", tmp_path / "whole")
+    (tmp_path / "run").mkdir()
+    models.save(model, None, tmp_path / "run")
+    given = f"{tmp_path / 'own.py'}:build@{tmp_path / 'run'}"
+    assert command("export", given, "--to", "sparse", "--out", tmp_path / "whole").code == 0
     card = (tmp_path / "whole" / "README.md").read_text()
     assert "\nmodel = secateur.load('THIS FOLDER', 'own.py:build')\n" in card
     (tmp_path / "packed").mkdir()
@@ -151,6 +154,76 @@ def test_a_packed_module_of_ones_own_is_measured_with_its_function(tmp_path, com
     assert measured(command("evaluate", given, "--json", "--no-speed").json)["nonzeros"] == found["nonzeros"]
     said = command.refused(2, "evaluate", tmp_path / "packed")
     assert "holds a model of your own code" in said
+
+
+NET = """
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 32, 3, bias=False), nn.BatchNorm2d(32), nn.ReLU(), nn.Conv2d(32, 64, 3))
+        self.head = nn.Linear(64, 70)
+        self.register_buffer("scale", torch.linspace(0.5, 1.5, 70), persistent=False)
+        self.register_buffer("same", self.scale, persistent=False)
+
+    def forward(self, x):
+        return self.head(self.body(x).relu().mean((2, 3))) * self.scale
+
+def build():
+    return Net(), torch.ones(2, 3, 9, 9)
+"""
+
+
+@torch.no_grad()
+def test_a_module_of_ones_own_without_units_and_without_zeros(tmp_path, command):
+    """Shrunk, then pruned, then packed: what was cut is said beside the packed weights."""
+    (tmp_path / "net.py").write_text(NET, encoding="utf-8")
+    spec, x = f"{tmp_path / 'net.py'}:build", torch.randn(2, 3, 9, 9)
+    whole = models.load(spec)
+    masks = prune_(whole.model, 0.4, Recipe(score.l2, Channels()), example=x)
+    small = secateur.shrink(whole.model, masks, x)
+    prune_(small, 0.7, only="all")
+    secateur.save(small, tmp_path / "small")
+    assert (
+        command("export", f"{spec}@{tmp_path / 'small'}", "--to", "sparse", "--out", tmp_path / "packed").code
+        == 0
+    )
+    assert not (tmp_path / "packed" / "config.json").exists()
+    again = secateur.load(tmp_path / "packed", spec, prefer="memory")
+    assert isinstance(again.body[3], SparseConv2d)
+    assert torch.allclose(again(x), small(x), atol=1e-5)
+    dense = models.load(f"{spec}@{tmp_path / 'packed'}").model  # with ordinary weights, for every other verb
+    assert all(torch.equal(tensor, dense.state_dict()[name]) for name, tensor in small.state_dict().items())
+    assert torch.equal(dense.scale, small.scale)
+    assert torch.equal(dense.same, small.scale)
+    assert command("verify", tmp_path / "packed").code == 0
+    found = measured(command("evaluate", f"{spec}@{tmp_path / 'packed'}", "--json", "--no-speed").json)
+    assert found["parameters"] == sum(p.numel() for p in small.parameters())
+    assert "say what builds it" in command.refused(2, "evaluate", tmp_path / "packed")
+    content = bytearray((tmp_path / "packed" / FILE).read_bytes())
+    content[-70] ^= 1
+    (tmp_path / "packed" / FILE).write_bytes(content)
+    assert "is altered since the run wrote it" in command.refused(
+        3, "evaluate", f"{spec}@{tmp_path / 'packed'}"
+    )
+
+
+@torch.no_grad()
+def test_a_language_model_without_heads_and_without_zeros(folder, command, tmp_path):
+    _, model = folder
+    ids = torch.randint(0, 211, (2, 9))
+    masks = prune_(model, 0.4, Recipe(score.l2, Heads() | Neurons()), example={"input_ids": ids})
+    small = secateur.shrink(model, masks, {"input_ids": ids})
+    prune_(small, 0.7)
+    assert secateur.save(small, tmp_path / "small") == "compact"
+    assert command("export", tmp_path / "small", "--to", "sparse", "--out", tmp_path / "packed").code == 0
+    again = secateur.load(tmp_path / "packed")
+    assert isinstance(again.transformer.h[0].mlp.c_fc, SparseLinear)
+    assert torch.allclose(again(ids).logits, small(ids).logits, atol=1e-5)
+    assert command("verify", tmp_path / "packed").code == 0
+    assert torch.allclose(models.load(tmp_path / "packed").model(ids).logits, small(ids).logits, atol=1e-5)
 
 
 @torch.no_grad()

@@ -26,6 +26,8 @@ from secateur.deploy import Shrunk, load_quantized_, shrunk
 from secateur.deploy.cuts import cut, from_json, to_json
 from secateur.deploy.decoupling import check_indices, entries_of, restore_
 from secateur.deploy.packed import quantized_header
+from secateur.deploy.sparse import load_sparse_
+from secateur.deploy.sparse.store import sparse_header
 from secateur.deploy.twin import differences
 from secateur.errors import InputError, UsageError
 from secateur.manifest import sha256, write_json
@@ -42,7 +44,7 @@ __all__ = [
     "open_compact",
     "read_compact",
     "write_compact",
-    "write_integers",
+    "write_instead",
 ]
 
 COMPACT = "compact.json"
@@ -120,21 +122,22 @@ def write_compact(
             generation.save_pretrained(folder)
 
 
-def write_integers(model: nn.Module, folder: Path, integers: Path) -> None:
-    """Let a file of integers take the place of the weights in a compact folder; `read_compact` rounds them to floats.
+def write_instead(folder: Path, file: Path) -> None:
+    """Let a file of integers or of packed weights take the place of the weights in a compact folder.
+
+    `read_compact` makes ordinary weights of either; buffers that are in no state stay in a file of their own.
 
     Args:
-        model: as it was given to `write_compact`.
-        folder: what that wrote into.
-        integers: a file that `save_quantized` wrote of this model, in the folder.
+        folder: what `write_compact` wrote into.
+        file: what `save_quantized` or `save_sparse` wrote of the same model, in the folder.
     """
     text = read_object(folder / COMPACT)
-    saved = model.state_dict(keep_vars=True)
-    apart = {n: b for n, b in model.named_buffers(remove_duplicate=False) if n not in saved}
+    names = text["stored_apart"]
+    stored, tied = read_state(folder / WEIGHTS) if names else ({}, {})
     (folder / WEIGHTS).unlink()
-    weights = {integers.name: sha256(integers)}
-    if apart:
-        save_state(nn.Module(), folder / WEIGHTS, None, apart)
+    weights = {file.name: sha256(file)}
+    if names:
+        save_state(nn.Module(), folder / WEIGHTS, None, {name: stored[tied.get(name, name)] for name in names})
         weights[WEIGHTS] = sha256(folder / WEIGHTS)
     write_json(folder / COMPACT, {**text, "weights": weights})
 
@@ -226,13 +229,14 @@ def open_compact(folder: Path) -> Compact:
     return Compact(checkpoint, cuts, tuple(apart), source)  # type: ignore[arg-type]
 
 
-def read_compact(found: Compact, build: Build | None = None) -> nn.Module:
+def read_compact(found: Compact, build: Build | None = None, **packed: Any) -> nn.Module:
     """Build the model of a compact folder, in eval mode.
 
     Args:
         found: from `open_compact`.
         build: for a module of one's own: a function without arguments that gives it, or it and example inputs, as
             it was before it was shrunk, with any weights.
+        packed: of packed weights, how they run: `prefer`, see `load_sparse_`. Without it they become ordinary ones.
 
     Raises:
         UsageError: a module of one's own without `build`.
@@ -251,7 +255,7 @@ def read_compact(found: Compact, build: Build | None = None) -> nn.Module:
         restore_(built, found.cuts.get("decoupled", []))
         note = from_json(found.cuts, built)
         small = cut(built, note)
-        _fill(small, found)
+        _fill(small, found, packed or {"dense": True})
         check_indices(small)
     except InputError as error:
         if str(folder) in str(error):
@@ -268,13 +272,14 @@ def read_compact(found: Compact, build: Build | None = None) -> nn.Module:
     return small.eval()
 
 
-def _fill(model: nn.Module, found: Compact) -> None:
+def _fill(model: nn.Module, found: Compact, packed: Mapping[str, Any]) -> None:
     """Give every parameter and buffer what is stored of it; nothing may be missing, left over or of another shape."""
     state: dict[str, Tensor] = {}
     tied: dict[str, str] = {}
     integers = [path for path in found.checkpoint.weights if quantized_header(path) is not None]
+    sparse = [path for path in found.checkpoint.weights if sparse_header(path) is not None]
     for path in found.checkpoint.weights:
-        if path in integers:
+        if path in integers or path in sparse:
             continue
         more, aliases = read_state(path)
         if again := state.keys() & more.keys():
@@ -284,7 +289,7 @@ def _fill(model: nn.Module, found: Compact) -> None:
         **dict(model.named_parameters(remove_duplicate=False)),
         **dict(model.named_buffers(remove_duplicate=False)),
     }
-    if integers:
+    if integers or sparse:
         rounded = places_of(model)
         wanted = {name: tensor for name, tensor in wanted.items() if name not in rounded}
     stored = {name: tied.get(name, name) for name in wanted}
@@ -300,6 +305,8 @@ def _fill(model: nn.Module, found: Compact) -> None:
         (owner._parameters if key[1] else owner._buffers)[last] = made[key]
     for path in integers:
         load_quantized_(model, path, dense=True)
+    for path in sparse:
+        load_sparse_(model, path, **packed)
     for module in model.modules():
         if isinstance(module, nn.RNNBase):
             module._init_flat_weights()  # it remembers its tensors

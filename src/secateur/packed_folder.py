@@ -16,6 +16,9 @@ from secateur import model as models
 from secateur import named_class, own, pretrained
 from secateur.card import plain
 from secateur.checkpoint import TOKENIZER_FILES, Checkpoint, look_through, read_object
+from secateur.compact import is_compact, open_compact, read_compact, write_compact, write_instead
+from secateur.deploy import Shrunk
+from secateur.deploy.slots import ATTRIBUTE
 from secateur.deploy.sparse import Sparsified, load_sparse_, save_sparse, sparsify_
 from secateur.deploy.sparse.packed import Block
 from secateur.deploy.twin import configuration
@@ -70,9 +73,15 @@ def export_packed(
         check_source(loaded)
         tell("packing", 0, 1)
         before = sum(tensor.nbytes for tensor in {id(p): p for p in loaded.model.parameters()}.values())
-        config = configuration(loaded.model)
+        small = isinstance(vars(loaded.model).get(ATTRIBUTE), Shrunk)
+        config = None if small else configuration(loaded.model)
+        if small:  # what was cut is said beside, as in a compact folder
+            source = {"name": spec_name(spec), "sha256": loaded.fingerprint}
+            write_compact(loaded.model, folder, source=source)
         done = sparsify_(loaded.model, kind, outer=outer, block=block, measure=False)
         save_sparse(loaded.model, folder / FILE)
+        if small:
+            write_instead(folder, folder / FILE)
         if config is not None:
             write_json(folder / "config.json", config)
         for name in (*TOKENIZER_FILES, *_OTHER):
@@ -103,6 +112,9 @@ def load_packed(
         UsageError: a module of one's own without `build`.
         InputError: a file is altered, or does not fit.
     """
+    if is_compact(folder):
+        how: dict[str, Any] = {"dense": True} if dense else {"prefer": prefer}
+        return read_compact(open_compact(folder), build, **how)
     checkpoint = _described(folder, build is not None)
     if build is None:
         model = _of_config(checkpoint)
@@ -165,6 +177,8 @@ def source_of(spec: str, seed: int) -> tuple[Path | None, Callable[[], Any] | No
 
 def _described(folder: Path, built: bool) -> Checkpoint:
     """The folder's files, checked against its manifest."""
+    if is_compact(folder):
+        return open_compact(folder).checkpoint
     described = (folder / "config.json").is_file()
     if not built and not described:
         raise UsageError(

@@ -7,7 +7,7 @@ from pathlib import Path
 from secateur import model as models
 from secateur.card import code, plain
 from secateur.checkpoint import INTEGERS
-from secateur.compact import is_compact, open_compact, write_integers
+from secateur.compact import is_compact, open_compact, write_instead
 from secateur.deploy import load_quantized_, save_quantized
 from secateur.evaluate import Measurement
 from secateur.folder import write_text
@@ -49,7 +49,7 @@ def _as_integers(subject: Subject, folder: Path) -> None:
         (folder / INTEGERS).unlink()
         return
     if is_compact(folder):
-        write_integers(subject.model, folder, folder / INTEGERS)
+        write_instead(folder, folder / INTEGERS)
         return
     for path in (*folder.glob("*.safetensors"), *folder.glob("*.safetensors.index.json")):
         if path.name != INTEGERS:
