@@ -95,7 +95,7 @@ Inputs ready(const Matrix& m, const float* x, int64_t batch, bool shifted, Room&
         std::fill(row + m.columns, row + in.padded, 0.0f);
     }
     in.plain = room.plain.data();
-    if (m.kind == BF16 && m.block == 1 && m.form != INDEX) {
+    if (m.kind == BF16 && m.block == 1 && m.form == BITMASK) {
         room.paired.resize(batch * in.padded);
         for (int64_t start = 0; start < batch * in.padded; start += 32)
             for (int i = 0; i < 16; ++i) {
@@ -105,6 +105,14 @@ Inputs ready(const Matrix& m, const float* x, int64_t batch, bool shifted, Room&
         in.paired = room.paired.data();
     }
     return in;
+}
+
+// SEMI: whether a vector lies in a scale, or holds 2 or 4 whole ones
+bool whole_scales(const Matrix& m) {
+    if (m.block != 1) return false;
+    if (m.scales == 1 || m.kind < I8) return true;
+    const int64_t reach = CHUNK * VECTOR / m.kept, width = m.columns / m.scales;
+    return m.columns % reach == 0 && (width % reach == 0 || reach == 2 * width || reach == 4 * width);
 }
 
 // Whether float32 numbers are bfloat16 ones, as inputs of a model in that type are
@@ -120,7 +128,7 @@ bool in_bf16(const float* x, int64_t size) {
 
 // Whether the table has a way through tile registers for this product
 bool by_tiles(const Kernels* table, const Matrix& m, const float* x, int64_t batch) {
-    if (!table->tiled || batch <= FEW || m.form == INDEX || m.form == SQUARES) return false;
+    if (!table->tiled || batch <= FEW || m.form == INDEX || m.form >= SQUARES) return false;
     return in_integers(m) || (m.kind == BF16 && in_bf16(x, batch * m.columns));
 }
 
@@ -239,10 +247,10 @@ void multiply(
     const Kernels* table, const Matrix& m, const float* x, int64_t batch, const float* bias, float* y, int64_t way, int threads,
     bool shifted, Room& room
 ) {
-    const bool squares = m.form == SQUARES;
+    const bool squares = m.form == SQUARES, streamed = m.form >= SQUARES;
     if (way == 0 && by_tiles(table, m, x, batch)) return multiply_tiled(table, m, x, batch, bias, y, threads, room);
     if (squares && batch > FEW && table->squares) return multiply_squares(table, m, x, batch, bias, y, threads, room);
-    if (!squares && (way == 1 || (batch > FEW && !in_integers(m))))
+    if (!streamed && (way == 1 || (batch > FEW && !in_integers(m))))
         return multiply_many(table, m, x, batch, bias, y, threads, room);
     const Inputs in = ready(m, x, batch, shifted, room);
     const int64_t step = std::max<int64_t>(1, std::min<int64_t>(64, m.groups / (4 * threads) + 1));
@@ -257,12 +265,17 @@ void multiply(
 API int64_t secateur_sparse_level() { return amx_kernels() ? 3 : avx512_kernels() ? 2 : avx2_kernels() ? 1 : 0; }
 
 // y = x w^T + bias. `way` 0: straight from the stream, at most FEW tokens unless they become integers or meet tile registers;
-// 1: tokens in the lanes, which is what is done with more tokens in way 0 too; SQUARES have one way. `level` as above.
+// 1: tokens in the lanes, which is what is done with more tokens in way 0 too; SQUARES and SEMI have one way. `level` as above.
 // Returns 0; 1, with nothing done, where x holds NaN or Inf and the way would not carry them to every row; 2 for a form that
 // does not go with its kind; 3 where memory is short.
 API int64_t secateur_sparse_multiply(const void* const* pointers, const int64_t* numbers) {
     Matrix m{};
     m.form = int32_t(numbers[0]), m.kind = int32_t(numbers[1]), m.block = int32_t(numbers[2]);
+    if (m.form >= SEMI) {
+        constexpr int32_t PATTERNS[][2] = {{8, 2}, {4, 2}, {8, 4}, {4, 4}, {2, 4}};  // 2:4, 1:4, 8:16, 4:16, 2:16
+        if (m.form >= SEMI + 5) return 2;
+        m.kept = PATTERNS[m.form - SEMI][0], m.bits = PATTERNS[m.form - SEMI][1], m.form = SEMI;
+    }
     m.rows = numbers[3], m.columns = numbers[4], m.scales = numbers[5];
     const int64_t batch = numbers[6], way = numbers[7];
     const int threads = int(numbers[8]), level = int(numbers[9]);
@@ -280,6 +293,7 @@ API int64_t secateur_sparse_multiply(const void* const* pointers, const int64_t*
     float* y = static_cast<float*>(const_cast<void*>(pointers[9]));
     if (m.form == DENSE && (m.kind != I8 || m.block != 1)) return 2;
     if (m.form == SQUARES && (m.kind != I8 || m.block != SIDE || m.scales != 1)) return 2;
+    if (m.form == SEMI && !whole_scales(m)) return 2;
     if (!finite(x, batch * m.columns)) return 1;
     thread_local Room room;
     try {

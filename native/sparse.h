@@ -11,7 +11,7 @@
 namespace sparse {
 
 enum Kind : int32_t { F32, BF16, F16, I8, I4 };
-enum Form : int32_t { BITMASK, INDEX, DENSE, SQUARES };
+enum Form : int32_t { BITMASK, INDEX, DENSE, SQUARES, SEMI };
 
 constexpr int64_t WORD = 64;    // columns of one mask
 constexpr int64_t SPAN = 256;   // columns that an 8-bit index reaches
@@ -21,13 +21,22 @@ constexpr int64_t TILE = 16;    // rows, or tokens, of a tile register
 constexpr int64_t TWO = 2 * TILE;
 constexpr int64_t TILE_BYTES = 1024;
 constexpr int64_t SIDE = 4;     // rows and columns of a square
+constexpr int64_t CHUNK = 16;   // columns of which SEMI keeps a fixed number, and bytes of half a vector
+constexpr int64_t VECTOR = 32;  // bytes of a vector, in whose lanes SEMI's values lie
 
 // A matrix of `rows` x `columns`. Its units are single weights, or blocks of `block` rows by one column; `groups` is the
 // number of block rows. Values lie in order of (group, column, row of the block); those of group g start at element
 // offsets[g]. int4: two in a byte, the lower half first, each group from a whole byte on. SQUARES: int8 alone; units are
 // blocks of 4 rows by 4 columns, a bit stands for one, and values lie in order of (group, square, row, column).
+//
+// SEMI: single weights, `kept` of every 16 columns, as many of every 4 with indices of 2 bits; where fewer are, values are
+// zero. A vector has 32 lanes, or 8 in the floating-point kinds. Lane l of a row's vector v holds the value at its
+// place 32 v + l (or 8 v + l), whose unit of columns `unit_of` tells; its index lies in lane l of the row's indices, 32
+// bytes for the vectors that fill their bits, the first vector lowest. int4: lane l of vectors 2 u and 2 u + 1 is byte 32 u + l
+// of a row, the first in its lower half.
 struct Matrix {
     int32_t form, kind, block;
+    int32_t kept, bits;       // SEMI
     int64_t rows, columns, groups;
     int64_t words;            // of 64 columns (BITMASK) or 256 (INDEX, SQUARES)
     const uint64_t* mask;     // groups x words; bit c of a word is column, or square, 64 * word + c
@@ -82,6 +91,30 @@ void few_squares_avx2(const Matrix&, const Inputs&, const float* bias, float* y,
 void few_squares_avx512(const Matrix&, const Inputs&, const float* bias, float* y, int64_t first, int64_t last);
 void squares_avx2(const Matrix&, const Tiled&, int64_t tile, int32_t* sums, int64_t first, int64_t last);
 void squares_avx512(const Matrix&, const Tiled&, int64_t tile, int32_t* sums, int64_t first, int64_t last);
+
+void few_semi_avx2(const Matrix&, const Inputs&, const float* bias, float* y, int64_t first, int64_t last);
+
+// SEMI: lanes of a vector, vectors of a row, and bytes of a row's indices
+static inline int64_t lanes_of(const Matrix& m) { return m.kind == I8 || m.kind == I4 ? VECTOR : VECTOR / 4; }
+static inline int64_t vectors_of(const Matrix& m) {
+    const int64_t reach = CHUNK * lanes_of(m) / m.kept;
+    return (m.columns + reach - 1) / reach;
+}
+static inline int64_t indices_of(const Matrix& m) {
+    const int64_t filled = 8 * VECTOR / lanes_of(m) / m.bits;
+    return (vectors_of(m) + filled - 1) / filled * VECTOR;
+}
+
+// Where lane `lane` of a row's vector takes its input: the first column of those that its index chooses among. Halves of a
+// vector take turns, chunk by chunk (of 16 bytes, or 4 numbers), so that a shuffle within halves meets inputs as they lie.
+static inline int64_t unit_of(const Matrix& m, int64_t vector, int64_t lane) {
+    const int64_t lanes = lanes_of(m), wide = m.bits == 2 ? 4 : CHUNK, each = m.kept * wide / CHUNK;  // values of a unit
+    const int64_t units = lanes / each, start = vector * units * wide;
+    if (lanes < VECTOR && m.bits != 2) return start + lane / each * wide;
+    const int64_t half = lanes / 2, chunk = lanes < VECTOR ? 4 : CHUNK, whole = each * chunk / wide;  // values of a chunk
+    const int64_t in_half = lane % half;
+    return start + (2 * (in_half / whole) + lane / half) * chunk + in_half % whole / each * wide;
+}
 
 // Whether inputs straight from the stream are rounded to integers, which serves any number of tokens
 static inline bool in_integers(const Matrix& m) { return (m.kind == I8 || m.kind == I4) && m.form != INDEX; }

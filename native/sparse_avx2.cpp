@@ -22,18 +22,6 @@ const Kernels* avx2_kernels() { return nullptr; }
 namespace sparse {
 namespace {
 
-ALWAYS float sum(__m256 a) {
-    __m128 b = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
-    b = _mm_add_ps(b, _mm_movehl_ps(b, b));
-    return _mm_cvtss_f32(_mm_add_ss(b, _mm_movehdup_ps(b)));
-}
-
-ALWAYS int32_t sum(__m256i a) {
-    __m128i b = _mm_add_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
-    b = _mm_add_epi32(b, _mm_shuffle_epi32(b, 0x4e));
-    return _mm_cvtsi128_si32(_mm_add_epi32(b, _mm_shuffle_epi32(b, 0xb1)));
-}
-
 ALWAYS __m256i bytes32(const void* a, const void* b, const void* c, const void* d) {
     const __m128i one = two_eights(a, b);
     const __m128i two = two_eights(c, d);
@@ -500,15 +488,6 @@ ALWAYS void blocks_in_integers(const Matrix& m, const Inputs& in, int64_t group,
             _mm_storeu_ps(out[k] + 4 * i, _mm_mul_ps(all[k][i], _mm_set1_ps(in.factor[b + k])));
 }
 
-// 8 values of the stream
-template <int KIND>
-ALWAYS __m256 eight(const char* at) {
-    if (KIND == F32) return _mm256_loadu_ps((const float*)at);
-    const __m128i raw = _mm_loadu_si128((const __m128i*)at);
-    if (KIND == F16) return _mm256_cvtph_ps(raw);
-    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(raw), 16));
-}
-
 template <int KIND, int BLOCK, int T>
 ALWAYS void blocks_in_float(const Matrix& m, const Inputs& in, int64_t group, int64_t b, float (*out)[16]) {
     constexpr int SIZE = KIND == F32 ? 4 : 2, UNITS = BLOCK == 4 ? 8 : 4;  // that are multiplied side by side
@@ -683,6 +662,7 @@ void few(const Matrix& m, const Inputs& in, const float* bias, float* y, int64_t
         if (m.kind == I4) function = few_of<I4>(m, in.batch);
     }
     if (m.form == SQUARES) function = few_squares_avx2;
+    if (m.form == SEMI) function = few_semi_avx2;
     function(m, in, bias, y, first, last);
 }
 

@@ -56,6 +56,27 @@ bool fill() {
     return true;
 }
 
+ALWAYS float sum(__m256 a) {
+    __m128 b = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    b = _mm_add_ps(b, _mm_movehl_ps(b, b));
+    return _mm_cvtss_f32(_mm_add_ss(b, _mm_movehdup_ps(b)));
+}
+
+ALWAYS int32_t sum(__m256i a) {
+    __m128i b = _mm_add_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
+    b = _mm_add_epi32(b, _mm_shuffle_epi32(b, 0x4e));
+    return _mm_cvtsi128_si32(_mm_add_epi32(b, _mm_shuffle_epi32(b, 0xb1)));
+}
+
+// 8 values of the stream
+template <int KIND>
+ALWAYS __m256 eight(const char* at) {
+    if (KIND == F32) return _mm256_loadu_ps((const float*)at);
+    const __m128i raw = _mm_loadu_si128((const __m128i*)at);
+    if (KIND == F16) return _mm256_cvtph_ps(raw);
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(raw), 16));
+}
+
 // 8 bytes from each of two addresses, which need no alignment
 ALWAYS __m128i two_eights(const void* a, const void* b) {
     int64_t high;

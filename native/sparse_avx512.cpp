@@ -402,6 +402,7 @@ void few(const Matrix& m, const Inputs& in, const float* bias, float* y, int64_t
         if (m.kind == I4) function = few_for<I4>(m, in.batch);
     }
     if (m.form == SQUARES) function = few_squares_avx512;
+    if (m.form == SEMI) function = few_semi_avx2;
     function(m, in, bias, y, first, last);
 }
 

@@ -55,6 +55,18 @@ void each(const Matrix& m, int64_t group, See see) {
     } else if (m.form == INDEX) {
         for (int64_t span = 0; span < m.words; ++span)
             for (int n = m.counts[group * m.words + span]; n > 0; --n, ++at) see(span * SPAN + m.index[at], at);
+    } else if (m.form == SEMI) {
+        const int64_t lanes = lanes_of(m), filled = 8 * VECTOR / lanes / m.bits;
+        const uint8_t* index = m.index + group * indices_of(m);
+        for (int64_t vector = 0; vector < vectors_of(m); ++vector)
+            for (int64_t lane = 0; lane < lanes; ++lane) {
+                // an index does not lie across bytes; a lane of 4 bytes starts with its lowest
+                const int64_t bit = vector % filled * m.bits, first = vector / filled * VECTOR + lane * (VECTOR / lanes);
+                const int64_t chosen = index[first + bit / 8] >> bit % 8 & ((1 << m.bits) - 1);
+                const int64_t column = unit_of(m, vector, lane) + chosen;
+                const int64_t half = vector / 2 * 2 * lanes + 2 * lane + vector % 2;  // int4: vectors two by two
+                if (column < m.columns) see(column, at + (m.kind == I4 ? half : vector * lanes + lane));
+            }
     } else {
         const int64_t width = m.form == SQUARES ? SIDE : 1;
         for (int64_t word = 0; word < m.words; ++word)

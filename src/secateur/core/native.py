@@ -18,7 +18,7 @@ from torch import Tensor
 
 __all__ = ["between", "eliminate", "grid", "library", "path", "serves", "smallest", "zero"]
 
-ABI = 10
+ABI = 11
 ROOM = 1 << 22  # scores collected at most
 MOST = 1 << 13  # of 65,536: where there are more (ties, mostly) they are only counted
 FILE = Path(__file__).with_name("kernels.native.so")
@@ -51,6 +51,8 @@ _ARGUMENTS = {
     "secateur_sparse_block_rows": [*[_POINTER] * 5, *[_SIZE] * 4, _FLAG, _POINTER, _THREADS],
     "secateur_sparse_codes": [_POINTER, _POINTER, _POINTER, _SIZE, _POINTER],
     "secateur_sparse_multiply": [_POINTER, _POINTER],
+    "secateur_semi_pack": [_POINTER] * 5,
+    "secateur_semi_rows": [_POINTER] * 5,
     "secateur_grid": [_POINTER, _SIZE, _SIZE, _POINTER, _SIZE, _VALUE, _POINTER, _POINTER, _THREADS],
 }  # fmt: skip
 

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+from secateur.deploy.sparse.kernels import decode
 from secateur.deploy.sparse.packed import CODEBOOK, KINDS, SPAN, WORD, Packed
 from secateur.errors import UsageError
 
@@ -69,7 +70,9 @@ def rows_of(packed: Packed, rows: Tensor) -> Tensor:
         assert packed.scale is not None
         raw = packed.values[: packed.rows * columns].view(packed.rows, columns)
         return F.embedding(rows, raw).float() * F.embedding(rows, packed.scale)
-    if packed.form == "index":
+    if packed.lanes is not None:
+        found = decode(packed)[rows]
+    elif packed.form == "index":
         found = _of_index(packed)[rows]
     elif packed.block > 1:  # squares too
         found = _of_blocks(packed)[rows]

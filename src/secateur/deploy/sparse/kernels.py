@@ -11,14 +11,15 @@ import torch
 from torch import Tensor
 
 from secateur.core import native
+from secateur.deploy.sparse import semi
 from secateur.errors import UsageError
 
 if TYPE_CHECKING:
     from secateur.deploy.sparse.packed import Packed
 
-__all__ = ["Encoded", "Product", "bits_of", "codes", "decode", "encode", "level", "scaled", "spans"]
+__all__ = ["Encoded", "Product", "bits_of", "codes", "decode", "encode", "level", "scaled", "signs", "spans"]
 
-FORM = {"bitmask": 0, "index": 1, "dense": 2, "squares": 3}
+FORM = {form: n for n, form in enumerate(("bitmask", "index", "dense", "squares", *semi.PATTERNS))}
 KIND = {"float32": 0, "bfloat16": 1, "float16": 2, "int8": 3, "int4": 4}
 ENVIRONMENT = "SECATEUR_ISA"
 LEVELS = ("plain", "avx2", "avx512", "amx")
@@ -78,12 +79,20 @@ def encode(weight: Tensor, block: int = 1, across: int = 1) -> Encoded:
     return Encoded(mask, negative, values, per_group, count)
 
 
+def signs(weight: Tensor) -> Tensor | None:
+    """A bitmask of the zeros that have a sign, None where none has."""
+    minus = (weight == 0) & weight.signbit()
+    return _words(minus.numpy()) if bool(minus.any()) else None
+
+
 def decode(packed: Packed, first: int = 0, last: int | None = None) -> Tensor:
     """The rows first..last-1 in the type of the values, int4 as int8, without scales."""
     last = packed.rows if last is None else last
     rows = last - first
     if packed.form == "dense":
         return packed.values[first * packed.columns : last * packed.columns].view(rows, packed.columns)
+    if packed.lanes is not None:
+        return _decode_semi(packed, packed.lanes, first, last)
     library = native.library()
     if library is None:
         return _decode_in_numpy(packed)[first:last]
@@ -283,6 +292,21 @@ def _encode_in_numpy(weight: Tensor, block: int, across: int) -> Encoded:
     return Encoded(
         _words(kept.numpy()), negative, tiles[kept].reshape(-1), kept.sum(1), int(kept.sum()) * block * across
     )
+
+
+def _decode_semi(packed: Packed, lanes: semi.Lanes, first: int, last: int) -> Tensor:
+    """Rows of N:M, on any device."""
+    assert packed.index is not None
+    size = lanes.stored // 2 if lanes.codes else lanes.stored
+    values = packed.values[first * size : last * size].view(last - first, size)
+    if lanes.codes:
+        assert packed.codebook is not None
+        values = semi.integers_of(values, packed.codebook)
+    dense = semi.unpack_rows(values, packed.index[first:last], lanes)
+    if packed.negative is not None:
+        bits = torch.from_numpy(bits_of(packed.negative[first:last].cpu(), packed.columns)).to(dense.device)
+        dense = torch.where(bits, torch.tensor(-0.0, dtype=dense.dtype, device=dense.device), dense)
+    return dense
 
 
 def _mask_of_index(packed: Packed, first: int, last: int) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from secateur.deploy.grid import to_grid
-from secateur.deploy.sparse import kernels
+from secateur.deploy.sparse import kernels, semi
 from secateur.errors import UsageError
 
 __all__ = [
@@ -33,7 +33,7 @@ __all__ = [
     "shape_of",
 ]
 
-FORMS = ("bitmask", "index", "dense", "squares")
+FORMS = ("bitmask", "index", "dense", "squares", *semi.PATTERNS)
 KINDS = ("float32", "bfloat16", "float16", "int8", "int4")
 BLOCKS = (1, 4, 16)  # rows that share an index
 SIDE = 4  # rows and columns of a square
@@ -54,19 +54,19 @@ class Packed:
     """A matrix `(rows, columns)` without its zeros.
 
     Attributes:
-        form: bitmask, index, dense (int8 only: nothing left out), or squares (int8 only: a bitmask of blocks of 4 rows
-            by 4 columns).
+        form: bitmask, index, dense (int8 only: nothing left out), squares (int8 only: a bitmask of blocks of 4 rows
+            by 4 columns), or one of 2:4, 1:4, 8:16, 4:16, 2:16 (so many of every so many columns of a row).
         kind: what a value is.
         block: rows that are kept or cut together.
         rows, columns: of the matrix.
         values: the stream, one-dimensional, and `PADDING` bytes of zeros; block after block, column after column, of a
             square row after row; int4: two in a byte, the lower half first, each block row of a bitmask starting a
-            new byte.
+            new byte; of N:M as `semi.Lanes` says, zeros where fewer than N are kept.
         mask: int64 `(rows / block, units / 64)`, rounded up, where a unit is a column or, of squares, four; for
             bitmasks and squares.
         negative: the same, marking zeros that have a sign; None where no zero has.
         counts: int16 `(rows / block, columns / 256)`, values in each span; for the index form.
-        index: uint8, columns within the span.
+        index: uint8, columns within the span; of N:M `(rows, bytes)`, columns within the M.
         scale: float32 `(rows, groups)`, for integers.
         codebook: int8, 16 values of which the first is 0, for int4.
     """
@@ -99,9 +99,16 @@ class Packed:
         """What a block row has bits or indices for."""
         return -(-self.columns // self.across)
 
+    @property
+    def lanes(self) -> semi.Lanes | None:
+        """Where values lie, of N:M."""
+        return semi.lanes_of(self.form, self.kind, self.columns) if self.form in semi.PATTERNS else None
+
     @cached_property
     def per_group(self) -> Tensor:
-        """Units kept in every block row, int64."""
+        """Units kept in every block row, int64; of N:M as many as there is room for."""
+        if self.lanes is not None:
+            return torch.full((self.groups,), self.lanes.stored)
         if self.mask is not None:
             return torch.from_numpy(np.bitwise_count(self.mask.numpy().view(np.uint64)).sum(1, dtype=np.int64))
         if self.counts is not None:
@@ -128,7 +135,9 @@ class Packed:
 
     @property
     def density(self) -> float:
-        """Kept blocks as a share of all."""
+        """Kept blocks as a share of all; of N:M the share that may be kept."""
+        if self.lanes is not None:
+            return self.lanes.kept / semi.CHUNK
         return int(self.per_group.sum()) / max(1, self.groups * self.units)
 
     @property
@@ -161,12 +170,13 @@ def pack(weight: Tensor, kind: str | None = None, *, form: str | None = None, bl
         weight: `(rows, columns)`, on the CPU.
         kind: None for what the weight is; int8 with a scale for each row, int4 with one for each 128 columns where
             they divide the row. Weights that round to zero are zeros then.
-        form: None for the smaller of bitmask and index, or what the block asks for.
+        form: None for the smaller of bitmask and index, or what the block asks for; N:M, as "2:4", for a matrix that
+            keeps no more than N of every M weights of a row.
         block: 1, 4 or 16 rows that share an index, or (4, 4) for squares of int8; a block that holds a non-zero is
             stored whole.
 
     Raises:
-        UsageError: a kind, form or block that is not known, or no matrix.
+        UsageError: a kind, form or block that is not known, no matrix, or one with more weights than its form keeps.
         NumericError: NaN or Inf that should become integers.
 
     Cost: two passes over the weights.
@@ -192,6 +202,8 @@ def pack_integers(
     """The same of integers that are there already: int8 `(rows, columns)`, scale `(rows, groups)`."""
     form, rows = _check(integers, kind, form, block)
     groups, columns = scale.shape[1], integers.shape[1]
+    if form in semi.PATTERNS and not semi.lanes_of(str(form), kind, columns).scales_fit(groups):
+        raise UsageError(f"form {form}: {groups} scales for {columns} columns do not fall into its vectors")
     if groups > 1 and (columns % groups or columns // groups % WORD):
         raise UsageError(
             f"{groups} scales for {columns} columns; each is for the same number of columns, a multiple of {WORD}"
@@ -202,7 +214,11 @@ def pack_integers(
 
 
 def reformed(packed: Packed, form: str) -> Packed:
-    """The same matrix as a bitmask or with indices; as it is where its integers have a codebook of their own."""
+    """The same matrix as a bitmask, with indices or as N:M; as it is where its integers have a codebook of their own.
+
+    Raises:
+        UsageError: it has more weights than N:M keeps.
+    """
     if form == packed.form or (packed.codebook is not None and not torch.equal(packed.codebook, CODEBOOK)):
         return packed
     weight = kernels.decode(packed)
@@ -247,7 +263,7 @@ def _check(weight: Tensor, kind: str, form: str | None, block: Block) -> tuple[s
         rows = SIDE
     if weight.dim() != 2 or weight.device.type != "cpu" or 0 in weight.shape:
         raise UsageError(f"a matrix on the CPU is expected, got {tuple(weight.shape)} on {weight.device}")
-    if (form == "dense" and (kind != "int8" or rows > 1)) or (form == "index" and rows > 1):
+    if (form == "dense" and (kind != "int8" or rows > 1)) or (form in ("index", *semi.PATTERNS) and rows > 1):
         raise UsageError(f"form {form} is for {'int8' if form == 'dense' else 'single'} weights alone")
     return form, rows
 
@@ -258,6 +274,8 @@ def _packed(weight: Tensor, kind: str, form: str | None, block: int) -> Packed:
     start = {"kind": kind, "block": block, "rows": rows, "columns": columns}
     if form == "dense":
         return Packed("dense", values=padded(weight.reshape(-1)), **start)  # type: ignore[arg-type]
+    if form in semi.PATTERNS:
+        return _semi(weight, kind, str(form))
     found = kernels.encode(weight, block, SIDE if form == "squares" else 1)
     if form is None:
         form = "index" if block == 1 and found.size < DENSE_ENOUGH * rows * columns else "bitmask"
@@ -275,6 +293,20 @@ def _packed(weight: Tensor, kind: str, form: str | None, block: int) -> Packed:
         negative=found.negative,
         **start,  # type: ignore[arg-type]
     )
+
+
+def _semi(weight: Tensor, kind: str, form: str) -> Packed:
+    """As N:M."""
+    rows, columns = weight.shape
+    lanes = semi.lanes_of(form, kind, columns)
+    found = semi.pack_rows(weight, lanes)
+    if found is None:
+        raise UsageError(f"form {form}: some {lanes.wide} columns of a row keep more than {lanes.each} weights")
+    values, index = found
+    if kind == "int4":
+        values = semi.codes_of(values)
+    negative = kernels.signs(weight) if weight.is_floating_point() else None
+    return Packed(form, kind, 1, rows, columns, padded(values.flatten()), negative=negative, index=index)
 
 
 def padded(values: Tensor) -> Tensor:

@@ -1,0 +1,192 @@
+// SEMI with AVX2: as many weights of every 4 or 16 columns as of every other. Nothing is expanded: indices that fill whole
+// vectors pick the inputs, in halves of 16 bytes that a byte shuffle reaches, or of 4 numbers, and the stream meets them
+// in order. Where a value comes from does not depend on those before it, so nothing waits for a count of bits.
+
+#include <cstdint>
+#include <cstring>
+
+#include "sparse.h"
+
+#if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
+
+#include "sparse_avx2.h"
+
+namespace sparse {
+namespace {
+
+// Signed bytes times signed bytes, both in [-127, 127], four at a time
+ALWAYS __m256i dots(__m256i w, __m256i magnitudes, __m256i x) {
+    const __m256i pairs = _mm256_maddubs_epi16(magnitudes, _mm256_sign_epi8(x, w));
+    return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+}
+
+// The bytes that `where` picks, KEPT of every 16 of x; bytes of the result in turn from each of 16 / KEPT vectors
+template <int KEPT>
+ALWAYS __m256i pick(const int8_t* x, __m256i where) {
+    constexpr int FROM = CHUNK / KEPT;
+    __m256i v[FROM];
+    for (int i = 0; i < FROM; ++i) v[i] = _mm256_shuffle_epi8(_mm256_loadu_si256((const __m256i*)(x + VECTOR * i)), where);
+    if (KEPT == 8) return _mm256_blend_epi32(v[0], v[1], 0xcc);
+    if (KEPT == 2)
+        for (int i = 0; i < FROM / 2; ++i) v[i] = _mm256_blend_epi16(v[2 * i], v[2 * i + 1], 0xaa);
+    return _mm256_blend_epi32(_mm256_blend_epi32(v[0], v[1], 0x22), _mm256_blend_epi32(v[2], v[3], 0x88), 0xcc);
+}
+
+// The numbers that `where` picks, 2 or 1 of every 4
+template <int KEPT>
+ALWAYS __m256 pick_of_four(const float* x, __m256i where) {
+    constexpr int FROM = CHUNK / KEPT;
+    __m256 v[FROM];
+    for (int i = 0; i < FROM; ++i) v[i] = _mm256_permutevar_ps(_mm256_loadu_ps(x + 8 * i), where);
+    if (KEPT == 8) return _mm256_blend_ps(v[0], v[1], 0xcc);
+    return _mm256_blend_ps(_mm256_blend_ps(v[0], v[1], 0x22), _mm256_blend_ps(v[2], v[3], 0x88), 0xcc);
+}
+
+// KEPT of every 16
+template <int KEPT>
+ALWAYS __m256 pick_of_sixteen(const float* x, __m256i where) {
+    constexpr int FROM = 8 / KEPT;
+    const __m256 upper = _mm256_castsi256_ps(_mm256_slli_epi32(where, 28));
+    __m256 v[FROM];
+    for (int i = 0; i < FROM; ++i, x += CHUNK) {
+        const __m256 low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(x), where);
+        v[i] = _mm256_blendv_ps(low, _mm256_permutevar8x32_ps(_mm256_loadu_ps(x + 8), where), upper);
+    }
+    if (KEPT == 8) return v[0];
+    if (KEPT == 4) return _mm256_blend_ps(v[0], v[1], 0xf0);
+    return _mm256_blend_ps(_mm256_blend_ps(v[0], v[1], 0x0c), _mm256_blend_ps(v[2], v[3], 0xc0), 0xf0);
+}
+
+// Scales of a vector's lanes of sums, 4 products each: one, or 2 or 4 that every half shares out
+ALWAYS __m256 lanes_of_scale(const float* scale, int64_t number) {
+    if (number == 4) return _mm256_broadcast_ps((const __m128*)scale);
+    if (number == 2) return _mm256_setr_ps(scale[0], scale[0], scale[1], scale[1], scale[0], scale[0], scale[1], scale[1]);
+    return _mm256_set1_ps(*scale);
+}
+
+// A row of integers times T tokens
+template <int KIND, int KEPT, int BITS, int T>
+ALWAYS void row_in_integers(const Matrix& m, const Inputs& in, int64_t row, int64_t b, float* out) {
+    constexpr int64_t FILLED = 8 / BITS, REACH = CHUNK * VECTOR / KEPT;
+    const int64_t vectors = vectors_of(m), width = m.columns / m.scales;
+    const int64_t shared = width < REACH ? REACH / width : 1, lasts = width < REACH ? 1 : width / REACH;
+    const uint8_t* index = m.index + row * indices_of(m);
+    const float* scale = m.scale + row * m.scales;
+    const int8_t* values = (const int8_t*)m.values + (KIND == I4 ? m.offsets[row] / 2 : m.offsets[row]);
+    const int8_t* x = in.integers + b * in.padded;
+    const __m256i low = _mm256_set1_epi8(BITS == 2 ? 3 : 15), fifteen = _mm256_set1_epi8(15);
+    const __m256i four = KEPT == 8 ? _mm256_set1_epi64x(0x0c0c080804040000) : _mm256_set1_epi32(0x0c080400);
+    const __m256i codebook = KIND == I4 ? _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)m.codebook)) : low;
+    __m256i total[T][2], where = low, codes = low;
+    __m256 all[T];
+    int64_t used = 0;  // vectors of a scale
+    for (int t = 0; t < T; ++t) total[t][0] = total[t][1] = _mm256_setzero_si256(), all[t] = _mm256_setzero_ps();
+    for (int64_t start = 0; start < vectors; start += FILLED) {
+        where = _mm256_loadu_si256((const __m256i*)index), index += VECTOR;
+        _mm_prefetch((const char*)index + 1024 / FILLED, _MM_HINT_T0);
+        const int64_t n = vectors - start < FILLED ? vectors - start : FILLED;
+        _Pragma("GCC unroll 4") for (int64_t i = 0; i < n; ++i, x += REACH) {
+            __m256i w;
+            if (KIND == I8) {
+                if (i % 2 == 0) _mm_prefetch((const char*)values + 1024, _MM_HINT_T0);
+                w = _mm256_loadu_si256((const __m256i*)values), values += VECTOR;
+            } else {
+                if (i % 2 == 0) {
+                    _mm_prefetch((const char*)values + 1024, _MM_HINT_T0);
+                    codes = _mm256_loadu_si256((const __m256i*)values), values += VECTOR;
+                }
+                w = _mm256_shuffle_epi8(codebook, _mm256_and_si256(codes, fifteen));
+                codes = _mm256_srli_epi16(codes, 4);
+            }
+            __m256i picked = _mm256_and_si256(where, low);
+            if (BITS == 2) picked = _mm256_or_si256(picked, four);
+            where = _mm256_srli_epi16(where, BITS);
+            const __m256i magnitudes = _mm256_abs_epi8(w);
+            for (int t = 0; t < T; ++t) {
+                const __m256i sums = dots(w, magnitudes, pick<KEPT>(x + t * in.padded, picked));
+                if (KIND == I8 || m.scales == 1) {
+                    total[t][i % 2] = _mm256_add_epi32(total[t][i % 2], sums);
+                } else {
+                    all[t] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sums), lanes_of_scale(scale, shared), all[t]);
+                }
+            }
+            if (KIND == I4 && ++used == lasts) scale += shared, used = 0;
+        }
+    }
+    for (int t = 0; t < T; ++t) {
+        const float found = m.scales == 1 ? float(sum(_mm256_add_epi32(total[t][0], total[t][1]))) * m.scale[row] : sum(all[t]);
+        out[t] = found * in.factor[b + t];
+    }
+}
+
+template <int KIND, int KEPT, int BITS, int T>
+ALWAYS void row_in_float(const Matrix& m, const Inputs& in, int64_t row, int64_t b, float* out) {
+    constexpr int64_t FILLED = 32 / BITS, REACH = CHUNK * 8 / KEPT, SIZE = KIND == F32 ? 4 : 2;
+    const int64_t vectors = vectors_of(m);
+    const uint8_t* index = m.index + row * indices_of(m);
+    const char* values = (const char*)m.values + m.offsets[row] * SIZE;
+    const float* x = in.plain + b * in.padded;
+    __m256 total[T][2];
+    for (int t = 0; t < T; ++t) total[t][0] = total[t][1] = _mm256_setzero_ps();
+    for (int64_t start = 0; start < vectors; start += FILLED) {
+        __m256i where = _mm256_loadu_si256((const __m256i*)index);
+        index += VECTOR;
+        _mm_prefetch((const char*)index + 512, _MM_HINT_T0);
+        const int64_t n = vectors - start < FILLED ? vectors - start : FILLED;
+        _Pragma("GCC unroll 4") for (int64_t i = 0; i < n; ++i, x += REACH, values += 8 * SIZE) {
+            if (KIND == F32 ? i % 2 == 0 : i % 4 == 0) _mm_prefetch(values + 1024, _MM_HINT_T0);
+            const __m256 w = eight<KIND>(values);
+            for (int t = 0; t < T; ++t) {
+                const float* at = x + t * in.padded;
+                const __m256 some = BITS == 2 ? pick_of_four<KEPT>(at, where) : pick_of_sixteen<KEPT>(at, where);
+                total[t][i % 2] = _mm256_fmadd_ps(w, some, total[t][i % 2]);
+            }
+            where = _mm256_srli_epi32(where, BITS);
+        }
+    }
+    for (int t = 0; t < T; ++t) out[t] = sum(_mm256_add_ps(total[t][0], total[t][1]));
+}
+
+template <int KIND, int KEPT, int BITS>
+void rows(const Matrix& m, const Inputs& in, const float* bias, float* y, int64_t first, int64_t last) {
+    for (int64_t b = 0; b < in.batch;) {
+        const int tokens = in.batch - b >= 2 ? 2 : 1;
+        for (int64_t row = first; row < last; ++row) {
+            float out[2];
+            if (KIND == I8 || KIND == I4) {
+                if (tokens == 2) row_in_integers<KIND, KEPT, BITS, 2>(m, in, row, b, out);
+                if (tokens == 1) row_in_integers<KIND, KEPT, BITS, 1>(m, in, row, b, out);
+            } else {
+                if (tokens == 2) row_in_float<KIND, KEPT, BITS, 2>(m, in, row, b, out);
+                if (tokens == 1) row_in_float<KIND, KEPT, BITS, 1>(m, in, row, b, out);
+            }
+            for (int t = 0; t < tokens; ++t) y[(b + t) * m.rows + row] = out[t] + (bias ? bias[row] : 0.0f);
+        }
+        b += tokens;
+    }
+}
+
+template <int KIND>
+void of_kind(const Matrix& m, const Inputs& in, const float* bias, float* y, int64_t first, int64_t last) {
+    if (m.bits == 2 && m.kept == 8) return rows<KIND, 8, 2>(m, in, bias, y, first, last);
+    if (m.bits == 2) return rows<KIND, 4, 2>(m, in, bias, y, first, last);
+    if (m.kept == 8) return rows<KIND, 8, 4>(m, in, bias, y, first, last);
+    if (m.kept == 4) return rows<KIND, 4, 4>(m, in, bias, y, first, last);
+    rows<KIND, 2, 4>(m, in, bias, y, first, last);
+}
+
+}  // namespace
+
+void few_semi_avx2(const Matrix& m, const Inputs& in, const float* bias, float* y, int64_t first, int64_t last) {
+    if (m.kind == F32) of_kind<F32>(m, in, bias, y, first, last);
+    if (m.kind == BF16) of_kind<BF16>(m, in, bias, y, first, last);
+    if (m.kind == F16) of_kind<F16>(m, in, bias, y, first, last);
+    if (m.kind == I8) of_kind<I8>(m, in, bias, y, first, last);
+    if (m.kind == I4) of_kind<I4>(m, in, bias, y, first, last);
+}
+
+}  // namespace sparse
+
+AVX2_END
+
+#endif
