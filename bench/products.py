@@ -8,7 +8,7 @@ Three ratios a line: against torch's `F.linear` of the same type (int8: torch's 
 (`F.linear`, oneDNN with packed weights, for int8 secateur's own dense kernel); against the best 8-bit dense one.
 Times are medians, of processor time where there is one thread; the spread is the interquartile range as a share of
 it. The last column is the stream's bytes by the time, as a share of what a reader of 256 MB reaches. Weights are
-random with a uniform mask.
+random with a uniform mask; of N:M (`--pattern`) with N of every M weights of a row at random.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import argparse
 import statistics
 import time
 import warnings
-from collections.abc import Callable
-from itertools import product
+from collections.abc import Callable, Iterator
+from itertools import chain, product
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from secateur.deploy.sparse.ops import STREAM, TILES, UNPACK, sparse_linear, streams
 from secateur.deploy.sparse.packed import Block, Packed, pack, pack_integers, shape_of
+from secateur.deploy.sparse.semi import PATTERNS
 
 # one thread's own time does not count what other processes take from it
 CLOCK = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
@@ -109,6 +110,42 @@ def bandwidth() -> float:
     return max(many.nbytes / min(timed({"sum": many.sum}, 1)["sum"]) for _ in range(10))
 
 
+def of_blocks(
+    weight: Tensor, kinds: list[str], sparsities: list[float], blocks: list[str]
+) -> Iterator[tuple[str, str, Packed]]:
+    """Every kind and form of single weights and blocks: name, kind, packed."""
+    for sparsity, name in product(sparsities, blocks):
+        block = BLOCKS[name]
+        high, wide = shape_of(block)
+        cut = torch.rand(len(weight) // high, weight.shape[1] // wide) < sparsity
+        pruned = weight.masked_fill(cut.repeat_interleave(high, 0).repeat_interleave(wide, 1), 0)
+        shape = f" {high}x{wide}" if high > 1 else ""
+        for kind in (kind for kind in kinds if wide == 1 or kind == "int8"):
+            packed = held_as(pruned.to(KINDS[kind]), kind, block)
+            yield f"{kind}{shape}{' index' if packed.form == 'index' else ''} {sparsity:.0%}", kind, packed
+            if packed.form == "bitmask" and high == 1:
+                other = held_as(pruned.to(KINDS[kind]), kind, block, "index")
+                yield f"{kind} index {sparsity:.0%}", kind, other
+
+
+def of_patterns(weight: Tensor, kinds: list[str], patterns: list[str]) -> Iterator[tuple[str, str, Packed]]:
+    """The same of N:M."""
+    for name in patterns:
+        kept, among = map(int, name.split(":"))
+        keep = torch.rand(len(weight), weight.shape[1] // among, among).argsort(2).argsort(2) < kept
+        pruned = weight.masked_fill(~keep.view(weight.shape), 0)
+        for kind in kinds:
+            yield f"{kind} {name}", kind, held_as(pruned.to(KINDS[kind]), kind, form=name)
+
+
+def ways_of(packed: Packed, batch: int, kind: str) -> list[int]:
+    """Those that are timed."""
+    if packed.form == "squares" or packed.lanes is not None:
+        return [STREAM, UNPACK] if batch > 4 and packed.lanes is not None else [STREAM]
+    ways = [STREAM, TILES] if streams(packed, batch) else [TILES]
+    return ways + [UNPACK] * (batch > 4 and packed.block == 1 and kind != "int4")
+
+
 def main() -> None:
     """Print a table for each batch."""
     parser = argparse.ArgumentParser()
@@ -116,6 +153,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="*", default=[1, 16, 64])
     parser.add_argument("--sparsity", type=float, nargs="*", default=[0.5, 0.7, 0.9])
     parser.add_argument("--block", nargs="*", default=["1", "4", "4x4"], choices=list(BLOCKS))
+    parser.add_argument("--pattern", nargs="*", default=list(PATTERNS), choices=list(PATTERNS))
     parser.add_argument("--kind", nargs="*", default=list(KINDS), choices=list(KINDS))
     parser.add_argument("--ways", nargs="*", default=list(WAYS), choices=list(WAYS))
     parser.add_argument("--rounds", type=int, default=15)
@@ -127,28 +165,16 @@ def main() -> None:
     for batch in given.batch:
         x = torch.randn(batch, given.size)
         runs, held = dense_runs(weight, x), {}
-        for sparsity in given.sparsity:
-            for block in (BLOCKS[name] for name in given.block):
-                high, wide = shape_of(block)
-                cut = torch.rand(given.size // high, given.size // wide) < sparsity
-                pruned = weight.masked_fill(cut.repeat_interleave(high, 0).repeat_interleave(wide, 1), 0)
-                kinds = [kind for kind in given.kind if wide == 1 or kind == "int8"]
-                for kind, form in product(kinds, ("bitmask", "index") if wide == 1 else ("squares",)):
-                    packed = held_as(pruned.to(KINDS[kind]), kind, block)
-                    if form == "index" and packed.form == "bitmask":
-                        continue
-                    if form != packed.form:
-                        packed = held_as(pruned.to(KINDS[kind]), kind, block, form)
-                    inputs = x.to(KINDS[kind])
-                    ways = [STREAM, TILES] if streams(packed, batch) else [TILES]
-                    ways = ways if wide == 1 else [STREAM]
-                    if batch > 4 and block == 1 and kind != "int4":
-                        ways.append(UNPACK)
-                    for way in (way for way in ways if WAYS[way] in given.ways):
-                        shape = (f" {high}x{wide}" if high > 1 else "") + (" index" if form == "index" else "")
-                        name = f"{kind}{shape} {sparsity:.0%} {WAYS[way]}"
-                        held[name] = (kind, packed)
-                        runs[name] = lambda p=packed, i=inputs, w=way: sparse_linear(p, i, ways=[w] * 9)
+        made = chain(
+            of_blocks(weight, given.kind, given.sparsity, given.block),
+            of_patterns(weight, given.kind, given.pattern),
+        )
+        for shape, kind, packed in made:
+            inputs = x.to(KINDS[kind])
+            for way in (way for way in ways_of(packed, batch, kind) if WAYS[way] in given.ways):
+                name = f"{shape} {WAYS[way]}"
+                held[name] = (kind, packed)
+                runs[name] = lambda p=packed, i=inputs, w=way: sparse_linear(p, i, ways=[w] * 9)
         times = timed(runs, given.rounds)
         print(f"\nbatch {batch}, dense ms: ", end="")
         print(", ".join(f"{k} {statistics.median(v) * 1e3:.2f}" for k, v in times.items() if k not in held))

@@ -45,6 +45,10 @@ ALWAYS __m256 pick_of_four(const float* x, __m256i where) {
 // KEPT of every 16
 template <int KEPT>
 ALWAYS __m256 pick_of_sixteen(const float* x, __m256i where) {
+    if (KEPT == 2) {  // a gather is faster than eight permutations
+        const __m256i base = _mm256_setr_epi32(0, 0, 16, 16, 32, 32, 48, 48);
+        return _mm256_i32gather_ps(x, _mm256_add_epi32(_mm256_and_si256(where, _mm256_set1_epi32(15)), base), 4);
+    }
     constexpr int FROM = 8 / KEPT;
     const __m256 upper = _mm256_castsi256_ps(_mm256_slli_epi32(where, 28));
     __m256 v[FROM];
@@ -52,9 +56,7 @@ ALWAYS __m256 pick_of_sixteen(const float* x, __m256i where) {
         const __m256 low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(x), where);
         v[i] = _mm256_blendv_ps(low, _mm256_permutevar8x32_ps(_mm256_loadu_ps(x + 8), where), upper);
     }
-    if (KEPT == 8) return v[0];
-    if (KEPT == 4) return _mm256_blend_ps(v[0], v[1], 0xf0);
-    return _mm256_blend_ps(_mm256_blend_ps(v[0], v[1], 0x0c), _mm256_blend_ps(v[2], v[3], 0xc0), 0xf0);
+    return KEPT == 8 ? v[0] : _mm256_blend_ps(v[0], v[FROM - 1], 0xf0);
 }
 
 // Scales of a vector's lanes of sums, 4 products each: one, or 2 or 4 that every half shares out
@@ -64,88 +66,130 @@ ALWAYS __m256 lanes_of_scale(const float* scale, int64_t number) {
     return _mm256_set1_ps(*scale);
 }
 
-// A row of integers times T tokens
+// A row of integers times T tokens, vector by vector
 template <int KIND, int KEPT, int BITS, int T>
-ALWAYS void row_in_integers(const Matrix& m, const Inputs& in, int64_t row, int64_t b, float* out) {
-    constexpr int64_t FILLED = 8 / BITS, REACH = CHUNK * VECTOR / KEPT;
-    const int64_t vectors = vectors_of(m), width = m.columns / m.scales;
-    const int64_t shared = width < REACH ? REACH / width : 1, lasts = width < REACH ? 1 : width / REACH;
-    const uint8_t* index = m.index + row * indices_of(m);
-    const float* scale = m.scale + row * m.scales;
-    const int8_t* values = (const int8_t*)m.values + (KIND == I4 ? m.offsets[row] / 2 : m.offsets[row]);
-    const int8_t* x = in.integers + b * in.padded;
-    const __m256i low = _mm256_set1_epi8(BITS == 2 ? 3 : 15), fifteen = _mm256_set1_epi8(15);
-    const __m256i four = KEPT == 8 ? _mm256_set1_epi64x(0x0c0c080804040000) : _mm256_set1_epi32(0x0c080400);
-    const __m256i codebook = KIND == I4 ? _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)m.codebook)) : low;
-    __m256i total[T][2], where = low, codes = low;
+struct Integers {
+    static constexpr int FILLED = 8 / BITS;
+    static constexpr int64_t REACH = CHUNK * VECTOR / KEPT;
+
+    const int8_t *values, *x;
+    const float* scale;
+    int64_t padded, scales, shared, lasts, used = 0;  // scales of a vector, vectors of a scale, those that are done
+    __m256i codebook, where, codes, total[T][2];
     __m256 all[T];
-    int64_t used = 0;  // vectors of a scale
-    for (int t = 0; t < T; ++t) total[t][0] = total[t][1] = _mm256_setzero_si256(), all[t] = _mm256_setzero_ps();
-    for (int64_t start = 0; start < vectors; start += FILLED) {
-        where = _mm256_loadu_si256((const __m256i*)index), index += VECTOR;
-        _mm_prefetch((const char*)index + 1024 / FILLED, _MM_HINT_T0);
-        const int64_t n = vectors - start < FILLED ? vectors - start : FILLED;
-        _Pragma("GCC unroll 4") for (int64_t i = 0; i < n; ++i, x += REACH) {
-            __m256i w;
-            if (KIND == I8) {
-                if (i % 2 == 0) _mm_prefetch((const char*)values + 1024, _MM_HINT_T0);
-                w = _mm256_loadu_si256((const __m256i*)values), values += VECTOR;
+
+    ALWAYS Integers(const Matrix& m, const Inputs& in, int64_t row, int64_t b) {
+        values = (const int8_t*)m.values + (KIND == I4 ? m.offsets[row] / 2 : m.offsets[row]);
+        x = in.integers + b * in.padded, padded = in.padded;
+        scale = m.scale + row * m.scales, scales = m.scales;
+        const int64_t width = m.columns / m.scales;
+        shared = width < REACH ? REACH / width : 1, lasts = width < REACH ? 1 : width / REACH;
+        if (KIND == I4) codebook = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)m.codebook));
+        for (int t = 0; t < T; ++t)
+            total[t][0] = total[t][1] = _mm256_setzero_si256(), all[t] = _mm256_setzero_ps();
+    }
+
+    // The next vector, number `i` of those that fill their indices
+    ALWAYS void step(int i) {
+        const __m256i low = _mm256_set1_epi8(BITS == 2 ? 3 : 15), fifteen = _mm256_set1_epi8(15);
+        const __m256i four = KEPT == 8 ? _mm256_set1_epi64x(0x0c0c080804040000) : _mm256_set1_epi32(0x0c080400);
+        __m256i w;
+        if (i % 2 == 0) _mm_prefetch((const char*)values + 1024, _MM_HINT_T0);
+        if (KIND == I8) {
+            w = _mm256_loadu_si256((const __m256i*)values), values += VECTOR;
+        } else {
+            if (i % 2 == 0) codes = _mm256_loadu_si256((const __m256i*)values), values += VECTOR;
+            const __m256i half = i % 2 ? _mm256_srli_epi16(codes, 4) : codes;
+            w = _mm256_shuffle_epi8(codebook, _mm256_and_si256(half, fifteen));
+        }
+        __m256i picked = _mm256_and_si256(where, low);
+        if (BITS == 2) picked = _mm256_or_si256(picked, four);
+        where = _mm256_srli_epi16(where, BITS);
+        const __m256i magnitudes = _mm256_abs_epi8(w);
+        for (int t = 0; t < T; ++t) {
+            const __m256i sums = dots(w, magnitudes, pick<KEPT>(x + t * padded, picked));
+            if (KIND == I8 || scales == 1) {
+                total[t][i % 2] = _mm256_add_epi32(total[t][i % 2], sums);
             } else {
-                if (i % 2 == 0) {
-                    _mm_prefetch((const char*)values + 1024, _MM_HINT_T0);
-                    codes = _mm256_loadu_si256((const __m256i*)values), values += VECTOR;
-                }
-                w = _mm256_shuffle_epi8(codebook, _mm256_and_si256(codes, fifteen));
-                codes = _mm256_srli_epi16(codes, 4);
+                all[t] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sums), lanes_of_scale(scale, shared), all[t]);
             }
-            __m256i picked = _mm256_and_si256(where, low);
-            if (BITS == 2) picked = _mm256_or_si256(picked, four);
-            where = _mm256_srli_epi16(where, BITS);
-            const __m256i magnitudes = _mm256_abs_epi8(w);
-            for (int t = 0; t < T; ++t) {
-                const __m256i sums = dots(w, magnitudes, pick<KEPT>(x + t * in.padded, picked));
-                if (KIND == I8 || m.scales == 1) {
-                    total[t][i % 2] = _mm256_add_epi32(total[t][i % 2], sums);
-                } else {
-                    all[t] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sums), lanes_of_scale(scale, shared), all[t]);
-                }
-            }
-            if (KIND == I4 && ++used == lasts) scale += shared, used = 0;
+        }
+        x += REACH;
+        if (KIND == I4 && scales > 1 && ++used == lasts) scale += shared, used = 0;
+    }
+
+    ALWAYS void result(const Inputs& in, int64_t b, float* out) const {
+        for (int t = 0; t < T; ++t) {
+            const __m256i both = _mm256_add_epi32(total[t][0], total[t][1]);
+            out[t] = (scales == 1 ? float(sum(both)) * *scale : sum(all[t])) * in.factor[b + t];
         }
     }
-    for (int t = 0; t < T; ++t) {
-        const float found = m.scales == 1 ? float(sum(_mm256_add_epi32(total[t][0], total[t][1]))) * m.scale[row] : sum(all[t]);
-        out[t] = found * in.factor[b + t];
+};
+
+// The same of numbers
+template <int KIND, int KEPT, int BITS, int T>
+struct Numbers {
+    static constexpr int FILLED = 32 / BITS;
+    static constexpr int64_t SIZE = KIND == F32 ? 4 : 2;
+
+    const char* values;
+    const float* x;
+    int64_t padded;
+    __m256i where;
+    __m256 total[T][2];
+
+    ALWAYS Numbers(const Matrix& m, const Inputs& in, int64_t row, int64_t b) {
+        values = (const char*)m.values + m.offsets[row] * SIZE, x = in.plain + b * in.padded, padded = in.padded;
+        for (int t = 0; t < T; ++t) total[t][0] = total[t][1] = _mm256_setzero_ps();
     }
+
+    ALWAYS void step(int i) {
+        if (i % (8 / SIZE) == 0) _mm_prefetch(values + 1024, _MM_HINT_T0);
+        const __m256 w = eight<KIND>(values);
+        for (int t = 0; t < T; ++t) {
+            const float* at = x + t * padded;
+            const __m256 some = BITS == 2 ? pick_of_four<KEPT>(at, where) : pick_of_sixteen<KEPT>(at, where);
+            total[t][i % 2] = _mm256_fmadd_ps(w, some, total[t][i % 2]);
+        }
+        where = _mm256_srli_epi32(where, BITS);
+        values += 8 * SIZE, x += CHUNK * 8 / KEPT;
+    }
+
+    ALWAYS void result(const Inputs&, int64_t, float* out) const {
+        for (int t = 0; t < T; ++t) out[t] = sum(_mm256_add_ps(total[t][0], total[t][1]));
+    }
+};
+
+template <class Row>
+ALWAYS void multiply_row(const Matrix& m, const Inputs& in, int64_t row, int64_t b, float* out) {
+    Row made(m, in, row, b);
+    const uint8_t* index = m.index + row * indices_of(m);
+    const int64_t vectors = vectors_of(m), whole = vectors / Row::FILLED * Row::FILLED;
+    for (int64_t start = 0; start < vectors; start += Row::FILLED, index += VECTOR) {
+        made.where = _mm256_loadu_si256((const __m256i*)index);
+        _mm_prefetch((const char*)index + 512, _MM_HINT_T0);
+        if (start < whole) {
+            _Pragma("GCC unroll 16") for (int i = 0; i < Row::FILLED; ++i) made.step(i);
+        } else {
+            for (int64_t i = start; i < vectors; i += 2) {
+                made.step(0);
+                if (i + 1 < vectors) made.step(1);
+            }
+        }
+    }
+    made.result(in, b, out);
 }
 
+template <bool, class A, class>
+struct Either {
+    using type = A;
+};
+template <class A, class B>
+struct Either<false, A, B> {
+    using type = B;
+};
 template <int KIND, int KEPT, int BITS, int T>
-ALWAYS void row_in_float(const Matrix& m, const Inputs& in, int64_t row, int64_t b, float* out) {
-    constexpr int64_t FILLED = 32 / BITS, REACH = CHUNK * 8 / KEPT, SIZE = KIND == F32 ? 4 : 2;
-    const int64_t vectors = vectors_of(m);
-    const uint8_t* index = m.index + row * indices_of(m);
-    const char* values = (const char*)m.values + m.offsets[row] * SIZE;
-    const float* x = in.plain + b * in.padded;
-    __m256 total[T][2];
-    for (int t = 0; t < T; ++t) total[t][0] = total[t][1] = _mm256_setzero_ps();
-    for (int64_t start = 0; start < vectors; start += FILLED) {
-        __m256i where = _mm256_loadu_si256((const __m256i*)index);
-        index += VECTOR;
-        _mm_prefetch((const char*)index + 512, _MM_HINT_T0);
-        const int64_t n = vectors - start < FILLED ? vectors - start : FILLED;
-        _Pragma("GCC unroll 4") for (int64_t i = 0; i < n; ++i, x += REACH, values += 8 * SIZE) {
-            if (KIND == F32 ? i % 2 == 0 : i % 4 == 0) _mm_prefetch(values + 1024, _MM_HINT_T0);
-            const __m256 w = eight<KIND>(values);
-            for (int t = 0; t < T; ++t) {
-                const float* at = x + t * in.padded;
-                const __m256 some = BITS == 2 ? pick_of_four<KEPT>(at, where) : pick_of_sixteen<KEPT>(at, where);
-                total[t][i % 2] = _mm256_fmadd_ps(w, some, total[t][i % 2]);
-            }
-            where = _mm256_srli_epi32(where, BITS);
-        }
-    }
-    for (int t = 0; t < T; ++t) out[t] = sum(_mm256_add_ps(total[t][0], total[t][1]));
-}
+using Row = typename Either<KIND == I8 || KIND == I4, Integers<KIND, KEPT, BITS, T>, Numbers<KIND, KEPT, BITS, T>>::type;
 
 template <int KIND, int KEPT, int BITS>
 void rows(const Matrix& m, const Inputs& in, const float* bias, float* y, int64_t first, int64_t last) {
@@ -153,13 +197,8 @@ void rows(const Matrix& m, const Inputs& in, const float* bias, float* y, int64_
         const int tokens = in.batch - b >= 2 ? 2 : 1;
         for (int64_t row = first; row < last; ++row) {
             float out[2];
-            if (KIND == I8 || KIND == I4) {
-                if (tokens == 2) row_in_integers<KIND, KEPT, BITS, 2>(m, in, row, b, out);
-                if (tokens == 1) row_in_integers<KIND, KEPT, BITS, 1>(m, in, row, b, out);
-            } else {
-                if (tokens == 2) row_in_float<KIND, KEPT, BITS, 2>(m, in, row, b, out);
-                if (tokens == 1) row_in_float<KIND, KEPT, BITS, 1>(m, in, row, b, out);
-            }
+            if (tokens == 2) multiply_row<Row<KIND, KEPT, BITS, 2>>(m, in, row, b, out);
+            if (tokens == 1) multiply_row<Row<KIND, KEPT, BITS, 1>>(m, in, row, b, out);
             for (int t = 0; t < tokens; ++t) y[(b + t) * m.rows + row] = out[t] + (bias ? bias[row] : 0.0f);
         }
         b += tokens;

@@ -21,10 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from secateur.core import native
-from secateur.deploy.sparse import kernels, table
+from secateur.deploy.sparse import kernels, semi, table
 from secateur.deploy.sparse.modules import SparseConv2d, SparseLayer, SparseLinear
 from secateur.deploy.sparse.ops import BATCHES, DENSE, STREAM, TILES, UNPACK, streams
-from secateur.deploy.sparse.packed import Packed, pack, reformed
+from secateur.deploy.sparse.packed import CODEBOOK, Packed, pack, reformed
 
 __all__ = ["Choice", "Kind", "choose", "kind_of", "measured"]
 
@@ -35,6 +35,7 @@ CACHES = 1 << 25  # bytes; a model of more finds its weights in main memory
 ROUNDS, SECONDS = 24, 0.1  # for each batch: whichever comes first, but three rounds
 LEVELS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
 THIN = 0.25  # share of non-zeros below which the index form is looked at
+ROOM = 1.25  # what N:M may hold, as a share of the non-zeros
 _known: dict[str, list[list[float]]] = {}
 
 
@@ -114,16 +115,26 @@ def choose(packed: Packed, kind: Kind, *, keep_dense: bool = False, always: bool
 
 
 def _forms(packed: Packed) -> tuple[str, ...]:
-    """Forms a matrix could have: the index form where it is smaller or nearly so."""
-    if packed.form == "dense" or packed.block > 1:
+    """Forms a matrix could have: the index form where it is smaller or nearly so, N:M where it fits."""
+    own = packed.codebook is not None and not torch.equal(packed.codebook, CODEBOOK)
+    if packed.form == "dense" or packed.block > 1 or own:
         return (packed.form,)
-    return ("bitmask", "index") if packed.density < THIN or packed.form == "index" else ("bitmask",)
+    found = ["bitmask"]
+    if packed.density < THIN or packed.form == "index":
+        found.append("index")
+    nm = packed.form if packed.lanes is not None else semi.closest(kernels.mask_of(packed))
+    groups = 1 if packed.scale is None else packed.scale.shape[1]
+    if nm is not None and semi.lanes_of(nm, packed.kind, packed.columns).scales_fit(groups):
+        share = semi.PATTERNS[nm][0] / semi.CHUNK
+        found += [nm] * (share <= ROOM * packed.density)
+    return tuple(found)
 
 
 def measured(packed: Packed, kind: Kind, form: str | None = None) -> list[list[float]]:
     """Seconds of dense, STREAM, TILES and UNPACK for each of `BATCHES` and for twice the last."""
     form = form or packed.form
-    zeros = min(LEVELS, key=lambda level: abs(level - (1 - packed.density)))
+    density = semi.PATTERNS[form][0] / semi.CHUNK if form in semi.PATTERNS else packed.density
+    zeros = min(LEVELS, key=lambda level: abs(level - (1 - density)))
     rows, columns = _about(packed.rows), _about(packed.columns // math.prod(kind.kernel))
     dtype, where = str(kind.dtype).removeprefix("torch."), "cold" if kind.cold else "warm"
     size = f"{rows}x{columns}" + "x{}x{}".format(*kind.kernel) * (kind.layer == "Conv2d")
@@ -147,9 +158,7 @@ def _measure(like: Packed, kind: Kind, rows: int, columns: int, zeros: float) ->
     generator = torch.Generator().manual_seed(0)
     width = columns * math.prod(kind.kernel)
     weight = torch.randn(rows, width, generator=generator)
-    cut = torch.rand(-(-rows // like.block), -(-width // like.across), generator=generator) < zeros
-    cut = cut.repeat_interleave(like.block, 0)[:rows].repeat_interleave(like.across, 1)[:, :width]
-    weight = weight.masked_fill(cut, 0)
+    weight = weight.masked_fill(_cut(like, rows, width, zeros, generator), 0)
     stored = weight if like.kind.startswith("int") else weight.to(getattr(torch, like.kind))
     made = pack(stored, like.kind, form=like.form, block=like.block)
     count = math.ceil(2 * CACHES / (weight.numel() * kind.dtype.itemsize)) if kind.cold else 1
@@ -163,6 +172,16 @@ def _measure(like: Packed, kind: Kind, rows: int, columns: int, zeros: float) ->
         runs |= {way: each for way, each in sparse.items() if way != STREAM or streams(made, batch)}
         found.append(_times(runs, _inputs(kind, columns, batch, generator)))
     return found
+
+
+def _cut(like: Packed, rows: int, columns: int, zeros: float, generator: torch.Generator) -> Tensor:
+    """Which weights of a random layer are zero: single ones, blocks, or all but N of every M."""
+    if like.form in semi.PATTERNS:
+        kept, among = map(int, like.form.split(":"))
+        order = torch.rand(rows, -(-columns // among), among, generator=generator).argsort(2).argsort(2)
+        return (order >= kept).flatten(1)[:, :columns]
+    cut = torch.rand(-(-rows // like.block), -(-columns // like.across), generator=generator) < zeros
+    return cut.repeat_interleave(like.block, 0)[:rows].repeat_interleave(like.across, 1)[:, :columns]
 
 
 def _times(runs: dict[int, Sequence[nn.Module]], x: Tensor) -> list[float]:

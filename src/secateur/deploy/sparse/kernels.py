@@ -17,7 +17,19 @@ from secateur.errors import UsageError
 if TYPE_CHECKING:
     from secateur.deploy.sparse.packed import Packed
 
-__all__ = ["Encoded", "Product", "bits_of", "codes", "decode", "encode", "level", "scaled", "signs", "spans"]
+__all__ = [
+    "Encoded",
+    "Product",
+    "bits_of",
+    "codes",
+    "decode",
+    "encode",
+    "level",
+    "mask_of",
+    "scaled",
+    "signs",
+    "spans",
+]
 
 FORM = {form: n for n, form in enumerate(("bitmask", "index", "dense", "squares", *semi.PATTERNS))}
 KIND = {"float32": 0, "bfloat16": 1, "float16": 2, "int8": 3, "int4": 4}
@@ -193,6 +205,15 @@ class Product:
         if code == SHORT:
             raise MemoryError(f"no memory to make {x.numel() // self.columns:,} inputs ready")
         return None if code else y
+
+
+def mask_of(packed: Packed) -> Tensor:
+    """The bitmask of single weights, in whatever form."""
+    if packed.mask is not None:
+        return packed.mask
+    if packed.form == "index" and native.library() is not None:
+        return _mask_of_index(packed, 0, packed.rows)
+    return _words((decode(packed) != 0).numpy())
 
 
 def bits_of(mask: Tensor, columns: int) -> np.ndarray:

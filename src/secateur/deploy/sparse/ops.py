@@ -132,7 +132,7 @@ def _forget(identity: int, _: object) -> None:
 
 
 def _way(packed: Packed, ways: Sequence[int], batch: int) -> int:
-    """The way of a batch; what cannot be multiplied straight from the stream is in tiles, or unpacked where it has none."""
+    """The way of a batch; what has no stream for it is in tiles, or unpacked."""
     way = min(ways[bucket(batch)], UNPACK) if batch else UNPACK
     if way == UNPACK or (way == STREAM and streams(packed, batch)):
         return way

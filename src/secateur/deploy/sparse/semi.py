@@ -13,13 +13,30 @@ from functools import cached_property, lru_cache
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from secateur.core import native
 
-__all__ = ["PATTERNS", "Lanes", "fits", "lanes_of", "pack_rows", "unpack_rows"]
+__all__ = [
+    "PATTERNS",
+    "Lanes",
+    "closest",
+    "codes_of",
+    "fits",
+    "integers_of",
+    "lanes_of",
+    "pack_rows",
+    "unpack_rows",
+]
 
-PATTERNS = {"2:4": (8, 2), "1:4": (4, 2), "8:16": (8, 4), "4:16": (4, 4), "2:16": (2, 4)}  # of 16; bits of an index
+PATTERNS = {
+    "2:4": (8, 2),
+    "1:4": (4, 2),
+    "8:16": (8, 4),
+    "4:16": (4, 4),
+    "2:16": (2, 4),
+}  # of 16; bits of an index
 CHUNK, VECTOR = 16, 32  # columns that are counted, bytes of a vector
 
 
@@ -52,10 +69,14 @@ class Lanes:
         return self.kept * self.wide // CHUNK
 
     @property
+    def met(self) -> int:
+        """Vectors that meet columns."""
+        return -(-self.columns // self.reach)
+
+    @property
     def vectors(self) -> int:
-        """Of a row."""
-        found = -(-self.columns // self.reach)
-        return found + found % 2 if self.codes else found
+        """Of a row: of codes an even number."""
+        return self.met + self.met % 2 if self.codes else self.met
 
     @property
     def reach(self) -> int:
@@ -75,7 +96,7 @@ class Lanes:
     @property
     def bytes(self) -> int:
         """Of a row's indices."""
-        return -(-(-(-self.columns // self.reach)) // self.filled) * VECTOR
+        return -(-self.met // self.filled) * VECTOR
 
     @cached_property
     def first(self) -> Tensor:
@@ -103,13 +124,17 @@ class Lanes:
 
     def numbers(self, rows: int, size: int, signed: bool) -> np.ndarray:
         """As native/semi.cpp takes them."""
-        return np.array(
-            [
-                rows, self.columns, self.stored, self.wide, self.each, self.lanes, self.filled, self.bits, self.bytes, size,
-                signed, torch.get_num_threads(),
-            ],
-            dtype=np.int64,
-        )  # fmt: skip
+        of_row = (
+            self.columns,
+            self.stored,
+            self.wide,
+            self.each,
+            self.lanes,
+            self.filled,
+            self.bits,
+            self.bytes,
+        )
+        return np.array([rows, *of_row, size, signed, torch.get_num_threads()], dtype=np.int64)
 
 
 @lru_cache(maxsize=64)
@@ -136,8 +161,13 @@ def fits(mask: Tensor, form: str) -> bool:
     return most <= kept // 4
 
 
+def closest(mask: Tensor) -> str | None:
+    """The form that takes least of those that a bitmask fits, in every kind; None where none does."""
+    return next((form for form in ("2:16", "1:4", "4:16", "2:4", "8:16") if fits(mask, form)), None)
+
+
 def pack_rows(weight: Tensor, lanes: Lanes) -> tuple[Tensor, Tensor] | None:
-    """Values `(rows, stored)` and indices, uint8 `(rows, bytes)`, of a contiguous matrix; None where it does not fit."""
+    """Values `(rows, stored)` and indices, uint8 `(rows, bytes)`; None where the matrix does not fit."""
     rows = len(weight)
     library = native.library()
     if library is None:
@@ -178,16 +208,15 @@ def integers_of(codes: Tensor, codebook: Tensor) -> Tensor:
 
 
 def chosen(index: Tensor, lanes: Lanes) -> Tensor:
-    """The index beside each value, int64 `(rows, stored)`; what is behind the last vector is 0."""
+    """The index beside each value, int64 `(rows, stored)`; what is behind the last vector that meets columns is 0."""
     parts = index.view(len(index), -1, lanes.lanes, VECTOR // lanes.lanes)
-    size, within = VECTOR // lanes.lanes, 8 // lanes.bits
-    shifts = torch.arange(within, device=index.device, dtype=torch.uint8) * lanes.bits
-    found = (parts[..., None] >> shifts) & (lanes.wide - 1)  # rows, blocks, lanes, bytes of a lane, indices of a byte
+    shifts = torch.arange(0, 8, lanes.bits, device=index.device, dtype=torch.uint8)
+    found = (parts[..., None] >> shifts) & (
+        lanes.wide - 1
+    )  # rows, blocks, lanes, bytes of a lane, indices of a byte
     found = found.flatten(3).transpose(2, 3).reshape(len(index), -1)
-    assert found.shape[1] == index.shape[1] * within and size * within == lanes.filled
-    short = lanes.stored - found.shape[1]
-    found = torch.nn.functional.pad(found, (0, short)) if short > 0 else found[:, : lanes.stored]
-    return found.long()
+    found = F.pad(found, (0, max(0, lanes.stored - found.shape[1])))
+    return found[:, : lanes.stored].long()
 
 
 def _pack_in_torch(weight: Tensor, lanes: Lanes) -> tuple[Tensor, Tensor] | None:

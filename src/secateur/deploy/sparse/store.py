@@ -21,13 +21,25 @@ from secateur.deploy.quantize import layouts_of
 from secateur.deploy.sparse.choice import CACHES, Choice, Kind, choose, kind_of
 from secateur.deploy.sparse.convert import can_hold, can_look_up, install_sparse_, packed_of
 from secateur.deploy.sparse.kernels import bits_of
-from secateur.deploy.sparse.packed import BLOCKS, DTYPES, FORMS, KINDS, PADDING, SIDE, SPAN, WORD, Packed, pack
+from secateur.deploy.sparse.packed import (
+    BLOCKS,
+    DTYPES,
+    KINDS,
+    PADDING,
+    SIDE,
+    SPAN,
+    WORD,
+    Packed,
+    pack,
+    reformed,
+)
 from secateur.errors import InputError, UsageError, nearest
 
 __all__ = ["FORMAT", "checked", "load_sparse_", "read_sparse", "save_sparse", "sparse_header"]
 
 FORMAT = "secateur.sparse.v1"
-VERSIONS = {form: 1 + (form == "squares") for form in FORMS}  # squares came later
+STORED = ("bitmask", "index", "dense", "squares")  # forms of a file, by number
+VERSIONS = {form: 1 + (form == "squares") for form in STORED}  # squares came later
 NUMBERS = "packed"
 _PARTS = ("values", "mask", "negative", "counts", "index", "scale", "codebook")
 _NEEDED = {"bitmask": ("mask",), "index": ("counts", "index"), "dense": (), "squares": ("mask",)}
@@ -40,7 +52,7 @@ def save_sparse(model: nn.Module, path: str | Path, *, pack_rest: bool = True) -
 
     Args:
         model: not changed.
-        path: a file; written beside and renamed.
+        path: a file; written beside and renamed. N:M is a form in memory alone: in a file it is a bitmask.
         pack_rest: also pack floating-point matrices that `sparsify_` left, where that is smaller.
     """
     held = packed_of(model)
@@ -69,9 +81,11 @@ def save_sparse(model: nn.Module, path: str | Path, *, pack_rest: bool = True) -
 
 def named(name: str, packed: Packed) -> dict[str, Tensor]:
     """The tensors that stand for one weight, under their names in a file."""
+    if packed.form not in STORED:
+        packed = reformed(packed, "bitmask")
     numbers = [
         VERSIONS[packed.form],
-        FORMS.index(packed.form),
+        STORED.index(packed.form),
         KINDS.index(packed.kind),
         packed.block,
         packed.rows,
@@ -236,22 +250,22 @@ def _taken(name: str, tensors: dict[str, Tensor]) -> Packed:
         raise InputError(
             f"{name}: packed in version {version} of the format; this secateur reads up to {max(VERSIONS.values())}"
         )
-    known = 0 <= form < len(FORMS) and 0 <= kind < len(KINDS) and block in BLOCKS
-    known = known and version == VERSIONS[FORMS[form]]
+    known = 0 <= form < len(STORED) and 0 <= kind < len(KINDS) and block in BLOCKS
+    known = known and version == VERSIONS[STORED[form]]
     if not known or not (0 < rows < LARGEST and 0 < columns < LARGEST and rows * columns < LARGEST):
         raise InputError(f"{name}: numbers {numbers.tolist()} name no matrix; the file was altered")
     parts = {part: tensors.pop(f"{name}:{part}") for part in _PARTS if f"{name}:{part}" in tensors}
-    needed = {"values", *_NEEDED[FORMS[form]]}
+    needed = {"values", *_NEEDED[STORED[form]]}
     needed |= {"scale"} if KINDS[kind].startswith("int") else set()
     needed |= {"codebook"} if KINDS[kind] == "int4" else set()
     whole = KINDS[kind] == "int8"
     simple = {
         "bitmask": True, "index": block == 1, "dense": block == 1 and whole, "squares": block == SIDE and whole
-    }[FORMS[form]]  # fmt: skip
+    }[STORED[form]]  # fmt: skip
     optional = {"negative"} if not KINDS[kind].startswith("int") else set()
     if not simple or not needed <= parts.keys() <= needed | optional:
-        raise InputError(f"{name}: parts {', '.join(sorted(parts))} make no {FORMS[form]} of {KINDS[kind]}")
-    return Packed(FORMS[form], KINDS[kind], block, rows, columns, **parts)
+        raise InputError(f"{name}: parts {', '.join(sorted(parts))} make no {STORED[form]} of {KINDS[kind]}")
+    return Packed(STORED[form], KINDS[kind], block, rows, columns, **parts)
 
 
 def _wants(tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> bool:
