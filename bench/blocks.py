@@ -7,7 +7,9 @@ int8 has kernels, at the same sparsity of two real language models (perplexity; 
 no blocks of 16) and a real CIFAR-10 ResNet-20 (accuracy, batch norms recalibrated; its last layer has 10 rows and
 stays whole where blocks go, its first one 27 columns and stays whole where squares go), each with its recipes, no
 fine-tuning. Speed is that of a layer of 2048 x 2048 in float32 whose weights come from main memory, the fastest way
-by the table that `sparsify_` uses, over dense; bench/products.py has that of squares. Every point is a line in
+by the table that `sparsify_` uses, over dense; bench/products.py has that of squares and of N:M. Then N of every M
+weights of a row, for which there are kernels too, beside single weights of the same share (172 columns of
+stories260K and 27 of ResNet-20's first layer are no multiple of 16). Every point is a line in
 WORK/points.jsonl and is not computed again.
 """
 
@@ -34,7 +36,7 @@ from secateur import LeastSquares, Recipe, best_, evaluate, prune_, recalibrate_
 from secateur import model as models
 from secateur.deploy.sparse.choice import Kind, measured
 from secateur.deploy.sparse.packed import pack
-from secateur.pattern import Blocks, Weights
+from secateur.pattern import NM, Blocks, Weights
 from secateur.recipes import alps, magnitude, sparsegpt, wanda
 
 SPARSITIES = (0.5, 0.7, 0.9)
@@ -58,12 +60,19 @@ RECIPES: dict[str, dict[str, Recipe | None]] = {
     "blocks of 16 x 1": OF_BLOCKS,
     "blocks of 4 x 4": OF_BLOCKS,
 }
+NM_RECIPES: dict[str, Recipe | None] = RECIPES["single weights"]
+OF_NM = {0.5: ("2:4", "8:16"), 0.75: ("1:4", "4:16"), 0.875: ("2:16",)}
 PATTERNS = {
+    **{name: NM(*map(int, name.split(":"))) for names in OF_NM.values() for name in names},
     "single weights": Weights(), "blocks of 4 x 1": Blocks(4, 1), "blocks of 16 x 1": Blocks(16, 1),
     "blocks of 4 x 4": Blocks(4, 4),
 }  # fmt: skip
-BEST = {("stories260K", 0.5), ("stories260K", 0.7), ("gpt2_3m", 0.5)}
-WHOLE = {"single weights": None, "blocks of 4 x 4": ["linear", "conv1"]}  # of ResNet-20; others: ["linear"]
+BEST = {(name, sparsity) for name in ("stories260K", "gpt2_3m") for sparsity in (0.5, *OF_NM)}
+BEST |= {("stories260K", 0.7)}
+UNEVEN = ["linear", "conv1"]
+WHOLE = {  # of ResNet-20; others: ["linear"]
+    "single weights": None, "blocks of 4 x 4": UNEVEN, **{name: UNEVEN for names in OF_NM.values() for name in names}
+}  # fmt: skip
 
 
 class Network:
@@ -118,6 +127,14 @@ def points() -> Iterator[tuple[str, str, str, float]]:
                     if method == "best" and (name, sparsity) not in BEST:
                         continue  # many minutes a point
                     yield name, shape, method, sparsity
+        for sparsity, names in OF_NM.items():
+            for shape in (*names, *["single weights"] * (sparsity not in SPARSITIES)):
+                if name == "stories260K" and shape.endswith(":16"):
+                    continue
+                for method in NM_RECIPES:
+                    if name == "ResNet-20" and method in ("ALPS", "best"):
+                        continue  # minutes a point
+                    yield name, shape, method, sparsity
 
 
 def run(file: Path) -> None:
@@ -132,7 +149,7 @@ def run(file: Path) -> None:
         start = time.process_time()
         if method != "dense":
             model = copy.deepcopy(model)
-            recipe, pattern = RECIPES[shape][method], PATTERNS[shape]
+            recipe, pattern = RECIPES.get(shape, NM_RECIPES)[method], PATTERNS[shape]
             skip = WHOLE.get(shape, ["linear"]) if name == "ResNet-20" else None
             if recipe is None:
                 best_(model, sparsity, it.batches(), pattern=pattern)
@@ -176,6 +193,20 @@ def table(found: list[dict[str, Any]]) -> None:
                     print(f"| {shape}, {method} | " + " | ".join(words) + " |")
 
 
+def table_of_nm(found: list[dict[str, Any]]) -> None:
+    for name in ("stories260K", "gpt2_3m", "ResNet-20"):
+        cells = {(p["shape"], p["method"], p["sparsity"]): p["quality"] for p in found if p["model"] == name}
+        heads = [(shape, part) for part, names in OF_NM.items() for shape in ("single weights", *names)]
+        shown = "{:.1%}" if name == "ResNet-20" else "{:.2f}"
+        said = (f"{part:.1%}" if shape == "single weights" else shape for shape, part in heads)
+        print(f"\n| {name} | {' | '.join(said)} |\n{'|---' * (len(heads) + 1)}|")
+        for method in NM_RECIPES:
+            row = [cells.get((shape, method, part)) for shape, part in heads]
+            if any(value is not None for value in row):
+                words = ("-" if value is None else shown.format(value) for value in row)
+                print(f"| {method} | " + " | ".join(words) + " |")
+
+
 def main() -> None:
     """Compute what is missing and print tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -187,6 +218,7 @@ def main() -> None:
     if not given.table:
         run(file)
     table(read(file))
+    table_of_nm(read(file))
     speed()
 
 
