@@ -33,12 +33,13 @@ from torch import nn
 from secateur import prune_, random, sparsify_
 from secateur.core.where import layers
 from secateur.deploy.sparse.convert import install_sparse_
-from secateur.deploy.sparse.packed import Block, pack_integers, shape_of
+from secateur.deploy.sparse.packed import Block, Packed, pack_integers, shape_of
+from secateur.deploy.sparse.semi import PATTERNS
 
 THREADS = torch.get_num_threads()
 # one thread's own time does not count what other processes take from it
 CLOCK = time.thread_time if THREADS == 1 else time.perf_counter
-POOL = 1 << 24  # random numbers that weights are made of, again and again
+POOL = 1 << 25  # random numbers that weights are made of, again and again
 PIECE = 512  # rows that are rounded at a time
 PROMPT = 16
 BLOCKS: dict[str, Block] = {"1": 1, "4": 4, "16": 16, "4x4": (4, 4)}
@@ -167,16 +168,26 @@ def in_int8(dense: Any, points: list[tuple[str, float]]) -> dict[tuple[str, floa
         for (block, sparsity), held in found.items():
             packed = whole
             if packed is None:
-                high, wide = shape_of(BLOCKS[block])
-                units = -(-matrix.shape[0] // high), -(-matrix.shape[1] // wide)
-                cut = (chance < sparsity)[: units[0] * units[1]].view(units)
-                cut = cut.repeat_interleave(high, 0)[: matrix.shape[0]].repeat_interleave(wide, 1)[
-                    :, : matrix.shape[1]
-                ]
-                packed = pack_integers(integers.masked_fill(cut, 0), scale, block=BLOCKS[block])
+                packed = pruned(integers, scale, block, sparsity, chance)
             install_sparse_(held[0], (layer.name, *layer.tied), packed)
             held[1] += packed.nbytes / 1e6
     return {point: (model, size) for point, (model, size) in found.items()}
+
+
+def pruned(
+    integers: torch.Tensor, scale: torch.Tensor, block: str, sparsity: float, chance: torch.Tensor
+) -> Packed:
+    """Packed, with blocks cut by chance, or all but N of every M weights of a row."""
+    rows, columns = integers.shape
+    if block in PATTERNS:
+        kept, among = map(int, block.split(":"))
+        order = chance[: rows * columns].view(rows, -1, among).argsort(2).argsort(2)
+        return pack_integers(integers.masked_fill((order >= kept).view(rows, columns), 0), scale, form=block)
+    high, wide = shape_of(BLOCKS[block])
+    units = -(-rows // high), -(-columns // wide)
+    cut = (chance < sparsity)[: units[0] * units[1]].view(units)
+    cut = cut.repeat_interleave(high, 0)[:rows].repeat_interleave(wide, 1)[:, :columns]
+    return pack_integers(integers.masked_fill(cut, 0), scale, block=BLOCKS[block])
 
 
 def build(given: argparse.Namespace) -> tuple[dict[str, Any], dict[str, float]]:
@@ -184,10 +195,11 @@ def build(given: argparse.Namespace) -> tuple[dict[str, Any], dict[str, float]]:
     dense = llama(given.layers or 16) if given.model == "llama-1b" else gpt2(given.layers or 12)
     models, size = peers(dense, given.peers), {}
     points = [(block, sparsity) for sparsity in given.sparsity for block in given.block]
+    points += [(name, 1 - PATTERNS[name][0] / 16) for name in given.pattern]
     integers = in_int8(dense, points) if "int8" in given.kinds else {}
     made = {f"packed float32 {s:.0%}": in_float32(dense, s) for s in given.sparsity if "float32" in given.kinds}
     made |= {
-        f"packed int8 {sparsity:.0%}" + ("" if block == "1" else f", blocks of {block}"): held
+        f"packed int8 {sparsity:.0%}" + ("" if block == "1" else f", {block}"): held
         for (block, sparsity), held in integers.items()
     }
     for name, held in made.items():
@@ -289,6 +301,7 @@ def main() -> None:
     parser.add_argument("--peers", nargs="*", choices=["float32", "bfloat16", "int8"], default=None)
     parser.add_argument("--kinds", nargs="*", choices=["float32", "int8"], default=None)
     parser.add_argument("--block", nargs="*", default=["1"], choices=list(BLOCKS), help="of int8")
+    parser.add_argument("--pattern", nargs="*", default=[], choices=list(PATTERNS), help="of int8, N:M")
     parser.add_argument("--compile", action="store_true", help="the same models under torch.compile as well")
     parser.add_argument("--tokens", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=5)

@@ -5,8 +5,7 @@
 
 Three ratios a line: against torch's `F.linear` of the same type (int8: torch's dynamic 8-bit product; int4: its
 4-bit product, inputs in bfloat16, which are faster than float32); against the best dense kernel of that type
-(`F.linear`, oneDNN with packed weights, for int8 secateur's own dense kernel); against the best 8-bit dense one.
-Times are medians, of processor time where there is one thread; the spread is the interquartile range as a share of
+(`F.linear`, oneDNN with packed weights, for int8 and int4 secateur's own); against the best 8-bit dense one. Times are medians, of processor time where there is one thread; the spread is the interquartile range as a share of
 it. The last column is the stream's bytes by the time, as a share of what a reader of 256 MB reaches. Weights are
 random with a uniform mask; of N:M (`--pattern`) with N of every M weights of a row at random.
 """
@@ -35,7 +34,15 @@ KINDS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.flo
 
 BLOCKS: dict[str, Block] = {"1": 1, "4": 4, "16": 16, "4x4": (4, 4)}
 WAYS = ("stream", "tiles", "unpack")  # by number: STREAM, TILES, UNPACK
-DENSE = ("float32 torch", "bfloat16 torch", "int8 own", "int8 torch", "float32 oneDNN", "int4 torch")
+DENSE = (
+    "float32 torch",
+    "bfloat16 torch",
+    "int8 own",
+    "int8 torch",
+    "float32 oneDNN",
+    "int4 torch",
+    "int4 own",
+)
 
 
 def timed(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
@@ -66,11 +73,12 @@ def dense_runs(weight: Tensor, x: Tensor) -> dict[str, Callable[[], Any]]:
     half, half_x = weight.bfloat16(), x.bfloat16()
     linear = nn.Linear(columns, rows, bias=False).eval()
     linear.weight.data.copy_(weight)
-    packed_8 = held_as(weight, "int8", form="dense")
+    packed_8, own_4 = held_as(weight, "int8", form="dense"), held_as(weight, "int4", form="dense")
     runs: dict[str, Callable[[], Any]] = {
         "float32 torch": lambda: F.linear(x, weight),
         "bfloat16 torch": lambda: F.linear(half_x, half),
         "int8 own": lambda: sparse_linear(packed_8, x),
+        "int4 own": lambda: sparse_linear(own_4, x),
     }
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -1,6 +1,7 @@
 // SEMI with AVX2: as many weights of every 4 or 16 columns as of every other. Nothing is expanded: indices that fill whole
 // vectors pick the inputs, in halves of 16 bytes that a byte shuffle reaches, or of 4 numbers, and the stream meets them
-// in order. Where a value comes from does not depend on those before it, so nothing waits for a count of bits.
+// in order. Where a value comes from does not depend on those before it, so nothing waits for a count of bits. Dense codes of 4
+// bits are the case without indices.
 
 #include <cstdint>
 #include <cstring>
@@ -24,12 +25,15 @@ ALWAYS __m256i dots(__m256i w, __m256i magnitudes, __m256i x) {
 template <int KEPT>
 ALWAYS __m256i pick(const int8_t* x, __m256i where) {
     constexpr int FROM = CHUNK / KEPT;
+    if (KEPT == CHUNK) return _mm256_loadu_si256((const __m256i*)x);
     __m256i v[FROM];
     for (int i = 0; i < FROM; ++i) v[i] = _mm256_shuffle_epi8(_mm256_loadu_si256((const __m256i*)(x + VECTOR * i)), where);
-    if (KEPT == 8) return _mm256_blend_epi32(v[0], v[1], 0xcc);
+    if (KEPT == 8) return _mm256_blend_epi32(v[0], v[1 % FROM], 0xcc);
     if (KEPT == 2)
         for (int i = 0; i < FROM / 2; ++i) v[i] = _mm256_blend_epi16(v[2 * i], v[2 * i + 1], 0xaa);
-    return _mm256_blend_epi32(_mm256_blend_epi32(v[0], v[1], 0x22), _mm256_blend_epi32(v[2], v[3], 0x88), 0xcc);
+    return _mm256_blend_epi32(
+        _mm256_blend_epi32(v[0], v[1 % FROM], 0x22), _mm256_blend_epi32(v[2 % FROM], v[3 % FROM], 0x88), 0xcc
+    );
 }
 
 // The numbers that `where` picks, 2 or 1 of every 4
@@ -66,24 +70,35 @@ ALWAYS __m256 lanes_of_scale(const float* scale, int64_t number) {
     return _mm256_set1_ps(*scale);
 }
 
+// What all rows of a matrix share: divisions take longer than a short row
+struct Shape {
+    int64_t vectors, indices;  // of a row; bytes
+    int64_t shared, lasts;     // scales of a vector, vectors of a scale (0: there is one of all)
+
+    explicit Shape(const Matrix& m) : vectors(vectors_of(m)), indices(m.kept < CHUNK ? indices_of(m) : 0) {
+        const int64_t reach = CHUNK * VECTOR / m.kept, width = m.columns / m.scales;
+        shared = width < reach ? reach / width : 1, lasts = m.scales == 1 ? 0 : width < reach ? 1 : width / reach;
+    }
+};
+
 // A row of integers times T tokens, vector by vector
 template <int KIND, int KEPT, int BITS, int T>
 struct Integers {
-    static constexpr int FILLED = 8 / BITS;
+    static constexpr bool INDEXED = KEPT < CHUNK;
+    static constexpr int FILLED = INDEXED ? 8 / BITS : 8;
     static constexpr int64_t REACH = CHUNK * VECTOR / KEPT;
 
     const int8_t *values, *x;
     const float* scale;
-    int64_t padded, scales, shared, lasts, used = 0;  // scales of a vector, vectors of a scale, those that are done
+    int64_t padded, shared, lasts, used = 0;  // vectors of the scale
     __m256i codebook, where, codes, total[T][2];
     __m256 all[T];
 
-    ALWAYS Integers(const Matrix& m, const Inputs& in, int64_t row, int64_t b) {
+    ALWAYS Integers(const Matrix& m, const Shape& shape, const Inputs& in, int64_t row, int64_t b) {
         values = (const int8_t*)m.values + (KIND == I4 ? m.offsets[row] / 2 : m.offsets[row]);
         x = in.integers + b * in.padded, padded = in.padded;
-        scale = m.scale + row * m.scales, scales = m.scales;
-        const int64_t width = m.columns / m.scales;
-        shared = width < REACH ? REACH / width : 1, lasts = width < REACH ? 1 : width / REACH;
+        scale = m.scale + row * m.scales;
+        shared = shape.shared, lasts = shape.lasts;
         if (KIND == I4) codebook = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)m.codebook));
         for (int t = 0; t < T; ++t)
             total[t][0] = total[t][1] = _mm256_setzero_si256(), all[t] = _mm256_setzero_ps();
@@ -102,26 +117,32 @@ struct Integers {
             const __m256i half = i % 2 ? _mm256_srli_epi16(codes, 4) : codes;
             w = _mm256_shuffle_epi8(codebook, _mm256_and_si256(half, fifteen));
         }
-        __m256i picked = _mm256_and_si256(where, low);
+        __m256i picked = INDEXED ? _mm256_and_si256(where, low) : low;
         if (BITS == 2) picked = _mm256_or_si256(picked, four);
-        where = _mm256_srli_epi16(where, BITS);
+        if (INDEXED) where = _mm256_srli_epi16(where, BITS);
         const __m256i magnitudes = _mm256_abs_epi8(w);
         for (int t = 0; t < T; ++t) {
             const __m256i sums = dots(w, magnitudes, pick<KEPT>(x + t * padded, picked));
-            if (KIND == I8 || scales == 1) {
-                total[t][i % 2] = _mm256_add_epi32(total[t][i % 2], sums);
-            } else {
-                all[t] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sums), lanes_of_scale(scale, shared), all[t]);
-            }
+            total[t][i % 2] = _mm256_add_epi32(total[t][i % 2], sums);
         }
         x += REACH;
-        if (KIND == I4 && scales > 1 && ++used == lasts) scale += shared, used = 0;
+        if (KIND == I4 && ++used == lasts) next_scale();
+    }
+
+    // Sums of a scale are whole numbers until it ends
+    ALWAYS void next_scale() {
+        const __m256 factor = lanes_of_scale(scale, shared);
+        for (int t = 0; t < T; ++t) {
+            all[t] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(_mm256_add_epi32(total[t][0], total[t][1])), factor, all[t]);
+            total[t][0] = total[t][1] = _mm256_setzero_si256();
+        }
+        scale += shared, used = 0;
     }
 
     ALWAYS void result(const Inputs& in, int64_t b, float* out) const {
         for (int t = 0; t < T; ++t) {
             const __m256i both = _mm256_add_epi32(total[t][0], total[t][1]);
-            out[t] = (scales == 1 ? float(sum(both)) * *scale : sum(all[t])) * in.factor[b + t];
+            out[t] = (KIND == I8 || !lasts ? float(sum(both)) * *scale : sum(all[t])) * in.factor[b + t];
         }
     }
 };
@@ -129,6 +150,7 @@ struct Integers {
 // The same of numbers
 template <int KIND, int KEPT, int BITS, int T>
 struct Numbers {
+    static constexpr bool INDEXED = true;
     static constexpr int FILLED = 32 / BITS;
     static constexpr int64_t SIZE = KIND == F32 ? 4 : 2;
 
@@ -138,7 +160,7 @@ struct Numbers {
     __m256i where;
     __m256 total[T][2];
 
-    ALWAYS Numbers(const Matrix& m, const Inputs& in, int64_t row, int64_t b) {
+    ALWAYS Numbers(const Matrix& m, const Shape&, const Inputs& in, int64_t row, int64_t b) {
         values = (const char*)m.values + m.offsets[row] * SIZE, x = in.plain + b * in.padded, padded = in.padded;
         for (int t = 0; t < T; ++t) total[t][0] = total[t][1] = _mm256_setzero_ps();
     }
@@ -161,13 +183,15 @@ struct Numbers {
 };
 
 template <class Row>
-ALWAYS void multiply_row(const Matrix& m, const Inputs& in, int64_t row, int64_t b, float* out) {
-    Row made(m, in, row, b);
-    const uint8_t* index = m.index + row * indices_of(m);
-    const int64_t vectors = vectors_of(m), whole = vectors / Row::FILLED * Row::FILLED;
-    for (int64_t start = 0; start < vectors; start += Row::FILLED, index += VECTOR) {
-        made.where = _mm256_loadu_si256((const __m256i*)index);
-        _mm_prefetch((const char*)index + 512, _MM_HINT_T0);
+ALWAYS void multiply_row(const Matrix& m, const Shape& shape, const Inputs& in, int64_t row, int64_t b, float* out) {
+    Row made(m, shape, in, row, b);
+    const uint8_t* index = m.index + row * shape.indices;
+    const int64_t vectors = shape.vectors, whole = vectors / Row::FILLED * Row::FILLED;
+    for (int64_t start = 0; start < vectors; start += Row::FILLED) {
+        if (Row::INDEXED) {
+            made.where = _mm256_loadu_si256((const __m256i*)index), index += VECTOR;
+            _mm_prefetch((const char*)index + 512, _MM_HINT_T0);
+        }
         if (start < whole) {
             _Pragma("GCC unroll 16") for (int i = 0; i < Row::FILLED; ++i) made.step(i);
         } else {
@@ -193,12 +217,13 @@ using Row = typename Either<KIND == I8 || KIND == I4, Integers<KIND, KEPT, BITS,
 
 template <int KIND, int KEPT, int BITS>
 void rows(const Matrix& m, const Inputs& in, const float* bias, float* y, int64_t first, int64_t last) {
+    const Shape shape(m);
     for (int64_t b = 0; b < in.batch;) {
         const int tokens = in.batch - b >= 2 ? 2 : 1;
         for (int64_t row = first; row < last; ++row) {
             float out[2];
-            if (tokens == 2) multiply_row<Row<KIND, KEPT, BITS, 2>>(m, in, row, b, out);
-            if (tokens == 1) multiply_row<Row<KIND, KEPT, BITS, 1>>(m, in, row, b, out);
+            if (tokens == 2) multiply_row<Row<KIND, KEPT, BITS, 2>>(m, shape, in, row, b, out);
+            if (tokens == 1) multiply_row<Row<KIND, KEPT, BITS, 1>>(m, shape, in, row, b, out);
             for (int t = 0; t < tokens; ++t) y[(b + t) * m.rows + row] = out[t] + (bias ? bias[row] : 0.0f);
         }
         b += tokens;
@@ -221,6 +246,7 @@ void few_semi_avx2(const Matrix& m, const Inputs& in, const float* bias, float* 
     if (m.kind == BF16) of_kind<BF16>(m, in, bias, y, first, last);
     if (m.kind == F16) of_kind<F16>(m, in, bias, y, first, last);
     if (m.kind == I8) of_kind<I8>(m, in, bias, y, first, last);
+    if (m.kind == I4 && m.kept == CHUNK) return rows<I4, CHUNK, 4>(m, in, bias, y, first, last);
     if (m.kind == I4) of_kind<I4>(m, in, bias, y, first, last);
 }
 

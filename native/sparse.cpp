@@ -23,7 +23,7 @@ const Kernels* kernels(int level) {
     return found ? found : scalar_kernels();
 }
 
-bool finite(const float* x, int64_t size) {
+WIDE bool finite(const float* x, int64_t size) {
     uint32_t worst = 0;
     for (int64_t i = 0; i < size; ++i) {
         uint32_t bits;
@@ -50,7 +50,7 @@ struct Room {
     }
 };
 
-void to_integers(const float* x, int64_t columns, int8_t* out, float* factor) {
+WIDE void to_integers(const float* x, int64_t columns, int8_t* out, float* factor) {
     float most[16] = {}, largest = 0;  // side by side, so that comparisons do not wait for each other
     int64_t start = 0;
     for (; start + 16 <= columns; start += 16)
@@ -68,6 +68,10 @@ void to_integers(const float* x, int64_t columns, int8_t* out, float* factor) {
     }
 }
 
+WIDE void without_signs(const int8_t* x, int64_t size, int8_t* out) {
+    for (int64_t i = 0; i < size; ++i) out[i] = int8_t(x[i] < 0 ? -x[i] : x[i]);
+}
+
 Inputs ready(const Matrix& m, const float* x, int64_t batch, bool shifted, Room& room) {
     Inputs in{};
     in.batch = batch, in.padded = (m.columns + SPAN - 1) / SPAN * SPAN;
@@ -83,7 +87,7 @@ Inputs ready(const Matrix& m, const float* x, int64_t batch, bool shifted, Room&
             in.shifted = room.shifted.data();
         } else if (batch <= FEW) {
             room.magnitudes.resize(batch * in.padded);
-            for (int64_t i = 0; i < batch * in.padded; ++i) room.magnitudes[i] = int8_t(std::abs(room.integers[i]));
+            without_signs(room.integers.data(), batch * in.padded, room.magnitudes.data());
             in.magnitudes = room.magnitudes.data();
         }
         return in;
@@ -279,6 +283,7 @@ API int64_t secateur_sparse_multiply(const void* const* pointers, const int64_t*
     m.rows = numbers[3], m.columns = numbers[4], m.scales = numbers[5];
     const int64_t batch = numbers[6], way = numbers[7];
     const int threads = int(numbers[8]), level = int(numbers[9]);
+    if (m.form == DENSE && m.kind == I4) m.form = SEMI, m.kept = CHUNK, m.bits = 4;
     m.groups = (m.rows + m.block - 1) / m.block;
     m.words = m.form == INDEX || m.form == SQUARES ? (m.columns + SPAN - 1) / SPAN : (m.columns + WORD - 1) / WORD;
     m.mask = static_cast<const uint64_t*>(pointers[0]);

@@ -33,7 +33,7 @@ constexpr int64_t VECTOR = 32;  // bytes of a vector, in whose lanes SEMI's valu
 // zero. A vector has 32 lanes, or 8 in the floating-point kinds. Lane l of a row's vector v holds the value at its
 // place 32 v + l (or 8 v + l), whose unit of columns `unit_of` tells; its index lies in lane l of the row's indices, 32
 // bytes for the vectors that fill their bits, the first vector lowest. int4: lane l of vectors 2 u and 2 u + 1 is byte 32 u + l
-// of a row, the first in its lower half.
+// of a row, the first in its lower half. DENSE of int4 is the case of 16 kept, without indices.
 struct Matrix {
     int32_t form, kind, block;
     int32_t kept, bits;       // SEMI

@@ -62,7 +62,7 @@ void each(const Matrix& m, int64_t group, See see) {
             for (int64_t lane = 0; lane < lanes; ++lane) {
                 // an index does not lie across bytes; a lane of 4 bytes starts with its lowest
                 const int64_t bit = vector % filled * m.bits, first = vector / filled * VECTOR + lane * (VECTOR / lanes);
-                const int64_t chosen = index[first + bit / 8] >> bit % 8 & ((1 << m.bits) - 1);
+                const int64_t chosen = m.kept == CHUNK ? lane % CHUNK : index[first + bit / 8] >> bit % 8 & ((1 << m.bits) - 1);
                 const int64_t column = unit_of(m, vector, lane) + chosen;
                 const int64_t half = vector / 2 * 2 * lanes + 2 * lane + vector % 2;  // int4: vectors two by two
                 if (column < m.columns) see(column, at + (m.kind == I4 ? half : vector * lanes + lane));

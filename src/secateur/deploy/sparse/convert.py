@@ -83,7 +83,7 @@ def sparsify_(
         kind: how kept weights are held: float32, bfloat16, float16, int8 (a scale for each row; at most 4 tokens
             are multiplied in integers) or int4 (a scale for each 128 columns). None: as they are.
         outer: "int8" or "int4" holds embeddings and output heads as integers, zeros and all, tied ones once; int4 takes
-            5.25 bits a weight; None leaves them alone.
+            4.25 bits a weight; None leaves them alone.
         block: what `Blocks` pruned: 1, 4 or 16 rows that share an index, or (4, 4), for int8.
         only, skip: which layers, as for `prune_`; default every `nn.Linear`, `Conv1D` and `nn.Conv2d` of one group.
         measure: choose for each layer the fastest form and ways on this machine, and leave layers dense that would be
@@ -143,7 +143,7 @@ def _planned(layer: Layer, kind: str | None, outer: str | None, block: Block) ->
         return reason
     matrix = layer.layout.to_matrices(layer.weight.detach())[0]
     if layer.role in OUTER and outer is not None:
-        return pack(matrix, outer, form="dense" if outer == "int8" else "bitmask")
+        return pack(matrix, outer, form="dense")
     wanted = kind or str(layer.weight.dtype).removeprefix("torch.")
     if wanted not in KINDS:
         return f"its type is {wanted}"

@@ -19,6 +19,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from secateur.deploy.sparse.kernels import decode
 from secateur.deploy.sparse.packed import CODEBOOK, KINDS, SPAN, WORD, Packed
+from secateur.deploy.sparse.semi import integers_of
 from secateur.errors import UsageError
 
 __all__ = ["multiply", "rows_of", "semi_structured_", "triton_product", "triton_rows"]
@@ -66,11 +67,13 @@ def rows_of(packed: Packed, rows: Tensor) -> Tensor:
         rows: `(n)`, int64.
     """
     columns = packed.columns
-    if packed.form == "dense":
+    if packed.form == "dense" and packed.kind == "int8":
         assert packed.scale is not None
         raw = packed.values[: packed.rows * columns].view(packed.rows, columns)
         return F.embedding(rows, raw).float() * F.embedding(rows, packed.scale)
-    if packed.lanes is not None:
+    if packed.lanes is not None and packed.lanes.whole:
+        found = _of_codes(packed, rows)
+    elif packed.lanes is not None:
         found = decode(packed)[rows]
     elif packed.form == "index":
         found = _of_index(packed)[rows]
@@ -83,6 +86,14 @@ def rows_of(packed: Packed, rows: Tensor) -> Tensor:
     groups = packed.scale.shape[1]
     wide = found.float().view(len(rows), groups, columns // groups)
     return (wide * packed.scale[rows][..., None]).view(len(rows), columns)
+
+
+def _of_codes(packed: Packed, rows: Tensor) -> Tensor:
+    """Rows of dense 4-bit codes."""
+    assert packed.codebook is not None
+    size = int(packed.offsets[1]) // 2
+    codes = F.embedding(rows, packed.values[: packed.rows * size].view(packed.rows, size))
+    return integers_of(codes, packed.codebook)[:, : packed.columns]
 
 
 def _of_mask(packed: Packed, groups: Tensor) -> Tensor:

@@ -101,10 +101,10 @@ def decode(packed: Packed, first: int = 0, last: int | None = None) -> Tensor:
     """The rows first..last-1 in the type of the values, int4 as int8, without scales."""
     last = packed.rows if last is None else last
     rows = last - first
-    if packed.form == "dense":
-        return packed.values[first * packed.columns : last * packed.columns].view(rows, packed.columns)
     if packed.lanes is not None:
         return _decode_semi(packed, packed.lanes, first, last)
+    if packed.form == "dense":
+        return packed.values[first * packed.columns : last * packed.columns].view(rows, packed.columns)
     library = native.library()
     if library is None:
         return _decode_in_numpy(packed)[first:last]
@@ -316,13 +316,15 @@ def _encode_in_numpy(weight: Tensor, block: int, across: int) -> Encoded:
 
 
 def _decode_semi(packed: Packed, lanes: semi.Lanes, first: int, last: int) -> Tensor:
-    """Rows of N:M, on any device."""
-    assert packed.index is not None
+    """Rows of N:M, or of dense 4-bit codes, on any device."""
     size = lanes.stored // 2 if lanes.codes else lanes.stored
     values = packed.values[first * size : last * size].view(last - first, size)
     if lanes.codes:
         assert packed.codebook is not None
         values = semi.integers_of(values, packed.codebook)
+    if lanes.whole:
+        return values[:, : lanes.columns].contiguous()
+    assert packed.index is not None
     dense = semi.unpack_rows(values, packed.index[first:last], lanes)
     if packed.negative is not None:
         bits = torch.from_numpy(bits_of(packed.negative[first:last].cpu(), packed.columns)).to(dense.device)

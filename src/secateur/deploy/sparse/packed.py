@@ -54,14 +54,14 @@ class Packed:
     """A matrix `(rows, columns)` without its zeros.
 
     Attributes:
-        form: bitmask, index, dense (int8 only: nothing left out), squares (int8 only: a bitmask of blocks of 4 rows
-            by 4 columns), or one of 2:4, 1:4, 8:16, 4:16, 2:16 (so many of every so many columns of a row).
+        form: bitmask, index, dense (int8 and int4: nothing left out), squares (int8 only: a bitmask of blocks of 4
+            rows by 4 columns), or one of 2:4, 1:4, 8:16, 4:16, 2:16 (so many of every so many columns of a row).
         kind: what a value is.
         block: rows that are kept or cut together.
         rows, columns: of the matrix.
         values: the stream, one-dimensional, and `PADDING` bytes of zeros; block after block, column after column, of a
             square row after row; int4: two in a byte, the lower half first, each block row of a bitmask starting a
-            new byte; of N:M as `semi.Lanes` says, zeros where fewer than N are kept.
+            new byte; of N:M and dense int4 as `semi.Lanes` says, zeros where fewer than N are kept.
         mask: int64 `(rows / block, units / 64)`, rounded up, where a unit is a column or, of squares, four; for
             bitmasks and squares.
         negative: the same, marking zeros that have a sign; None where no zero has.
@@ -101,8 +101,9 @@ class Packed:
 
     @property
     def lanes(self) -> semi.Lanes | None:
-        """Where values lie, of N:M."""
-        return semi.lanes_of(self.form, self.kind, self.columns) if self.form in semi.PATTERNS else None
+        """Where values lie, of N:M and dense 4-bit codes."""
+        found = self.form in semi.PATTERNS or (self.form == "dense" and self.kind == "int4")
+        return semi.lanes_of(self.form, self.kind, self.columns) if found else None
 
     @cached_property
     def per_group(self) -> Tensor:
@@ -263,8 +264,10 @@ def _check(weight: Tensor, kind: str, form: str | None, block: Block) -> tuple[s
         rows = SIDE
     if weight.dim() != 2 or weight.device.type != "cpu" or 0 in weight.shape:
         raise UsageError(f"a matrix on the CPU is expected, got {tuple(weight.shape)} on {weight.device}")
-    if (form == "dense" and (kind != "int8" or rows > 1)) or (form in ("index", *semi.PATTERNS) and rows > 1):
-        raise UsageError(f"form {form} is for {'int8' if form == 'dense' else 'single'} weights alone")
+    if form == "dense" and kind not in ("int8", "int4"):
+        raise UsageError(f"form dense is for int8 and int4 alone, not {kind}")
+    if form in ("dense", "index", *semi.PATTERNS) and rows > 1:
+        raise UsageError(f"form {form} is for single weights alone")
     return form, rows
 
 
@@ -272,6 +275,9 @@ def _packed(weight: Tensor, kind: str, form: str | None, block: int) -> Packed:
     weight = weight.contiguous()
     rows, columns = weight.shape
     start = {"kind": kind, "block": block, "rows": rows, "columns": columns}
+    if form == "dense" and kind == "int4":
+        values = semi.codes_of(semi.in_lanes(weight, semi.lanes_of(form, kind, columns)))
+        return Packed("dense", values=padded(values.flatten()), **start)  # type: ignore[arg-type]
     if form == "dense":
         return Packed("dense", values=padded(weight.reshape(-1)), **start)  # type: ignore[arg-type]
     if form in semi.PATTERNS:

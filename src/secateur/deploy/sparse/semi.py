@@ -38,6 +38,7 @@ PATTERNS = {
     "2:16": (2, 4),
 }  # of 16; bits of an index
 CHUNK, VECTOR = 16, 32  # columns that are counted, bytes of a vector
+DENSE = (CHUNK, 4)  # codes of 4 bits with nothing left out, the case without indices
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,11 @@ class Lanes:
         """Of a row's indices."""
         return -(-self.met // self.filled) * VECTOR
 
+    @property
+    def whole(self) -> bool:
+        """Whether nothing is left out, and there are no indices."""
+        return self.kept == CHUNK
+
     @cached_property
     def first(self) -> Tensor:
         """The first column of the unit that each value of a row belongs to, int64 `(stored)`."""
@@ -139,8 +145,8 @@ class Lanes:
 
 @lru_cache(maxsize=64)
 def lanes_of(form: str, kind: str, columns: int) -> Lanes:
-    """Where values lie in a form of `PATTERNS`."""
-    kept, bits = PATTERNS[form]
+    """Where values lie in a form of `PATTERNS`, or where nothing is left out."""
+    kept, bits = PATTERNS.get(form, DENSE)
     return Lanes(kept, bits, VECTOR if kind in ("int8", "int4") else VECTOR // 4, columns, kind == "int4")
 
 
@@ -181,6 +187,11 @@ def pack_rows(weight: Tensor, lanes: Lanes) -> tuple[Tensor, Tensor] | None:
     return None if wrong else (values, index)
 
 
+def in_lanes(weight: Tensor, lanes: Lanes) -> Tensor:
+    """Values `(rows, stored)` of a matrix of which nothing is left out."""
+    return F.pad(weight, (0, lanes.stored - lanes.columns))
+
+
 def unpack_rows(values: Tensor, index: Tensor, lanes: Lanes) -> Tensor:
     """The matrix again, zeros without a sign; on any device."""
     library = native.library() if values.is_cpu else None
@@ -197,7 +208,7 @@ def unpack_rows(values: Tensor, index: Tensor, lanes: Lanes) -> Tensor:
 
 def codes_of(integers: Tensor) -> Tensor:
     """Integers in [-7, 7], `(rows, stored)`, as bytes of two vectors' codes each."""
-    pairs = integers.view(torch.uint8).view(len(integers), -1, 2, VECTOR)
+    pairs = integers.contiguous().view(torch.uint8).view(len(integers), -1, 2, VECTOR)
     return ((pairs[:, :, 0] & 15) | (pairs[:, :, 1] << 4)).flatten(1)
 
 

@@ -39,7 +39,7 @@ __all__ = ["FORMAT", "checked", "load_sparse_", "read_sparse", "save_sparse", "s
 
 FORMAT = "secateur.sparse.v1"
 STORED = ("bitmask", "index", "dense", "squares")  # forms of a file, by number
-VERSIONS = {form: 1 + (form == "squares") for form in STORED}  # squares came later
+NEWEST = 3  # version of the format
 NUMBERS = "packed"
 _PARTS = ("values", "mask", "negative", "counts", "index", "scale", "codebook")
 _NEEDED = {"bitmask": ("mask",), "index": ("counts", "index"), "dense": (), "squares": ("mask",)}
@@ -79,12 +79,17 @@ def save_sparse(model: nn.Module, path: str | Path, *, pack_rest: bool = True) -
     save_tensors(path, tensors, {"secateur": header})
 
 
+def version_of(form: str, kind: str) -> int:
+    """Since which version of the format there is a form of a kind: squares, then dense 4-bit codes, came later."""
+    return 3 if (form, kind) == ("dense", "int4") else 1 + (form == "squares")
+
+
 def named(name: str, packed: Packed) -> dict[str, Tensor]:
     """The tensors that stand for one weight, under their names in a file."""
     if packed.form not in STORED:
         packed = reformed(packed, "bitmask")
     numbers = [
-        VERSIONS[packed.form],
+        version_of(packed.form, packed.kind),
         STORED.index(packed.form),
         KINDS.index(packed.kind),
         packed.block,
@@ -246,21 +251,21 @@ def _taken(name: str, tensors: dict[str, Tensor]) -> Packed:
     if numbers.dtype != torch.int64 or numbers.shape != (6,):
         raise InputError(f"{name}: what it is stands in no 6 whole numbers; the file was altered")
     version, form, kind, block, rows, columns = numbers.tolist()
-    if version not in VERSIONS.values():
+    if not 0 < version <= NEWEST:
         raise InputError(
-            f"{name}: packed in version {version} of the format; this secateur reads up to {max(VERSIONS.values())}"
+            f"{name}: packed in version {version} of the format; this secateur reads up to {NEWEST}"
         )
     known = 0 <= form < len(STORED) and 0 <= kind < len(KINDS) and block in BLOCKS
-    known = known and version == VERSIONS[STORED[form]]
+    known = known and version == version_of(STORED[form], KINDS[kind])
     if not known or not (0 < rows < LARGEST and 0 < columns < LARGEST and rows * columns < LARGEST):
         raise InputError(f"{name}: numbers {numbers.tolist()} name no matrix; the file was altered")
     parts = {part: tensors.pop(f"{name}:{part}") for part in _PARTS if f"{name}:{part}" in tensors}
     needed = {"values", *_NEEDED[STORED[form]]}
     needed |= {"scale"} if KINDS[kind].startswith("int") else set()
     needed |= {"codebook"} if KINDS[kind] == "int4" else set()
-    whole = KINDS[kind] == "int8"
     simple = {
-        "bitmask": True, "index": block == 1, "dense": block == 1 and whole, "squares": block == SIDE and whole
+        "bitmask": True, "index": block == 1, "dense": block == 1 and KINDS[kind].startswith("int"),
+        "squares": block == SIDE and KINDS[kind] == "int8",
     }[STORED[form]]  # fmt: skip
     optional = {"negative"} if not KINDS[kind].startswith("int") else set()
     if not simple or not needed <= parts.keys() <= needed | optional:
