@@ -5,9 +5,10 @@
 
 Three ratios a line: against torch's `F.linear` of the same type (int8: torch's dynamic 8-bit product; int4: its
 4-bit product, inputs in bfloat16, which are faster than float32); against the best dense kernel of that type
-(`F.linear`, oneDNN with packed weights, for int8 and int4 secateur's own); against the best 8-bit dense one. Times are medians, of processor time where there is one thread; the spread is the interquartile range as a share of
-it. The last column is the stream's bytes by the time, as a share of what a reader of 256 MB reaches. Weights are
-random with a uniform mask; of N:M (`--pattern`) with N of every M weights of a row at random.
+(`F.linear`, oneDNN with packed weights, for int8 and int4 secateur's own); against the best 8-bit dense one. Times
+are medians, of processor time where there is one thread; the spread is the interquartile range as a share of it. The
+last column is the stream's bytes by the time, as a share of what a reader of 256 MB reaches. Weights are random with
+a uniform mask; of N:M (`--pattern`) with N of every M weights of a row at random.
 """
 
 from __future__ import annotations

@@ -63,7 +63,7 @@ def test_every_form_and_way_is_the_dense_product(path, kind, block):
         forms = [
             "bitmask",
             *(["index"] if block == 1 else []),
-            *(["dense"] if kind == "int8" and block == 1 else []),
+            *(["dense"] if kind in ("int8", "int4") and block == 1 else []),
         ]
         for form in forms:
             found = packed(weight, kind, form, block)

@@ -90,6 +90,25 @@ def test_scales_narrower_and_wider_than_a_vector(path):
                 check(found, torch.randn(batch, columns), torch.randn(6), STREAM if path != "torch" else UNPACK)
 
 
+def test_dense_codes_are_the_case_with_nothing_left_out(path):
+    """Scales of the whole row, of 64 and of 128 columns; an odd number of vectors; rows looked up."""
+    for columns, groups in ((63, 1), (130, 1), (192, 3), (192, 1), (768, 6), (4224, 33)):
+        generator = torch.Generator().manual_seed(columns)
+        integers = torch.randint(-7, 8, (9, columns), generator=generator, dtype=torch.int8)
+        scale = torch.rand(9, groups, generator=generator) + 0.5
+        found = pack_integers(integers, scale, "int4", form="dense")
+        assert found.values.numel() == 9 * 32 * -(-columns // 64) + 64
+        wide = (integers.view(9, groups, -1) * scale[..., None]).view(9, columns)
+        assert torch.equal(found.dense(), wide)
+        assert torch.equal(reformed(found, "bitmask").dense(), wide)
+        some = torch.tensor([7, 0, 7])
+        assert torch.equal(gpu.rows_of(found, some), wide[some])
+        for batch in (1, 2, 5):
+            x = torch.randint(-127, 128, (batch, columns), generator=generator).float()
+            x[:, 0] = 127  # rounded without a change
+            check(found, x, torch.randn(9), STREAM if path != "torch" else UNPACK)
+
+
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.integers(1, 60),

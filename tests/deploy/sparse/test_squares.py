@@ -169,7 +169,8 @@ def content(**changes):
     [
         ({"w:packed": torch.tensor([1, 3, 3, 4, 6, 100])}, "name no matrix"),
         ({"w:packed": torch.tensor([2, 0, 3, 4, 6, 100])}, "name no matrix"),
-        ({"w:packed": torch.tensor([3, 3, 3, 4, 6, 100])}, "version 3 .* reads up to 2"),
+        ({"w:packed": torch.tensor([4, 3, 3, 4, 6, 100])}, "version 4 .* reads up to 3"),
+        ({"w:packed": torch.tensor([3, 3, 3, 4, 6, 100])}, "name no matrix"),
         ({"w:packed": torch.tensor([2, 3, 3, 1, 6, 100])}, "make no squares of int8"),
         ({"w:packed": torch.tensor([2, 3, 0, 4, 6, 100])}, "make no squares of float32"),
         ({"w:packed": torch.tensor([2, 3, 3, 4, 9, 100])}, "the mask has another shape"),

@@ -126,6 +126,26 @@ NUMBERS = torch.tensor([1, 0, 0, 1, 6, 100])
         (altered(parts(BASE, "int8"), w__scale=torch.zeros(6, 1)), "scales are not positive"),
         (altered(parts(BASE, "int8"), w__scale=torch.ones(6, 3)), "the scales have another shape"),
         (altered(parts(BASE, "int4"), w__codebook=torch.ones(16, dtype=torch.int8)), "the codebook"),
+        (
+            altered(parts(BASE, "int4", form="dense"), w__packed=torch.tensor([1, 2, 4, 1, 6, 100])),
+            "name no matrix",
+        ),
+        (
+            altered(parts(BASE, "int4", form="dense"), w__packed=torch.tensor([3, 2, 3, 1, 6, 100])),
+            "name no matrix",
+        ),
+        (
+            altered(parts(BASE, "int4", form="dense"), w__packed=torch.tensor([3, 2, 4, 1, 6, 130])),
+            "another length",
+        ),
+        (
+            altered(parts(BASE, "int4", form="dense"), w__mask=torch.zeros(6, 2, dtype=torch.int64)),
+            "make no dense",
+        ),
+        (
+            altered(parts(BASE, "int4", form="dense"), w__packed=torch.tensor([1, 4, 3, 1, 6, 100])),
+            "name no matrix",
+        ),
         (altered(parts(BASE), w__other=torch.ones(1)), "w:other belongs to no packed weight"),
     ],
 )
@@ -176,6 +196,7 @@ def survive(tmp_path, count):
     weights = {
         "a": (None, "bitmask", 1), "b": (None, "index", 1), "c": ("int8", "bitmask", 1), "d": ("int4", "bitmask", 1),
         "e": ("int8", "bitmask", 4), "f": ("int4", "bitmask", 16), "g": ("int8", "squares", (4, 4)),
+        "h": ("int4", "dense", 1),
     }  # fmt: skip
     tensors = {
         name: tensor

@@ -208,24 +208,24 @@ def unpack_rows(values: Tensor, index: Tensor, lanes: Lanes) -> Tensor:
 
 def codes_of(integers: Tensor) -> Tensor:
     """Integers in [-7, 7], `(rows, stored)`, as bytes of two vectors' codes each."""
-    pairs = integers.contiguous().view(torch.uint8).view(len(integers), -1, 2, VECTOR)
+    pairs = integers.contiguous().view(torch.uint8).unflatten(1, (integers.shape[1] // (2 * VECTOR), 2, VECTOR))
     return ((pairs[:, :, 0] & 15) | (pairs[:, :, 1] << 4)).flatten(1)
 
 
 def integers_of(codes: Tensor, codebook: Tensor) -> Tensor:
     """The integers of `codes_of`."""
-    pairs = codes.view(len(codes), -1, 1, VECTOR)
+    pairs = codes.unflatten(1, (codes.shape[1] // VECTOR, 1, VECTOR))
     return codebook[torch.cat([pairs & 15, pairs >> 4], 2).long()].flatten(1)
 
 
 def chosen(index: Tensor, lanes: Lanes) -> Tensor:
     """The index beside each value, int64 `(rows, stored)`; what is behind the last vector that meets columns is 0."""
-    parts = index.view(len(index), -1, lanes.lanes, VECTOR // lanes.lanes)
+    parts = index.unflatten(1, (index.shape[1] // VECTOR, lanes.lanes, VECTOR // lanes.lanes))
     shifts = torch.arange(0, 8, lanes.bits, device=index.device, dtype=torch.uint8)
     found = (parts[..., None] >> shifts) & (
         lanes.wide - 1
     )  # rows, blocks, lanes, bytes of a lane, indices of a byte
-    found = found.flatten(3).transpose(2, 3).reshape(len(index), -1)
+    found = found.flatten(3).transpose(2, 3).flatten(1)
     found = F.pad(found, (0, max(0, lanes.stored - found.shape[1])))
     return found[:, : lanes.stored].long()
 
