@@ -3,7 +3,7 @@
     OMP_NUM_THREADS=1 python bench/decode.py --compile
     OMP_NUM_THREADS=1 python bench/decode.py --model llama-1b --tokens 4 --rounds 3    # 12 GB of memory
 
-Packed models hold the output head and the embeddings in int8 as well. Each model writes the same number of tokens in
+Packed models hold the output head and the embeddings in int8 as well, or in dense 4-bit codes (`--outer int4`). Each model writes the same number of tokens in
 turns; milliseconds a token (of processor time where there is one thread), the minimum and the median over turns.
 Weights are random and pruned at random places, which costs the same time as any other mask. Models are built with
 all processors and measured with as many threads as were asked for.
@@ -33,7 +33,7 @@ from torch import nn
 from secateur import prune_, random, sparsify_
 from secateur.core.where import layers
 from secateur.deploy.sparse.convert import install_sparse_
-from secateur.deploy.sparse.packed import Block, Packed, pack_integers, shape_of
+from secateur.deploy.sparse.packed import Block, Packed, pack, pack_integers, shape_of
 from secateur.deploy.sparse.semi import PATTERNS
 
 THREADS = torch.get_num_threads()
@@ -153,7 +153,9 @@ def rounded(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return integers, scale
 
 
-def in_int8(dense: Any, points: list[tuple[str, float]]) -> dict[tuple[str, float], tuple[Any, float]]:
+def in_int8(
+    dense: Any, points: list[tuple[str, float]], of_outer: str
+) -> dict[tuple[str, float], tuple[Any, float]]:
     """The model in 8 bits with blocks and shares of zeros, and its megabytes; scales reach each row's largest weight.
 
     What `sparsify_(model, "int8", outer="int8", measure=False)` makes, but for its search of better scales.
@@ -164,7 +166,13 @@ def in_int8(dense: Any, points: list[tuple[str, float]]) -> dict[tuple[str, floa
         matrix = layer.layout.to_matrices(layer.weight.detach())[0]
         integers, scale = rounded(matrix)
         outer = layer.role in ("embedding", "head")
-        whole = pack_integers(integers, scale, form="dense") if outer else None
+        whole = None
+        if outer:
+            whole = (
+                pack(matrix, "int4", form="dense")
+                if of_outer == "int4"
+                else pack_integers(integers, scale, form="dense")
+            )
         for (block, sparsity), held in found.items():
             packed = whole
             if packed is None:
@@ -196,7 +204,7 @@ def build(given: argparse.Namespace) -> tuple[dict[str, Any], dict[str, float]]:
     models, size = peers(dense, given.peers), {}
     points = [(block, sparsity) for sparsity in given.sparsity for block in given.block]
     points += [(name, 1 - PATTERNS[name][0] / 16) for name in given.pattern]
-    integers = in_int8(dense, points) if "int8" in given.kinds else {}
+    integers = in_int8(dense, points, given.outer) if "int8" in given.kinds else {}
     made = {f"packed float32 {s:.0%}": in_float32(dense, s) for s in given.sparsity if "float32" in given.kinds}
     made |= {
         f"packed int8 {sparsity:.0%}" + ("" if block == "1" else f", {block}"): held
@@ -302,6 +310,7 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="*", choices=["float32", "int8"], default=None)
     parser.add_argument("--block", nargs="*", default=["1"], choices=list(BLOCKS), help="of int8")
     parser.add_argument("--pattern", nargs="*", default=[], choices=list(PATTERNS), help="of int8, N:M")
+    parser.add_argument("--outer", choices=["int8", "int4"], default="int8", help="of heads and embeddings")
     parser.add_argument("--compile", action="store_true", help="the same models under torch.compile as well")
     parser.add_argument("--tokens", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=5)
