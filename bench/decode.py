@@ -3,8 +3,9 @@
     OMP_NUM_THREADS=1 python bench/decode.py --compile
     OMP_NUM_THREADS=1 python bench/decode.py --model llama-1b --tokens 4 --rounds 3    # 12 GB of memory
 
-Packed models hold the output head and the embeddings in int8 as well, or in dense 4-bit codes (`--outer int4`). Each model writes the same number of tokens in
-turns; milliseconds a token (of processor time where there is one thread), the minimum and the median over turns.
+Packed models hold the output head and the embeddings in int8 as well, or in dense 4-bit codes (`--outer int4`). Each
+model writes the same number of tokens in turns; milliseconds a token (of processor time where there is one thread),
+the minimum and the median over turns.
 Weights are random and pruned at random places, which costs the same time as any other mask. Models are built with
 all processors and measured with as many threads as were asked for.
 
