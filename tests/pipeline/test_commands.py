@@ -55,6 +55,13 @@ def test_prune_with_fine_tuning(tmp_path):
     words = [*model, "--fine-tune-epochs", 1, "--lr", 0.01, "--out", tmp_path / "out"]
     done = invoke(*words)
     assert done.exit_code == 0, done.exception
+    (load, prune, tune) = [line for line in done.output.splitlines() if line[:3] in ("0 l", "1 p", "2 f")]
+    assert "latency" in load
+    assert all("speedup" in line and "latency" not in line for line in (prune, tune))  # of one moment
+    for said in (done.output, (tmp_path / "out" / "README.md").read_text()):
+        assert (
+            said.count("A speedup was timed in turns with the loaded model; latencies of different stages") == 1
+        )
     assert "2 fine-tune: accuracy" in done.output
     assert "results.csv" in done.output
     assert isinstance(invoke(*words).exception, UsageError)  # a finished result is not begun again

@@ -126,6 +126,7 @@ def carry_out_stages(
     """Run an experiment and show what was measured; an interruption says how to go on."""
     from secateur.folder import interrupted
     from secateur.pipeline import Loading, experiment_to
+    from secateur.pipeline.output import TIMES
     from secateur.terminal import progress, show_measurements
 
     def where() -> str | None:
@@ -156,4 +157,6 @@ def carry_out_stages(
         typer.echo(json.dumps({"out": str(out), "measurements": plain}))
         return
     show_measurements(outcome.measurements)
+    if any(m.name == "speedup" for found in outcome.measurements.values() for m in found):
+        typer.echo(f"  {TIMES}")
     typer.echo(f"written  {out}\nresults  {out}/run/results.csv")

@@ -17,7 +17,9 @@ from secateur.pipeline.subject import Subject
 from secateur.request import spec_name
 from secateur.run import stored_dtype
 
-__all__ = ["write_output"]
+__all__ = ["TIMES", "write_output"]
+
+TIMES = "A speedup was timed in turns with the loaded model; latencies of different stages are of different moments."
 
 
 def write_output(subject: Subject, journal: Journal, folder: Path) -> None:
@@ -98,6 +100,7 @@ def _card(subject: Subject, journal: Journal, folder: Path) -> str:
             *rows,
             "",
             *([_loading(subject, folder), ""] if (folder / INTEGERS).exists() or is_compact(folder) else []),
+            *([TIMES, ""] if "speedup" in names else []),
             "Conditions of every measurement, masks and settings are in `run/`.",
             "",
         ]

@@ -216,6 +216,7 @@ def _quantization(experiment: Experiment, done: int) -> Quantization | None:
 
 
 def _headline(found: list[Measurement]) -> list[Measurement]:
-    """What one line about a stage says."""
-    wanted = ("perplexity", "accuracy", "sparsity", "parameters", "disk_bytes", "latency")
+    """What one line about a stage says: of times the speed-up, which is of one moment, where there is one."""
+    time = "speedup" if any(m.name == "speedup" for m in found) else "latency"
+    wanted = ("perplexity", "accuracy", "sparsity", "parameters", "disk_bytes", time)
     return [Measurement(m.name, m.value, m.unit) for m in found if m.name in wanted]
