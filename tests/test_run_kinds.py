@@ -61,6 +61,13 @@ def test_blocks(prune, models):
         assert torch.isin(mask.reshape(mask.shape[0] // 4, 4, -1).sum(1), torch.tensor([0, 4])).all()
 
 
+def test_the_default_of_other_models_is_said_with_what_keeps_more(own):
+    asked = {"model": f"{own}:mlp_with_example", "sparsity": 0.5}
+    note = "No --method was given: magnitude is the default for what is no causal language model."
+    assert str(prepare(request(asked), offline=True)).count(note) == 1
+    assert note not in str(prepare(request({**asked, "method": "magnitude"}), offline=True))
+
+
 def test_a_computed_weight_is_listed_and_not_warned_of(prune, tmp_path):
     code = tmp_path / "normed.py"
     code.write_text(

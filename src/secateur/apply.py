@@ -25,6 +25,12 @@ from secateur.scoring import statistics_of
 __all__ = ["Applied", "apply_", "intention", "needs_calibration", "planned"]
 
 
+PLAIN = (
+    "No --method was given: magnitude is the default for what is no causal language model. It looks at no data; with "
+    "--data, sparsegpt and alps keep more of a model, see docs/results.md."
+)
+
+
 @dataclass(frozen=True)
 class Applied:
     """What a method did.
@@ -207,7 +213,8 @@ def intention(asked: PruneRequest, typed: PruneRequest, todo: Plan) -> tuple[str
     if cuts_units(asked):
         return (*_of_units(asked, typed), *_crossing(todo))
     if asked.method != "best":
-        return ()
+        default = typed.method is None and asked.method == "magnitude"
+        return (PLAIN,) if default else ()
     tries = (
         "Method best starts at this recipe, tries shares that differ by depth where the pattern leaves a choice, "
         "reconstructs attention and feed-forward of every block, and keeps of it what lowers the divergence from "
