@@ -172,3 +172,10 @@ def test_an_axis_that_is_no_whole_groups_stays():
     assert not found.kept
     assert any(why == "6 are no whole groups of 4" for _, why in found.left_out)
     assert str(found) == "no input channels were put in order"
+
+
+def test_a_pattern_is_no_recipe():
+    with pytest.raises(
+        UsageError, match=r"recipe is NM\(n=2, m=4\); expected a Recipe such as secateur\.wanda"
+    ):
+        permute_channels_(nn.Linear(4, 4), NM(2, 4), [torch.ones(2, 4)])

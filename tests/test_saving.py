@@ -353,3 +353,13 @@ def test_own_modules_need_their_builder_and_the_right_one(tmp_path: Path, net, c
     assert torch.equal(load(tmp_path / "c", f"{code}:picky")(x), small.eval()(x))
     save(picky, tmp_path / "d")  # not shrunk: the same two functions
     assert torch.equal(load(tmp_path / "d", lambda: own.call(f"{code}:picky", seed=3))(x), picky.eval()(x))
+
+
+def test_a_folder_without_a_config_needs_its_builder(tmp_path: Path) -> None:
+    model = nn.Linear(3, 4)
+    assert save(model, tmp_path / "own") == "state"
+    with pytest.raises(
+        UsageError, match=r"own: no config\.json says what model .*: secateur\.load\(folder, build\), with"
+    ):
+        load(tmp_path / "own")
+    assert torch.equal(load(tmp_path / "own", lambda: nn.Linear(3, 4)).weight, model.weight)

@@ -22,7 +22,7 @@ from secateur.pattern import NM
 from secateur.pattern.axis import columns_of
 from secateur.recipes import Recipe
 from secateur.scoring import Statistics, gather_for, scored, statistics_of
-from secateur.target import shape_of
+from secateur.target import check_recipe, shape_of
 
 __all__ = [
     "Axis",
@@ -116,6 +116,7 @@ def permute_channels_(
         >>> list(found.kept), found.left_out
         (['feed-forward units of 0,2'], (('0.weight', 'nothing in the model computes its inputs in another order'),))
     """
+    check_recipe(recipe)
     groups = groups_of(recipe)
     batches = None if data is None else list(data)
     if example is None and not batches:

@@ -91,7 +91,7 @@ def load(
             those are faster. "memory": packed weights alone.
 
     Raises:
-        UsageError: no such folder; a module of one's own without `build`.
+        UsageError: no such folder; a module of one's own, or a folder that says nothing of its model, without `build`.
         InputError: a file is truncated, garbled, altered, or does not fit, by name.
 
     Cost: memory for the model as it is stored.
@@ -107,6 +107,11 @@ def load(
     if build is None:
         if is_compact(place) and not open_compact(place).pretrained:
             read_compact(open_compact(place))  # says that it needs build
+        if place.is_dir() and not is_compact(place) and not (place / "config.json").exists():
+            raise UsageError(
+                f"{place}: no config.json says what model these weights are of; say what builds it: "
+                "secateur.load(folder, build), with a function or 'file.py:function'"
+            )
         return models.load(place, dtype=dtype, device=device, offline=True).model
     if not place.is_dir():
         raise UsageError(f"{place}: no such folder.")

@@ -14,14 +14,19 @@ from secateur.core.where import Layer
 from secateur.errors import UsageError, nearest
 from secateur.recipes import METHODS, Recipe
 
-__all__ = ["check_arguments", "shape_of", "weights_to_keep"]
+__all__ = ["check_arguments", "check_recipe", "shape_of", "weights_to_keep"]
+
+
+def check_recipe(recipe: Any) -> None:
+    """A name, a pattern or a score is none."""
+    if not isinstance(recipe, Recipe):
+        known = f"; {nearest(recipe, METHODS)}" if isinstance(recipe, str) else ""
+        raise UsageError(f"recipe is {recipe!r}; expected a Recipe such as secateur.wanda{known}")
 
 
 def check_arguments(sparsity: Any, recipe: Any, nonzero: Any) -> None:
     """The slips that types cannot catch: a recipe for a sparsity, a name for a recipe, half a parameter."""
-    if not isinstance(recipe, Recipe):
-        known = f"; {nearest(recipe, METHODS)}" if isinstance(recipe, str) else ""
-        raise UsageError(f"recipe is {recipe!r}; expected a Recipe such as secateur.wanda{known}")
+    check_recipe(recipe)
     if sparsity is not None and not isinstance(sparsity, Real):
         what = "a recipe, which goes to recipe=" if isinstance(sparsity, Recipe) else repr(sparsity)
         raise UsageError(f"sparsity is {what}; expected a number in [0, 1]")
