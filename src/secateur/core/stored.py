@@ -42,6 +42,7 @@ def save_tensors(
     path = Path(path)
     beside = path.with_name(f".{path.name}.tmp")
     try:
+        beside.unlink(missing_ok=True)  # of a write that was killed, with permissions of its own
         beside.touch()
         mode = beside.stat().st_mode & 0o777  # what the umask, or the folder's default, gives a new file
         save_file(dict(tensors), beside, metadata=None if header is None else dict(header))
