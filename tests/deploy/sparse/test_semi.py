@@ -252,12 +252,13 @@ def test_it_is_measured_with_its_own_zeros(fast, tmp_path, monkeypatch):
 
 
 def test_forms_that_are_looked_at(fast):
-    some = torch.rand(64, 256, generator=torch.Generator().manual_seed(9)) < 0.4
+    chance = torch.rand(64, 256, generator=torch.Generator().manual_seed(9))
     cases = (
         (chosen(64, 256, "2:4"), ("bitmask", "2:4")),
         (chosen(64, 256, "8:16"), ("bitmask", "8:16")),
         (chosen(64, 256, "2:16"), ("bitmask", "index", "2:16")),
-        (chosen(64, 256, "2:4").masked_fill(some, 0), ("bitmask",)),  # much room
+        (chosen(64, 256, "2:4").masked_fill(chance < 0.4, 0), ("bitmask", "2:4")),  # 1.5 times as large
+        (chosen(64, 256, "2:4").masked_fill(chance < 0.6, 0), ("bitmask", "index")),  # twice
     )
     for weight, expected in cases:
         assert choice._forms(pack(weight, "int8", form="bitmask")) == expected

@@ -35,7 +35,8 @@ CACHES = 1 << 25  # bytes; a model of more finds its weights in main memory
 ROUNDS, SECONDS = 24, 0.1  # for each batch: whichever comes first, but three rounds
 LEVELS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
 THIN = 0.25  # share of non-zeros below which the index form is looked at
-ROOM = 1.25  # what N:M may hold, as a share of the non-zeros
+BITS = {"float32": 32, "bfloat16": 16, "float16": 16, "int8": 8, "int4": 4}
+ROOM = 1.5  # bytes that N:M may take, times those of the smaller of the other forms
 _known: dict[str, list[list[float]]] = {}
 
 
@@ -123,11 +124,17 @@ def _forms(packed: Packed) -> tuple[str, ...]:
     if packed.density < THIN or packed.form == "index":
         found.append("index")
     nm = packed.form if packed.lanes is not None else semi.closest(kernels.mask_of(packed))
-    groups = 1 if packed.scale is None else packed.scale.shape[1]
-    if nm is not None and semi.lanes_of(nm, packed.kind, packed.columns).scales_fit(groups):
-        share = semi.PATTERNS[nm][0] / semi.CHUNK
-        found += [nm] * (share <= ROOM * packed.density)
+    if nm is not None and _worth_its_room(packed, semi.lanes_of(nm, packed.kind, packed.columns)):
+        found.append(nm)
     return tuple(found)
+
+
+def _worth_its_room(packed: Packed, lanes: semi.Lanes) -> bool:
+    """Whether N:M goes with a matrix's scales and takes not much more than the other forms."""
+    size = BITS[packed.kind]
+    least = packed.density * size + min(1, 8 * packed.density)
+    fits = lanes.scales_fit(1 if packed.scale is None else packed.scale.shape[1])
+    return fits and lanes.kept / semi.CHUNK * (size + lanes.bits) <= ROOM * least
 
 
 def measured(packed: Packed, kind: Kind, form: str | None = None) -> list[list[float]]:
