@@ -50,6 +50,13 @@ struct Room {
     }
 };
 
+// Room for elements from a whole cache line on: a vector across two of them takes twice as long
+template <class T>
+T* in_lines(std::vector<T>& held, int64_t size) {
+    held.resize(size + 64 / sizeof(T));
+    return held.data() + (64 - reinterpret_cast<uintptr_t>(held.data()) % 64) % 64 / sizeof(T);
+}
+
 WIDE void to_integers(const float* x, int64_t columns, int8_t* out, float* factor) {
     float most[16] = {}, largest = 0;  // side by side, so that comparisons do not wait for each other
     int64_t start = 0;
@@ -76,37 +83,40 @@ Inputs ready(const Matrix& m, const float* x, int64_t batch, bool shifted, Room&
     Inputs in{};
     in.batch = batch, in.padded = (m.columns + SPAN - 1) / SPAN * SPAN;
     if (in_integers(m)) {
-        room.integers.assign(batch * in.padded, 0);
+        int8_t* integers = in_lines(room.integers, batch * in.padded);
         room.factor.resize(batch);
-        for (int64_t b = 0; b < batch; ++b)
-            to_integers(x + b * m.columns, m.columns, room.integers.data() + b * in.padded, room.factor.data() + b);
-        in.integers = room.integers.data(), in.factor = room.factor.data();
+        for (int64_t b = 0; b < batch; ++b) {
+            int8_t* row = integers + b * in.padded;
+            to_integers(x + b * m.columns, m.columns, row, room.factor.data() + b);
+            std::memset(row + m.columns, 0, in.padded - m.columns);
+        }
+        in.integers = integers, in.factor = room.factor.data();
         if (shifted) {
-            room.shifted.resize(batch * in.padded);
-            for (int64_t i = 0; i < batch * in.padded; ++i) room.shifted[i] = uint8_t(room.integers[i] + 128);
-            in.shifted = room.shifted.data();
+            uint8_t* above = in_lines(room.shifted, batch * in.padded);
+            for (int64_t i = 0; i < batch * in.padded; ++i) above[i] = uint8_t(integers[i] + 128);
+            in.shifted = above;
         } else if (batch <= FEW) {
-            room.magnitudes.resize(batch * in.padded);
-            without_signs(room.integers.data(), batch * in.padded, room.magnitudes.data());
-            in.magnitudes = room.magnitudes.data();
+            int8_t* magnitudes = in_lines(room.magnitudes, batch * in.padded);
+            without_signs(integers, batch * in.padded, magnitudes);
+            in.magnitudes = magnitudes;
         }
         return in;
     }
-    room.plain.resize(batch * in.padded);
+    float* plain = in_lines(room.plain, batch * in.padded);
     for (int64_t b = 0; b < batch; ++b) {
-        float* row = room.plain.data() + b * in.padded;
+        float* row = plain + b * in.padded;
         std::memcpy(row, x + b * m.columns, m.columns * sizeof(float));
         std::fill(row + m.columns, row + in.padded, 0.0f);
     }
-    in.plain = room.plain.data();
+    in.plain = plain;
     if (m.kind == BF16 && m.block == 1 && m.form == BITMASK) {
-        room.paired.resize(batch * in.padded);
+        float* paired = in_lines(room.paired, batch * in.padded);
         for (int64_t start = 0; start < batch * in.padded; start += 32)
             for (int i = 0; i < 16; ++i) {
-                room.paired[start + i] = in.plain[start + 2 * i];
-                room.paired[start + 16 + i] = in.plain[start + 2 * i + 1];
+                paired[start + i] = in.plain[start + 2 * i];
+                paired[start + 16 + i] = in.plain[start + 2 * i + 1];
             }
-        in.paired = room.paired.data();
+        in.paired = paired;
     }
     return in;
 }
@@ -156,8 +166,8 @@ Tiled ready_for_tiles(const Matrix& m, const float* x, int64_t batch, Room& room
             }
         rows = reinterpret_cast<const char*>(room.halves.data());
     }
-    room.tiles.assign(bytes / 64 * in.tiles * TILE_BYTES + 64, 0);
-    uint8_t* tiles = room.tiles.data() + (64 - reinterpret_cast<uintptr_t>(room.tiles.data()) % 64) % 64;
+    uint8_t* tiles = in_lines(room.tiles, bytes / 64 * in.tiles * TILE_BYTES);
+    std::memset(tiles, 0, bytes / 64 * in.tiles * TILE_BYTES);
     for (int64_t b = 0; b < batch; ++b)
         for (int64_t i = 0; i < bytes; i += 4) {
             uint8_t* tile = tiles + (i / 64 * in.tiles + b / TILE) * TILE_BYTES;
@@ -190,9 +200,7 @@ void multiply_many(
 ) {
     const int lanes = lanes_for(batch, m.block > 1 ? table->lanes : 64);
     const int64_t tiles = (batch + lanes - 1) / lanes, each = (m.columns + SPAN - 1) / SPAN * SPAN * lanes;
-    room.packed.resize(tiles * each + 16);
-    // whole cache lines: a vector across two of them takes twice as long
-    float* packed = room.packed.data() + (64 - reinterpret_cast<uintptr_t>(room.packed.data()) % 64) % 64 / sizeof(float);
+    float* packed = in_lines(room.packed, tiles * each);
     for (int64_t tile = 0; tile < tiles; ++tile)
         pack(
             x + tile * lanes * m.columns, std::min<int64_t>(lanes, batch - tile * lanes), m.columns, lanes,
