@@ -15,6 +15,7 @@ from torch import nn
 from secateur import magnitude, prune_
 from secateur.deploy.sparse import choice, gpu, load_sparse_, pack, save_sparse, sparsify_
 from secateur.deploy.sparse.kernels import mask_of
+from secateur.deploy.sparse.modules import SparseLinear
 from secateur.deploy.sparse.ops import BATCHES, STREAM, TILES, UNPACK, sparse_linear
 from secateur.deploy.sparse.packed import CODEBOOK, pack_integers, reformed
 from secateur.deploy.sparse.semi import PATTERNS, closest, fits, lanes_of
@@ -238,6 +239,17 @@ def test_a_pruned_model_runs_in_it_and_is_stored_as_bits(fast, tmp_path, monkeyp
     fast_again = load_sparse_(copy.deepcopy(blank), tmp_path / "m.safetensors", prefer="speed")
     assert fast_again[0].packed.form == "4:16"
     assert torch.equal(fast_again(x), made(x))
+
+
+@pytest.mark.parametrize(("form", "kind"), [("2:4", "int8"), ("4:16", "float32"), ("dense", "int4")])
+def test_layers_compile_with_the_usual_ways(fast, form, kind):
+    weight = torch.randn(64, 128) if form == "dense" else chosen(64, 128, form)
+    layer = nn.Sequential(SparseLinear(pack(weight, kind, form=form), torch.randn(64), torch.float32))
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for batch in (1, 7):
+        x = torch.randn(batch, 128)
+        assert torch.equal(compiled(x), layer(x))
+        assert torch.equal(torch.export.export(layer, (x,)).module()(x), layer(x))
 
 
 def test_it_is_measured_with_its_own_zeros(fast, tmp_path, monkeypatch):

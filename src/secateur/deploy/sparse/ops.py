@@ -136,7 +136,7 @@ def _way(packed: Packed, ways: Sequence[int], batch: int) -> int:
     way = min(ways[bucket(batch)], UNPACK) if batch else UNPACK
     if way == UNPACK or (way == STREAM and streams(packed, batch)):
         return way
-    return UNPACK if packed.form == "squares" or packed.lanes is not None else TILES
+    return UNPACK if packed.form == "squares" or packed.in_lanes else TILES
 
 
 def _sparse_linear(
@@ -201,7 +201,7 @@ def by_torch(packed: Packed, x: Tensor, bias: Tensor | None) -> Tensor:
 
 def streams(packed: Packed, batch: int) -> bool:
     """Whether a batch can be multiplied straight from the stream."""
-    if batch > FEW and not packed.in_integers and packed.lanes is None:
+    if batch > FEW and not packed.in_integers and not packed.in_lanes:
         return _meets_tiles(packed)
     return packed.columns <= INTEGER_COLUMNS
 

@@ -102,8 +102,12 @@ class Packed:
     @property
     def lanes(self) -> semi.Lanes | None:
         """Where values lie, of N:M and dense 4-bit codes."""
-        found = self.form in semi.PATTERNS or (self.form == "dense" and self.kind == "int4")
-        return semi.lanes_of(self.form, self.kind, self.columns) if found else None
+        return semi.lanes_of(self.form, self.kind, self.columns) if self.in_lanes else None
+
+    @property
+    def in_lanes(self) -> bool:
+        """Whether values lie in the lanes of vectors, and any batch meets them: N:M and dense 4-bit codes."""
+        return self.form in semi.PATTERNS or (self.form == "dense" and self.kind == "int4")
 
     @cached_property
     def per_group(self) -> Tensor:
