@@ -63,7 +63,7 @@ pytest.importorskip("plotly")
         (
             "OWN:mlp_with_example",
             {"method": "wanda", "data": "OWN:images"},
-            "cannot be run on the calibration data",
+            "0.weight: takes inputs of width 16, and calibration data bring it 8 (input of shape (8, 1, 8, 8)); give",
         ),
         ("OWN:moody", {}, "own.py:moody: this model cannot be copied ("),
         ("OWN:shared", {"only": ["first"]}, "is the same tensor as second.weight"),
