@@ -39,7 +39,8 @@ test-sanitized: $(VENV)/.installed-dev
 	CXX="g++ -fsanitize=address,undefined -fno-sanitize-recover=undefined -g" SECATEUR_SANITIZED=1 \
 		LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 		ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -s -m 'slow or not slow' \
-		tests/deploy/sparse/test_kernels.py tests/deploy/sparse/test_packed.py tests/deploy/sparse/test_store.py \
+		tests/deploy/sparse/test_kernels.py tests/deploy/sparse/test_packed.py tests/deploy/sparse/test_semi.py \
+		tests/deploy/sparse/test_squares.py tests/deploy/sparse/test_store.py \
 		tests/core/test_native.py tests/core/test_eliminate.py
 
 lint: $(VENV)/.installed-dev
