@@ -91,6 +91,7 @@ Inputs ready(const Matrix& m, const float* x, int64_t batch, bool shifted, Room&
             std::memset(row + m.columns, 0, in.padded - m.columns);
         }
         in.integers = integers, in.factor = room.factor.data();
+        if (m.form == SEMI) return in;
         if (shifted) {
             uint8_t* above = in_lines(room.shifted, batch * in.padded);
             for (int64_t i = 0; i < batch * in.padded; ++i) above[i] = uint8_t(integers[i] + 128);
