@@ -149,8 +149,10 @@ def of_patterns(weight: Tensor, kinds: list[str], patterns: list[str]) -> Iterat
 
 def ways_of(packed: Packed, batch: int, kind: str) -> list[int]:
     """Those that are timed."""
-    if packed.form == "squares" or packed.lanes is not None:
-        return [STREAM, UNPACK] if batch > 4 and packed.lanes is not None else [STREAM]
+    if packed.form == "squares":
+        return [STREAM]
+    if packed.in_lanes and packed.in_integers:
+        return [STREAM, UNPACK] if batch > 4 else [STREAM]
     ways = [STREAM, TILES] if streams(packed, batch) else [TILES]
     return ways + [UNPACK] * (batch > 4 and packed.block == 1 and kind != "int4")
 

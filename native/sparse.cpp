@@ -207,6 +207,9 @@ void multiply_many(
             x + tile * lanes * m.columns, std::min<int64_t>(lanes, batch - tile * lanes), m.columns, lanes,
             packed + tile * each, threads
         );
+    if (m.form == SEMI)  // a value that only fills a vector is zero, and may stand behind the last column
+        for (int64_t tile = 0; tile < tiles; ++tile)
+            std::fill(packed + tile * each + m.columns * lanes, packed + (tile + 1) * each, 0.0f);
     const int64_t panel = std::max<int64_t>(1, PANEL / m.block), panels = (m.groups + panel - 1) / panel;
     in_parallel(panels * tiles, threads, [&](int64_t chunk) {
         alignas(64) float local[PANEL * 64];
@@ -260,10 +263,10 @@ void multiply(
     const Kernels* table, const Matrix& m, const float* x, int64_t batch, const float* bias, float* y, int64_t way, int threads,
     bool shifted, Room& room
 ) {
-    const bool squares = m.form == SQUARES, streamed = m.form >= SQUARES;
+    const bool squares = m.form == SQUARES, semi = m.form == SEMI;
     if (way == 0 && by_tiles(table, m, x, batch)) return multiply_tiled(table, m, x, batch, bias, y, threads, room);
     if (squares && batch > FEW && table->squares) return multiply_squares(table, m, x, batch, bias, y, threads, room);
-    if (!streamed && (way == 1 || (batch > FEW && !in_integers(m))))
+    if (semi ? way == 1 && m.kind < I8 : !squares && (way == 1 || (batch > FEW && !in_integers(m))))
         return multiply_many(table, m, x, batch, bias, y, threads, room);
     const Inputs in = ready(m, x, batch, shifted, room);
     const int64_t step = std::max<int64_t>(1, std::min<int64_t>(64, m.groups / (4 * threads) + 1));
@@ -278,7 +281,8 @@ void multiply(
 API int64_t secateur_sparse_level() { return amx_kernels() ? 3 : avx512_kernels() ? 2 : avx2_kernels() ? 1 : 0; }
 
 // y = x w^T + bias. `way` 0: straight from the stream, at most FEW tokens unless they become integers or meet tile registers;
-// 1: tokens in the lanes, which is what is done with more tokens in way 0 too; SQUARES and SEMI have one way. `level` as above.
+// 1: tokens in the lanes, which is what is done with more tokens in way 0 too; SQUARES have one way, and so
+// do SEMI's integers. `level` as above.
 // Returns 0; 1, with nothing done, where x holds NaN or Inf and the way would not carry them to every row; 2 for a form that
 // does not go with its kind; 3 where memory is short.
 API int64_t secateur_sparse_multiply(const void* const* pointers, const int64_t* numbers) {

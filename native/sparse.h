@@ -116,6 +116,29 @@ static inline int64_t unit_of(const Matrix& m, int64_t vector, int64_t lane) {
     return start + (2 * (in_half / whole) + lane / half) * chunk + in_half % whole / each * wide;
 }
 
+// SEMI of numbers: where the lanes of the vectors that meet 64 columns take their inputs from
+static inline void units_of_word(const Matrix& m, uint8_t* first) {
+    const int64_t reach = CHUNK * 8 / m.kept;
+    for (int64_t i = 0; i < WORD / 2; ++i) first[i] = uint8_t(i / 8 * reach % WORD + unit_of(m, 0, i % 8));
+}
+
+// The columns that those vectors take, and how many they are: the ones from position `at` of the stream on, of a row's last
+// 64 columns perhaps fewer
+static inline __attribute__((always_inline)) int columns_of_word(const Matrix& m, int64_t row, int64_t at, const uint8_t* first, uint8_t* columns) {
+    const int64_t filled = 32 / m.bits, stored = m.offsets[row + 1] - m.offsets[row], start = at - m.offsets[row];
+    const int n = int(stored - start < m.kept * 4 ? stored - start : m.kept * 4);
+    const uint8_t* index = m.index + row * ((stored / 8 + filled - 1) / filled * VECTOR);
+    for (int i = 0; i < n; i += 8) {
+        const int64_t vector = (start + i) / 8;
+        uint32_t chosen[8];
+        __builtin_memcpy(chosen, index + vector / filled * VECTOR, VECTOR);
+        const int shift = int(vector % filled) * m.bits;
+        for (int lane = 0; lane < 8; ++lane)
+            columns[i + lane] = uint8_t(first[i + lane] + (chosen[lane] >> shift & ((1u << m.bits) - 1)));
+    }
+    return n;
+}
+
 // Whether inputs straight from the stream are rounded to integers, which serves any number of tokens
 static inline bool in_integers(const Matrix& m) { return (m.kind == I8 || m.kind == I4) && m.form != INDEX; }
 

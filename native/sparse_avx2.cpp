@@ -317,7 +317,7 @@ ALWAYS void widen(const Matrix& m, int64_t at, int64_t n, float* out) {
 
 // The units of a group in a span: their columns, and their values as float32, scaled by row where that is possible
 struct Stretch {
-    uint8_t listed[WORD + 16];
+    uint8_t listed[WORD + 16], first[WORD];
     float room[SPAN * 16 + 16];
     const uint8_t* columns;
     const float* values;
@@ -328,6 +328,8 @@ ALWAYS void stretch(const Matrix& m, int64_t group, int64_t number, int64_t at, 
     if (m.form == INDEX) {
         s.n = m.counts[group * m.words + number];
         s.columns = m.index + at;
+    } else if (m.form == SEMI) {
+        s.n = columns_of_word(m, group, at, s.first, s.listed), s.columns = s.listed;
     } else if (m.form == DENSE) {
         const int64_t left = m.columns - number * WORD;
         s.n = int(left < WORD ? left : WORD);
@@ -713,6 +715,7 @@ ALWAYS void lanes_of_block(const Stretch& s, int block, const float* x, int lane
 
 void many(const Matrix& m, const float* x, int lanes, float* y, int64_t first, int64_t last) {
     Stretch s;
+    if (m.form == SEMI) units_of_word(m, s.first);
     int64_t at[PANEL];
     for (int64_t group = first; group < last; ++group) at[group - first] = m.offsets[group];
     const int64_t width = m.form == INDEX ? SPAN : WORD;

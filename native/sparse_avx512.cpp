@@ -409,6 +409,7 @@ void few(const Matrix& m, const Inputs& in, const float* bias, float* y, int64_t
 // The units of a group in a word or span: their columns, and their values as scaled float32
 struct Stretch {
     alignas(64) uint8_t listed[WORD];
+    uint8_t first[WORD];
     float room[SPAN * 16 + 64];
     const uint8_t* columns;
     const float* values;
@@ -460,6 +461,8 @@ ALWAYS void stretch(const Matrix& m, int64_t group, int64_t number, int64_t at, 
     if (m.form == INDEX) {
         s.n = m.counts[group * m.words + number];
         s.columns = m.index + at;
+    } else if (m.form == SEMI) {
+        s.n = columns_of_word(m, group, at, s.first, s.listed);
     } else {
         const uint64_t bits = m.form == DENSE ? lowest(m.columns - number * WORD) : m.mask[group * m.words + number];
         _mm512_store_si512(s.listed, _mm512_maskz_compress_epi8(bits, _mm512_load_si512(o.counted)));
@@ -532,6 +535,7 @@ ALWAYS void lanes_of_block(const Stretch& s, int block, const float* x, float* y
 void many(const Matrix& m, const float* x, int lanes, float* y, int64_t first, int64_t last) {
     if (lanes == 8) return narrow->many(m, x, lanes, y, first, last);
     Stretch s;
+    if (m.form == SEMI) units_of_word(m, s.first);
     int64_t at[PANEL];
     for (int64_t group = first; group < last; ++group) at[group - first] = m.offsets[group];
     const int64_t width = m.form == INDEX ? SPAN : WORD;

@@ -136,7 +136,7 @@ def _way(packed: Packed, ways: Sequence[int], batch: int) -> int:
     way = min(ways[bucket(batch)], UNPACK) if batch else UNPACK
     if way == UNPACK or (way == STREAM and streams(packed, batch)):
         return way
-    return UNPACK if packed.form == "squares" or packed.in_lanes else TILES
+    return UNPACK if packed.form == "squares" or (packed.in_lanes and packed.in_integers) else TILES
 
 
 def _sparse_linear(
