@@ -241,6 +241,21 @@ def test_a_pruned_model_runs_in_it_and_is_stored_as_bits(fast, tmp_path, monkeyp
     assert torch.equal(fast_again(x), made(x))
 
 
+def test_memory_takes_it_where_it_is_no_larger(fast, monkeypatch):
+    monkeypatch.setattr(choice, "_known", {})
+    times = {"bitmask": [1.0, 2.0, 1e9, 3.0], "8:16": [1.0, 1.5, 1e9, 3.0], "2:4": [1.0, 1.5, 1e9, 3.0]}
+    monkeypatch.setattr(choice, "_measure", lambda like, *_: [times[like.form]] * (len(BATCHES) + 1))
+    kind = choice.kind_of(nn.Linear(512, 64), torch.float32)
+    for form, taken in (("2:4", "2:4"), ("8:16", "bitmask")):  # 5 and 6 bits a weight, a bitmask 5
+        found = pack(chosen(64, 512, form), "int8", form="bitmask")
+        how = choice.choose(found, kind, always=True)
+        assert how.packed.form == taken
+        assert how.ways == (STREAM,) * (len(BATCHES) + 1)
+        assert torch.equal(how.packed.dense(), found.dense())
+    times["2:4"] = [1.0, 2.5, 1e9, 3.0]  # measured anew for another size
+    assert choice.choose(pack(chosen(64, 1024, "2:4"), "int8"), kind, always=True).packed.form == "bitmask"
+
+
 @pytest.mark.parametrize(("form", "kind"), [("2:4", "int8"), ("4:16", "float32"), ("dense", "int4")])
 def test_layers_compile_with_the_usual_ways(fast, form, kind):
     weight = torch.randn(64, 128) if form == "dense" else chosen(64, 128, form)

@@ -10,7 +10,7 @@ import hashlib
 import math
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import cycle
@@ -35,6 +35,7 @@ CACHES = 1 << 25  # bytes; a model of more finds its weights in main memory
 ROUNDS, SECONDS = 24, 0.1  # for each batch: whichever comes first, but three rounds
 LEVELS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
 THIN = 0.25  # share of non-zeros below which the index form is looked at
+SAME_ROOM = 1.02
 BITS = {"float32": 32, "bfloat16": 16, "float16": 16, "int8": 8, "int4": 4}
 ROOM = 1.5  # bytes that N:M may take, times those of the smaller of the other forms
 _known: dict[str, list[list[float]]] = {}
@@ -92,12 +93,12 @@ def choose(packed: Packed, kind: Kind, *, keep_dense: bool = False, always: bool
         kind: of the layer that it belongs to.
         keep_dense: let batches at which every packed way is slower use the dense weight, kept beside the packed one.
             Otherwise a layer with such a batch is dense.
-        always: packed as it is, in the fastest packed way, even where dense is faster.
+        always: packed, in the fastest packed way, even where dense is faster, in its form or one that takes no more.
     """
-    if always and native.library() is not None:
-        return Choice(packed, tuple(others.index(min(others)) for _, *others in measured(packed, kind)))
     if native.library() is None:
         return Choice(packed, (UNPACK,) * (len(BATCHES) + 1))
+    if always:
+        return _in_no_more_room(packed, kind)
     best, gain = Choice(None, ()), WORTH
     for form in _forms(packed):
         times = measured(packed, kind, form)
@@ -108,10 +109,29 @@ def choose(packed: Packed, kind: Kind, *, keep_dense: bool = False, always: bool
         )
         if max(ratios) < WORTH or (DENSE in ways and not keep_dense):
             continue
-        first, *rest = (math.log(max(ratio, 1.0) if keep_dense else ratio) for ratio in ratios)
-        mean = math.exp(first / 2 + sum(rest) / len(rest) / 2)  # one token counts as much as all else: decoding
+        mean = _mean(max(ratio, 1.0) if keep_dense else ratio for ratio in ratios)
         if mean > gain or best.packed is None:
             best, gain = Choice(packed if form == packed.form else reformed(packed, form), ways), mean
+    return best
+
+
+def _mean(ratios: Iterable[float]) -> float:
+    """The geometric mean over batches, in which one token counts as much as all else: decoding."""
+    first, *rest = map(math.log, ratios)
+    return math.exp(first / 2 + sum(rest) / len(rest) / 2)
+
+
+def _in_no_more_room(packed: Packed, kind: Kind) -> Choice:
+    """The fastest of a matrix's own form and an N:M that takes no more, up to its padding."""
+    best, least = Choice(None, ()), math.inf
+    for form in {packed.form: None, **dict.fromkeys(_forms(packed))}:
+        made = packed if form == packed.form else reformed(packed, form) if form in semi.PATTERNS else None
+        if made is None or made.nbytes > SAME_ROOM * packed.nbytes:
+            continue
+        times = measured(packed, kind, form)
+        mean = _mean(min(others) for _, *others in times)
+        if mean < least:
+            best, least = Choice(made, tuple(others.index(min(others)) for _, *others in times)), mean
     return best
 
 

@@ -160,8 +160,9 @@ def load_sparse_(
         dense: give every layer an ordinary weight; otherwise linear layers, convolutions and embeddings that were
             packed run packed.
         prefer: "speed" takes for each layer the fastest form and ways on this machine, measured once, with the dense
-            weight kept beside, or alone, for batches at which that is faster; "memory" keeps no dense weights and every
-            form as it is stored, and takes the fastest packed ways; None measures nothing and takes the usual ways.
+            weight kept beside, or alone, for batches at which that is faster; "memory" keeps no dense weights and no
+            form that takes more than what is stored, and takes the fastest packed ways; None measures nothing and takes
+            the usual ways.
 
     Raises:
         InputError: no such file, altered content, or another architecture.
