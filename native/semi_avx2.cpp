@@ -46,21 +46,26 @@ ALWAYS __m256 pick_of_four(const float* x, __m256i where) {
     return _mm256_blend_ps(_mm256_blend_ps(v[0], v[1], 0x22), _mm256_blend_ps(v[2], v[3], 0x88), 0xcc);
 }
 
-// KEPT of every 16
+// 8 of every 16
+ALWAYS __m256 pick_8_of_sixteen(const float* x, __m256i where) {
+    const __m256 upper = _mm256_castsi256_ps(_mm256_slli_epi32(where, 28));
+    const __m256 low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(x), where);
+    return _mm256_blendv_ps(low, _mm256_permutevar8x32_ps(_mm256_loadu_ps(x + 8), where), upper);
+}
+
+// 4 or 2 of every 16, from `quarters`: two bits of an index say which of four, which a permutation within halves reaches, two
+// which four. (Permutations of whole vectors take twice as long, gathers too.)
 template <int KEPT>
 ALWAYS __m256 pick_of_sixteen(const float* x, __m256i where) {
-    if (KEPT == 2) {  // a gather is faster than eight permutations
-        const __m256i base = _mm256_setr_epi32(0, 0, 16, 16, 32, 32, 48, 48);
-        return _mm256_i32gather_ps(x, _mm256_add_epi32(_mm256_and_si256(where, _mm256_set1_epi32(15)), base), 4);
+    if (KEPT == 8) return pick_8_of_sixteen(x, where);
+    const __m256 lower = _mm256_castsi256_ps(_mm256_slli_epi32(where, 29)), upper = _mm256_castsi256_ps(_mm256_slli_epi32(where, 28));
+    __m256 found[2];
+    for (int i = 0; i < (KEPT == 2 ? 2 : 1); ++i) {  // chunks of a half
+        __m256 v[4];
+        for (int q = 0; q < 4; ++q) v[q] = _mm256_permutevar_ps(_mm256_loadu_ps(x + 8 * (4 * i + q)), where);
+        found[i] = _mm256_blendv_ps(_mm256_blendv_ps(v[0], v[1], lower), _mm256_blendv_ps(v[2], v[3], lower), upper);
     }
-    constexpr int FROM = 8 / KEPT;
-    const __m256 upper = _mm256_castsi256_ps(_mm256_slli_epi32(where, 28));
-    __m256 v[FROM];
-    for (int i = 0; i < FROM; ++i, x += CHUNK) {
-        const __m256 low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(x), where);
-        v[i] = _mm256_blendv_ps(low, _mm256_permutevar8x32_ps(_mm256_loadu_ps(x + 8), where), upper);
-    }
-    return KEPT == 8 ? v[0] : _mm256_blend_ps(v[0], v[FROM - 1], 0xf0);
+    return KEPT == 2 ? _mm256_blend_ps(found[0], found[1], 0xcc) : found[0];
 }
 
 // Scales of a vector's lanes of sums, 4 products each: one, or 2 or 4 that every half shares out
@@ -161,7 +166,8 @@ struct Numbers {
     __m256 total[T][2];
 
     ALWAYS Numbers(const Matrix& m, const Shape&, const Inputs& in, int64_t row, int64_t b) {
-        values = (const char*)m.values + m.offsets[row] * SIZE, x = in.plain + b * in.padded, padded = in.padded;
+        values = (const char*)m.values + m.offsets[row] * SIZE;
+        x = (BITS == 4 && KEPT < 8 ? in.quarters : in.plain) + b * in.padded, padded = in.padded;
         for (int t = 0; t < T; ++t) total[t][0] = total[t][1] = _mm256_setzero_ps();
     }
 

@@ -110,6 +110,14 @@ Inputs ready(const Matrix& m, const float* x, int64_t batch, bool shifted, Room&
         std::fill(row + m.columns, row + in.padded, 0.0f);
     }
     in.plain = plain;
+    if (m.form == SEMI && m.bits == 4 && m.kept < 8) {
+        float* quarters = in_lines(room.paired, batch * in.padded);
+        for (int64_t i = 0; i < in.padded; i += 4) {
+            const int64_t from = column_of_quarter(m, i);
+            for (int64_t b = 0; b < batch; ++b) std::memcpy(quarters + b * in.padded + i, plain + b * in.padded + from, 16);
+        }
+        in.quarters = quarters;
+    }
     if (m.kind == BF16 && m.block == 1 && m.form == BITMASK) {
         float* paired = in_lines(room.paired, batch * in.padded);
         for (int64_t start = 0; start < batch * in.padded; start += 32)

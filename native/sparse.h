@@ -54,6 +54,7 @@ struct Inputs {
     int64_t batch, padded;        // columns with padding
     const float* plain;           // batch x padded
     const float* paired;          // BF16: of every 32 columns the even ones, then the odd ones
+    const float* quarters;        // SEMI of numbers, 4 or 2 of every 16: fours of columns as vectors take them, see below
     const int8_t* integers;       // I8, I4: batch x padded, in [-127, 127]
     const int8_t* magnitudes;     // of those, for at most FEW tokens; not for AVX-512
     const uint8_t* shifted;       // those and 128, for AVX-512
@@ -114,6 +115,15 @@ static inline int64_t unit_of(const Matrix& m, int64_t vector, int64_t lane) {
     const int64_t half = lanes / 2, chunk = lanes < VECTOR ? 4 : CHUNK, whole = each * chunk / wide;  // values of a chunk
     const int64_t in_half = lane % half;
     return start + (2 * (in_half / whole) + lane / half) * chunk + in_half % whole / each * wide;
+}
+
+// SEMI of numbers, 4 or 2 of every 16: the column in place i of `quarters`. The lower half of a vector takes from one chunk of 16
+// columns, or two, the upper half from as many that follow; a permutation within halves reaches 4, so those of both halves
+// lie side by side.
+static inline int64_t column_of_quarter(const Matrix& m, int64_t i) {
+    const int64_t reach = CHUNK * 8 / m.kept, each = reach / 2 / CHUNK;  // chunks of a half
+    const int64_t vector = i % reach / 8, half = i % 8 / 4;
+    return i / reach * reach + (half * each + vector / 4) * CHUNK + vector % 4 * 4 + i % 4;
 }
 
 // SEMI of numbers: where the lanes of the vectors that meet 64 columns take their inputs from

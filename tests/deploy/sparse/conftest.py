@@ -6,10 +6,12 @@ AMX and AVX-512 run where a machine has them; everywhere their kernels are also 
 from __future__ import annotations
 
 import platform
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from secateur.core import native
 from secateur.deploy.sparse import kernels
@@ -47,6 +49,14 @@ def path(request, monkeypatch) -> Iterator[str]:
 def fast(request, monkeypatch) -> Iterator[str]:
     """The best kernels that this machine has, and those of AMX, which take AVX-512's for few tokens."""
     yield from _on(request, monkeypatch)
+
+
+@pytest.fixture(autouse=True)
+def _compiled_anew() -> Iterator[None]:
+    """Graphs of other tests do not count towards how often a layer may be compiled."""
+    yield
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
 
 
 def _on(request, monkeypatch) -> Iterator[str]:
