@@ -136,11 +136,11 @@ def peers(dense: Any, wanted: list[str]) -> dict[str, Any]:
     return {("torch dynamic int8" if name == "int8" else f"torch {name}"): made[name]() for name in wanted}
 
 
-def in_float32(dense: Any, sparsity: float) -> tuple[Any, float]:
+def in_float32(dense: Any, sparsity: float, of_outer: str) -> tuple[Any, float]:
     """The pruned model packed as it is, and its megabytes."""
     model = copy.deepcopy(dense)
     prune_(model, sparsity, random)
-    done = sparsify_(model, outer="int8", measure=False)
+    done = sparsify_(model, outer=of_outer, measure=False)
     return model, sum(layer.packed_bytes for layer in done.layers) / 1e6
 
 
@@ -159,7 +159,8 @@ def in_int8(
 ) -> dict[tuple[str, float], tuple[Any, float]]:
     """The model in 8 bits with blocks and shares of zeros, and its megabytes; scales reach each row's largest weight.
 
-    What `sparsify_(model, "int8", outer="int8", measure=False)` makes, but for its search of better scales.
+    What `sparsify_(model, "int8", outer="int8", measure=False)` makes, but for its search of better scales and for
+    N:M, which would have to be measured.
     """
     found = {point: [sharing(dense), 0.0] for point in points}
     chance = torch.rand(POOL)
@@ -206,7 +207,11 @@ def build(given: argparse.Namespace) -> tuple[dict[str, Any], dict[str, float]]:
     points = [(block, sparsity) for sparsity in given.sparsity for block in given.block]
     points += [(name, 1 - PATTERNS[name][0] / 16) for name in given.pattern]
     integers = in_int8(dense, points, given.outer) if "int8" in given.kinds else {}
-    made = {f"packed float32 {s:.0%}": in_float32(dense, s) for s in given.sparsity if "float32" in given.kinds}
+    made = {
+        f"packed float32 {s:.0%}": in_float32(dense, s, given.outer)
+        for s in given.sparsity
+        if "float32" in given.kinds
+    }
     made |= {
         f"packed int8 {sparsity:.0%}" + ("" if block == "1" else f", {block}"): held
         for (block, sparsity), held in integers.items()

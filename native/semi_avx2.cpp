@@ -43,7 +43,7 @@ ALWAYS __m256 pick_of_four(const float* x, __m256i where) {
     __m256 v[FROM];
     for (int i = 0; i < FROM; ++i) v[i] = _mm256_permutevar_ps(_mm256_loadu_ps(x + 8 * i), where);
     if (KEPT == 8) return _mm256_blend_ps(v[0], v[1], 0xcc);
-    return _mm256_blend_ps(_mm256_blend_ps(v[0], v[1], 0x22), _mm256_blend_ps(v[2], v[3], 0x88), 0xcc);
+    return _mm256_blend_ps(_mm256_blend_ps(v[0], v[1], 0x22), _mm256_blend_ps(v[2 % FROM], v[3 % FROM], 0x88), 0xcc);
 }
 
 // 8 of every 16

@@ -134,6 +134,7 @@ Inputs ready(const Matrix& m, const float* x, int64_t batch, bool shifted, Room&
 bool whole_scales(const Matrix& m) {
     if (m.block != 1) return false;
     if (m.scales == 1 || m.kind < I8) return true;
+    if (m.kind == I8) return false;
     const int64_t reach = CHUNK * VECTOR / m.kept, width = m.columns / m.scales;
     return m.columns % reach == 0 && (width % reach == 0 || reach == 2 * width || reach == 4 * width);
 }

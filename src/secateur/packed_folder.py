@@ -133,8 +133,8 @@ def opened(
         spec: a folder that `export_packed` wrote, or `file.py:function@FOLDER`.
         device: where the packed model goes.
         seed: of the function.
-        speed: multiply in the packed ways that are fastest here, which are measured once; no dense weights are kept
-            beside.
+        speed: on a CPU, multiply in the packed forms and ways that are fastest here, which are measured once; no dense
+            weights are kept beside.
         loading: `dtype`, which has to be left out; others do not matter.
 
     Raises:
@@ -147,7 +147,7 @@ def opened(
     place, build = source_of(spec, seed)
     assert place is not None
     checkpoint = _described(place, build is not None)
-    model: Any = load_packed(place, build, prefer="memory" if speed else None)
+    model: Any = load_packed(place, build, prefer="memory" if speed and where.type == "cpu" else None)
     dense = load_packed(place, build, prefer=None, dense=True)
     made = build() if build is not None else None
     tokenizer = None

@@ -15,10 +15,11 @@ from torch import nn
 from secateur import magnitude, prune_
 from secateur.deploy.sparse import choice, gpu, load_sparse_, pack, save_sparse, sparsify_
 from secateur.deploy.sparse.kernels import mask_of
-from secateur.deploy.sparse.modules import SparseLinear
+from secateur.deploy.sparse.modules import SparseEmbedding, SparseLinear
 from secateur.deploy.sparse.ops import BATCHES, STREAM, TILES, UNPACK, sparse_linear
 from secateur.deploy.sparse.packed import CODEBOOK, pack_integers, reformed
-from secateur.deploy.sparse.semi import PATTERNS, closest, fits, lanes_of
+from secateur.deploy.sparse.semi import PATTERNS, fits, fitting, lanes_of
+from secateur.deploy.sparse.store import named
 from secateur.errors import UsageError
 from secateur.pattern import NM
 
@@ -119,7 +120,10 @@ def test_dense_codes_are_the_case_with_nothing_left_out(path):
     st.integers(1, 9),
 )
 def test_any_shape(fast, rows, columns, form, kind, batch):
-    found = held(chosen(rows, columns, form, seed=rows), kind, form)
+    weight = chosen(rows, columns, form, seed=rows)
+    found = held(weight, kind, form)
+    if not kind.startswith("int"):
+        assert torch.equal(found.dense(), weight.to(getattr(torch, kind)))
     bits = reformed(found, "bitmask")
     assert torch.equal(found.dense(), bits.dense())
     assert torch.equal(mask_of(found), bits.mask)
@@ -167,9 +171,7 @@ def test_what_fits_is_counted(rows, columns, density, seed):
         number, among = map(int, form.split(":"))
         units = torch.nn.functional.pad(kept, (0, -columns % among)).view(rows, -1, among).sum(2)
         assert fits(mask, form) == (int(units.max()) <= number)
-    found = closest(mask)
-    assert found is None or fits(mask, found)
-    assert (found is None) == (not fits(mask, "8:16"))
+    assert set(fitting(mask)) == {form for form in PATTERNS if fits(mask, form)}
 
 
 @pytest.mark.parametrize(("form", "bits"), [("2:4", 5), ("1:4", 2.5), ("8:16", 6), ("4:16", 3), ("2:16", 1.5)])
@@ -177,7 +179,7 @@ def test_the_size_is_what_is_kept_with_its_indices(form, bits):
     found = pack(chosen(64, 2048, form), "int8", form=form)
     assert found.nbytes - found.scale.nbytes - 64 == bits / 8 * 64 * 2048
     assert found.density == PATTERNS[form][0] / 16
-    assert closest(mask_of(found)) == form
+    assert fitting(mask_of(found))[0] == form
 
 
 def test_inputs_that_are_no_numbers_and_empty_batches(path):
@@ -289,14 +291,66 @@ def test_forms_that_are_looked_at(fast):
     )
     for weight, expected in cases:
         assert choice._forms(pack(weight, "int8", form="bitmask")) == expected
+    ones = (chosen(8, 1152, "2:16") != 0).to(torch.int8)
+    wide = pack_integers(
+        ones, torch.ones(8, 9), "int4", form="bitmask"
+    )  # nine scales, which 2:16 does not take
+    assert choice._forms(wide) == ("bitmask", "index", "4:16")
+    narrow = pack(chosen(8, 16, "2:16"), form="bitmask")  # a vector takes four times as much
+    assert choice._forms(narrow) == ("bitmask", "index")
     own = replace(pack(chosen(64, 256, "2:4"), "int4", form="bitmask"), codebook=CODEBOOK * 2)
     assert choice._forms(own) == ("bitmask",)
     assert reformed(own, "2:4") is own
 
 
+@torch.no_grad()
+def test_convolutions_whose_scales_do_not_go_with_it(fast, tmp_path, monkeypatch):
+    """Timed are powers of two of channels, whose scales differ from the layer's own."""
+    monkeypatch.setenv("SECATEUR_CACHE", str(tmp_path))
+    monkeypatch.setattr(choice, "ROUNDS", 1)
+    monkeypatch.setattr(choice, "_known", {})
+    for form, channels in (("4:16", 16), ("4:16", 32), ("2:16", 96), ("2:4", 48)):
+        kept, among = map(int, form.split(":"))
+        model = nn.Sequential(nn.Conv2d(channels, 16, 3, padding=1)).eval()
+        x = torch.randn(1, channels, 6, 6)
+        prune_(model, 1 - kept / among, replace(magnitude, pattern=NM(kept, among)))
+        expected, found = model(x), pack(model[0].weight.flatten(1), "int4", form="bitmask")
+        kind = choice.kind_of(model[0], torch.float32)
+        assert all(seconds > 0 for row in choice.measured(found, kind, form) for seconds in row)
+        sparsify_(model, "int4", measure=False)
+        assert float((model(x) - expected).norm() / expected.norm()) < 0.4
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method:DeprecationWarning")
+@torch.no_grad()
+def test_heads_of_4_bits_compile_and_export(fast, backend):
+    """With two scales a row, and an odd number of vectors."""
+    for columns in (128, 192):
+        embedding = nn.Embedding(50, columns)
+        found = SparseEmbedding(pack(embedding.weight.data, "int4", form="dense"), embedding)
+        model, ids = nn.Sequential(found), torch.tensor([[3, 49, 3]])
+        expected = found.weight[ids]
+        assert torch.equal(model(ids), expected)
+        assert torch.equal(torch.compile(model, fullgraph=True, backend=backend)(ids), expected)
+        assert torch.equal(torch.export.export(model, (ids,)).module()(ids), expected)
+
+
+def test_what_is_stored_is_the_smaller_of_the_other_forms(fast):
+    found = pack(chosen(64, 512, "2:16").masked_fill(torch.rand(64, 512) < 0.4, 0), "int8", form="2:16")
+    assert named("w", found)["w:packed"][1] == 1  # indices
+    own = replace(pack(chosen(4, 256, "2:4"), "int4", form="2:4"), codebook=CODEBOOK.roll(1))
+    with pytest.raises(UsageError, match="w: N:M of a codebook of its own cannot be stored"):
+        named("w", own)
+
+
 @pytest.mark.parametrize(
     ("call", "words"),
     [
+        (
+            lambda: pack_integers(torch.zeros(4, 256, dtype=torch.int8), torch.ones(4, 2), form="2:4"),
+            "form 2:4: 2 scales for 256 columns do not fall into its vectors of int8",
+        ),
         (
             lambda: pack(torch.ones(4, 8), form="2:4"),
             "form 2:4: some 4 columns of a row keep more than 2 weights",

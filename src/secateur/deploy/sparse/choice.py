@@ -24,7 +24,7 @@ from secateur.core import native
 from secateur.deploy.sparse import kernels, semi, table
 from secateur.deploy.sparse.modules import SparseConv2d, SparseLayer, SparseLinear
 from secateur.deploy.sparse.ops import BATCHES, DENSE, STREAM, TILES, UNPACK, streams
-from secateur.deploy.sparse.packed import CODEBOOK, Packed, pack, reformed
+from secateur.deploy.sparse.packed import CODEBOOK, Packed, pack, pack_integers, reformed
 
 __all__ = ["Choice", "Kind", "choose", "kind_of", "measured"]
 
@@ -122,17 +122,12 @@ def _mean(ratios: Iterable[float]) -> float:
 
 
 def _in_no_more_room(packed: Packed, kind: Kind) -> Choice:
-    """The fastest of a matrix's own form and an N:M that takes no more, up to its padding."""
-    best, least = Choice(None, ()), math.inf
-    for form in {packed.form: None, **dict.fromkeys(_forms(packed))}:
-        made = packed if form == packed.form else reformed(packed, form) if form in semi.PATTERNS else None
-        if made is None or made.nbytes > SAME_ROOM * packed.nbytes:
-            continue
-        times = measured(packed, kind, form)
-        mean = _mean(min(others) for _, *others in times)
-        if mean < least:
-            best, least = Choice(made, tuple(others.index(min(others)) for _, *others in times)), mean
-    return best
+    """The fastest of a matrix's own form and an N:M that takes no more, give or take what fills its vectors."""
+    held = SAME_ROOM * 8 * packed.nbytes / (packed.rows * packed.columns)
+    smaller = (form for form in _forms(packed) if form in semi.PATTERNS and _bits(packed, form) <= held)
+    times = {form: measured(packed, kind, form) for form in {packed.form: None, **dict.fromkeys(smaller)}}
+    best = min(times, key=lambda form: _mean(min(others) for _, *others in times[form]))
+    return Choice(reformed(packed, best), tuple(others.index(min(others)) for _, *others in times[best]))
 
 
 def _forms(packed: Packed) -> tuple[str, ...]:
@@ -143,18 +138,18 @@ def _forms(packed: Packed) -> tuple[str, ...]:
     found = ["bitmask"]
     if packed.density < THIN or packed.form == "index":
         found.append("index")
-    nm = packed.form if packed.lanes is not None else semi.closest(kernels.mask_of(packed))
-    if nm is not None and _worth_its_room(packed, semi.lanes_of(nm, packed.kind, packed.columns)):
-        found.append(nm)
-    return tuple(found)
+    offered = (packed.form,) if packed.in_lanes else semi.fitting(kernels.mask_of(packed))
+    bits = packed.density * BITS[packed.kind] + min(1, 8 * packed.density)
+    nm = next((form for form in offered if _bits(packed, form) <= ROOM * bits), None)
+    return (*found, nm) if nm is not None else tuple(found)
 
 
-def _worth_its_room(packed: Packed, lanes: semi.Lanes) -> bool:
-    """Whether N:M goes with a matrix's scales and takes not much more than the other forms."""
-    size = BITS[packed.kind]
-    least = packed.density * size + min(1, 8 * packed.density)
-    fits = lanes.scales_fit(1 if packed.scale is None else packed.scale.shape[1])
-    return fits and lanes.kept / semi.CHUNK * (size + lanes.bits) <= ROOM * least
+def _bits(packed: Packed, form: str) -> float:
+    """What N:M would take, bits a weight; infinite where it does not go with the scales."""
+    lanes = semi.lanes_of(form, packed.kind, packed.columns)
+    if not lanes.scales_fit(1 if packed.scale is None else packed.scale.shape[1]):
+        return math.inf
+    return (lanes.stored * BITS[packed.kind] + 8 * lanes.bytes) / packed.columns
 
 
 def measured(packed: Packed, kind: Kind, form: str | None = None) -> list[list[float]]:
@@ -187,7 +182,7 @@ def _measure(like: Packed, kind: Kind, rows: int, columns: int, zeros: float) ->
     weight = torch.randn(rows, width, generator=generator)
     weight = weight.masked_fill(_cut(like, rows, width, zeros, generator), 0)
     stored = weight if like.kind.startswith("int") else weight.to(getattr(torch, like.kind))
-    made = pack(stored, like.kind, form=like.form, block=like.block)
+    made = _packed(stored, like)
     count = math.ceil(2 * CACHES / (weight.numel() * kind.dtype.itemsize)) if kind.cold else 1
     dense = [_dense(kind, weight) for _ in range(min(64, count))]
     sparse = {
@@ -199,6 +194,17 @@ def _measure(like: Packed, kind: Kind, rows: int, columns: int, zeros: float) ->
         runs |= {way: each for way, each in sparse.items() if way != STREAM or streams(made, batch)}
         found.append(_times(runs, _inputs(kind, columns, batch, generator)))
     return found
+
+
+def _packed(weight: Tensor, like: Packed) -> Packed:
+    """Packed as a matrix is; where scales of this many columns do not go with N:M, with one a row."""
+    columns = weight.shape[1]
+    if like.form not in semi.PATTERNS or like.kind != "int4":
+        return pack(weight, like.kind, form=like.form, block=like.block)
+    groups = columns // 128 if columns % 128 == 0 else 1
+    groups = groups if semi.lanes_of(like.form, like.kind, columns).scales_fit(groups) else 1
+    integers = (2 * weight).round().clamp(-7, 7).to(torch.int8)
+    return pack_integers(integers, torch.ones(len(weight), groups), "int4", form=like.form)
 
 
 def _cut(like: Packed, rows: int, columns: int, zeros: float, generator: torch.Generator) -> Tensor:

@@ -114,7 +114,7 @@ def sparsify_(
     left: list[tuple[str, str]] = []
     chosen = _chosen(model, only, skip, left)
     cold = sum(layer.weight.nbytes for layer in chosen) > CACHES
-    plan: list[tuple[Layer, Packed, Choice]] = []
+    plan: list[tuple[Layer, Packed, Choice, float]] = []
     for layer in chosen:
         found = _planned(layer, kind, outer, block)
         if isinstance(found, str):
@@ -126,12 +126,12 @@ def sparsify_(
         if how.packed is None:
             left.append((layer.name, f"{1 - found.density:.0%} zeros: slower without them than with them"))
         else:
-            plan.append((layer, how.packed, how))
+            plan.append((layer, how.packed, how, 1 - found.density))
     if not plan:
         reasons = "".join(f"; {name}: {why}" for name, why in left[:-4:-1])
         raise UsageError(f"no layer to pack{reasons}. Prune first, or choose others")
-    done = tuple(_report(layer, packed, how) for layer, packed, how in plan)
-    for layer, packed, how in plan:
+    done = tuple(_report(*each) for each in plan)
+    for layer, packed, how, _ in plan:
         install_sparse_(model, (layer.name, *layer.tied), packed, how.ways or None)
     return Sparsified(done, tuple(left))
 
@@ -230,14 +230,14 @@ def _looks_up(module: nn.Module) -> bool:
     return type(module) is nn.Embedding and module.max_norm is None
 
 
-def _report(layer: Layer, packed: Packed, how: Choice) -> SparsifiedLayer:
+def _report(layer: Layer, packed: Packed, how: Choice, sparsity: float) -> SparsifiedLayer:
     weight: Tensor = layer.weight
     return SparsifiedLayer(
         layer.name,
         packed.form,
         packed.kind,
         packed.block,
-        1 - packed.density,
+        sparsity,
         weight.numel() * weight.element_size(),
         packed.nbytes,
         how.keeps_dense,

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from secateur.deploy.sparse.kernels import decode
-from secateur.deploy.sparse.packed import CODEBOOK, KINDS, SPAN, WORD, Packed
+from secateur.deploy.sparse.kernels import decode, scaled
+from secateur.deploy.sparse.packed import CODEBOOK, KINDS, PADDING, SPAN, WORD, Packed
 from secateur.deploy.sparse.semi import integers_of
 from secateur.errors import UsageError
 
@@ -28,6 +28,7 @@ __all__ = ["multiply", "rows_of", "semi_structured_", "triton_product", "triton_
 # are on their way at once. Rows made dense: bytes of a mask in one step of several warps, which store side by side.
 LANES, UNROLLED, WIDE = 32, 16, 512
 PANEL = 1 << 27  # weights that are made dense at a time
+CODES = 1 << 24  # the same by torch, which takes several times their bytes
 INPUTS = (torch.float32, torch.bfloat16, torch.float16)
 # streams of int4: their version, and whether codes are the integers themselves
 _plain: Any = WeakIdKeyDictionary()
@@ -45,14 +46,27 @@ def multiply(packed: Packed, x: Tensor, bias: Tensor | None) -> Tensor:
     if fast and len(x) == 1:
         return triton_product(packed, x, bias)
     bias = None if bias is None else bias.to(x.dtype)
-    if not fast:
+    if not fast and not packed.in_lanes:
         weight = rows_of(packed, torch.arange(packed.rows, device=x.device))
         return F.linear(x, weight.to(x.dtype), bias)
+    if not fast:
+        return _by_panels(packed, x, bias)
     step = max(1, PANEL // packed.columns // 16) * 16  # so that a panel's parts are as aligned as the whole's
     if packed.rows <= step:
         return F.linear(x, triton_rows(packed, x.dtype), bias)
     panels = (
         F.linear(x, triton_rows(packed, x.dtype, first, min(packed.rows, first + step)))
+        for first in range(0, packed.rows, step)
+    )
+    y = torch.cat(list(panels), -1)
+    return y if bias is None else y + bias
+
+
+def _by_panels(packed: Packed, x: Tensor, bias: Tensor | None) -> Tensor:
+    """Rows made dense by torch, so many at a time that what that takes beside them stays small."""
+    step = max(1, CODES // packed.columns)
+    panels = (
+        F.linear(x, scaled(packed, decode(packed, first, min(packed.rows, first + step)), first).to(x.dtype))
         for first in range(0, packed.rows, step)
     )
     y = torch.cat(list(panels), -1)
@@ -71,9 +85,9 @@ def rows_of(packed: Packed, rows: Tensor) -> Tensor:
         assert packed.scale is not None
         raw = packed.values[: packed.rows * columns].view(packed.rows, columns)
         return F.embedding(rows, raw).float() * F.embedding(rows, packed.scale)
-    if packed.lanes is not None and packed.lanes.whole:
+    if packed.form == "dense":
         found = _of_codes(packed, rows)
-    elif packed.lanes is not None:
+    elif packed.in_lanes:
         found = decode(packed)[rows]
     elif packed.form == "index":
         found = _of_index(packed)[rows]
@@ -91,7 +105,9 @@ def rows_of(packed: Packed, rows: Tensor) -> Tensor:
 def _of_codes(packed: Packed, rows: Tensor) -> Tensor:
     """Rows of dense 4-bit codes."""
     assert packed.codebook is not None
-    size = int(packed.offsets[1]) // 2
+    size = (
+        packed.values.numel() - PADDING
+    ) // packed.rows  # not from the offsets: they are data to who traces this
     codes = F.embedding(rows, packed.values[: packed.rows * size].view(packed.rows, size))
     return integers_of(codes, packed.codebook)[:, : packed.columns]
 

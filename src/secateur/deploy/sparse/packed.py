@@ -208,7 +208,9 @@ def pack_integers(
     form, rows = _check(integers, kind, form, block)
     groups, columns = scale.shape[1], integers.shape[1]
     if form in semi.PATTERNS and not semi.lanes_of(str(form), kind, columns).scales_fit(groups):
-        raise UsageError(f"form {form}: {groups} scales for {columns} columns do not fall into its vectors")
+        raise UsageError(
+            f"form {form}: {groups} scales for {columns} columns do not fall into its vectors of {kind}"
+        )
     if groups > 1 and (columns % groups or columns // groups % WORD):
         raise UsageError(
             f"{groups} scales for {columns} columns; each is for the same number of columns, a multiple of {WORD}"
@@ -218,8 +220,10 @@ def pack_integers(
     return replace(found, scale=scale.float().contiguous(), codebook=codebook)
 
 
-def reformed(packed: Packed, form: str) -> Packed:
-    """The same matrix as a bitmask, with indices or as N:M; as it is where its integers have a codebook of their own.
+def reformed(packed: Packed, form: str | None) -> Packed:
+    """The same matrix as a bitmask, with indices, as N:M, or (None) as the smaller of the first two.
+
+    As it is where its integers have a codebook of their own.
 
     Raises:
         UsageError: it has more weights than N:M keeps.

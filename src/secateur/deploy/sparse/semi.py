@@ -21,9 +21,10 @@ from secateur.core import native
 __all__ = [
     "PATTERNS",
     "Lanes",
-    "closest",
     "codes_of",
     "fits",
+    "fitting",
+    "in_lanes",
     "integers_of",
     "lanes_of",
     "pack_rows",
@@ -38,6 +39,7 @@ PATTERNS = {
     "2:16": (2, 4),
 }  # of 16; bits of an index
 CHUNK, VECTOR = 16, 32  # columns that are counted, bytes of a vector
+CODES = 1 << 22  # that are looked up at a time
 DENSE = (CHUNK, 4)  # codes of 4 bits with nothing left out, the case without indices
 
 
@@ -123,10 +125,10 @@ class Lanes:
         return self.first.argsort(stable=True).to(torch.int32)
 
     def scales_fit(self, groups: int) -> bool:
-        """Whether a vector lies within a scale, or holds 2 or 4 whole ones."""
+        """Whether a vector lies within a scale, or holds 2 or 4 whole ones; bytes have one scale a row."""
         width = self.columns // groups
         whole = width % self.reach == 0 or self.reach in (2 * width, 4 * width)
-        return groups == 1 or (self.columns % self.reach == 0 and whole)
+        return groups == 1 or (self.codes and self.columns % self.reach == 0 and whole)
 
     def numbers(self, rows: int, size: int, signed: bool) -> np.ndarray:
         """As native/semi.cpp takes them."""
@@ -167,9 +169,9 @@ def fits(mask: Tensor, form: str) -> bool:
     return most <= kept // 4
 
 
-def closest(mask: Tensor) -> str | None:
-    """The form that takes least of those that a bitmask fits, in every kind; None where none does."""
-    return next((form for form in ("2:16", "1:4", "4:16", "2:4", "8:16") if fits(mask, form)), None)
+def fitting(mask: Tensor) -> tuple[str, ...]:
+    """The forms that a bitmask fits; in every kind an earlier one takes less."""
+    return tuple(form for form in ("2:16", "1:4", "4:16", "2:4", "8:16") if fits(mask, form))
 
 
 def pack_rows(weight: Tensor, lanes: Lanes) -> tuple[Tensor, Tensor] | None:
@@ -214,8 +216,11 @@ def codes_of(integers: Tensor) -> Tensor:
 
 def integers_of(codes: Tensor, codebook: Tensor) -> Tensor:
     """The integers of `codes_of`."""
-    pairs = codes.unflatten(1, (codes.shape[1] // VECTOR, 1, VECTOR))
-    return codebook[torch.cat([pairs & 15, pairs >> 4], 2).long()].flatten(1)
+    found = []
+    for part in codes.split(max(1, CODES // max(1, codes.shape[1]))):  # an index takes 4 bytes
+        pairs = part.unflatten(1, (part.shape[1] // VECTOR, 1, VECTOR))
+        found.append(codebook[torch.cat([pairs & 15, pairs >> 4], 2).int()].flatten(1))
+    return torch.cat(found)
 
 
 def chosen(index: Tensor, lanes: Lanes) -> Tensor:

@@ -87,7 +87,9 @@ def version_of(form: str, kind: str) -> int:
 def named(name: str, packed: Packed) -> dict[str, Tensor]:
     """The tensors that stand for one weight, under their names in a file."""
     if packed.form not in STORED:
-        packed = reformed(packed, "bitmask")
+        packed = reformed(packed.to("cpu"), None)
+    if packed.form not in STORED:
+        raise UsageError(f"{name}: N:M of a codebook of its own cannot be stored")
     numbers = [
         version_of(packed.form, packed.kind),
         STORED.index(packed.form),
