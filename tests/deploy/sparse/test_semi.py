@@ -261,7 +261,7 @@ def test_memory_takes_it_where_it_is_no_larger(fast, monkeypatch):
 @pytest.mark.parametrize(("form", "kind"), [("2:4", "int8"), ("4:16", "float32"), ("dense", "int4")])
 def test_layers_compile_with_the_usual_ways(fast, form, kind):
     weight = torch.randn(64, 128) if form == "dense" else chosen(64, 128, form)
-    layer = nn.Sequential(SparseLinear(pack(weight, kind, form=form), torch.randn(64), torch.float32))
+    layer = SparseLinear(pack(weight, kind, form=form), torch.randn(64), torch.float32)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     for batch in (1, 7):
         x = torch.randn(batch, 128)

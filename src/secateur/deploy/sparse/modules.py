@@ -43,10 +43,12 @@ class SparseLayer(nn.Module):
         self._shape = (packed.form, packed.kind, packed.block, packed.rows, packed.columns)
         self.dtype = dtype
         self.ways = None if ways is None else tuple(ways)
-        self.register_buffer("dense", None if dense is None else dense.detach(), persistent=False)
-        for name in _PARTS:
-            self.register_buffer(name, getattr(packed, name))
-        self.register_buffer("offsets", packed.offsets, persistent=False)
+        held = {name: getattr(packed, name) for name in _PARTS}
+        held |= {"offsets": packed.offsets, "dense": None if dense is None else dense.detach()}
+        for name in sorted(
+            held, key=lambda name: held[name] is None
+        ):  # torch.export counts wrongly behind one that is None
+            self.register_buffer(name, held[name], persistent=name in _PARTS)
 
     @property
     def packed(self) -> Packed:
