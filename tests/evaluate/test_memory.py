@@ -1,3 +1,5 @@
+import mmap
+import time
 from pathlib import Path
 
 import pytest
@@ -8,11 +10,15 @@ from secateur.evaluate import peak_memory
 MEGABYTE = 1 << 20
 
 
-def take(megabytes):
-    """Hold memory for a moment, every page of it written, and let it go."""
-    block = bytearray(megabytes * MEGABYTE)
-    block[::4096] = b"x" * len(block[::4096])
-    return len(block)
+def take(megabytes, seconds=0.0):
+    """Hold memory for a moment, every page of it written, and let it go.
+
+    Of the system, not of the allocator, which may have as much left over from other tests.
+    """
+    with mmap.mmap(-1, megabytes * MEGABYTE) as block:
+        block[::4096] = b"x" * (len(block) // 4096)
+        time.sleep(seconds)
+        return len(block)
 
 
 def extra(measured):
@@ -28,12 +34,7 @@ def method(request, monkeypatch, tmp_path):
 
 def hold(megabytes):
     """Long enough for a sample to fall into it."""
-    import time
-
-    block = bytearray(megabytes * MEGABYTE)
-    block[::4096] = b"x" * len(block[::4096])
-    time.sleep(0.05)
-    return len(block)
+    return take(megabytes, 0.05)
 
 
 def test_the_peak_of_a_call_is_found_and_its_result_returned(method):
