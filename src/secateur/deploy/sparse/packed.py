@@ -284,7 +284,7 @@ def _packed(weight: Tensor, kind: str, form: str | None, block: int) -> Packed:
     rows, columns = weight.shape
     start = {"kind": kind, "block": block, "rows": rows, "columns": columns}
     if form == "dense" and kind == "int4":
-        values = semi.codes_of(semi.in_lanes(weight, semi.lanes_of(form, kind, columns)))
+        values = semi.codes_of(semi.pad_rows(weight, semi.lanes_of(form, kind, columns)))
         return Packed("dense", values=padded(values.flatten()), **start)  # type: ignore[arg-type]
     if form == "dense":
         return Packed("dense", values=padded(weight.reshape(-1)), **start)  # type: ignore[arg-type]

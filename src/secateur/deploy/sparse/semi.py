@@ -24,10 +24,10 @@ __all__ = [
     "codes_of",
     "fits",
     "fitting",
-    "in_lanes",
     "integers_of",
     "lanes_of",
     "pack_rows",
+    "pad_rows",
     "unpack_rows",
 ]
 
@@ -189,7 +189,7 @@ def pack_rows(weight: Tensor, lanes: Lanes) -> tuple[Tensor, Tensor] | None:
     return None if wrong else (values, index)
 
 
-def in_lanes(weight: Tensor, lanes: Lanes) -> Tensor:
+def pad_rows(weight: Tensor, lanes: Lanes) -> Tensor:
     """Values `(rows, stored)` of a matrix of which nothing is left out."""
     return F.pad(weight, (0, lanes.stored - lanes.columns))
 
